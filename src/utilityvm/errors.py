@@ -1,0 +1,228 @@
+"""Every error that utilityvm raises.
+
+::
+
+    UtilityVMError               .vm .slot .host_path  where · .remedy  what to do next · __cause__  why
+    ├── RequestError             cannot be met as asked; nothing was sent, nothing changed
+    │   ├── InvalidRequest       a value is wrong by itself: a relative guest path, an unknown option
+    │   ├── NoFreeSlot           every slot is taken; .holders says by what
+    │   ├── NoControllers        the VM has no SCSI controller
+    │   ├── TooManyAttachments   more than a fixed limit: controllers, LUNs, mounts of one disk
+    │   ├── NotAttached          no disk of that path or reservation is attached
+    │   ├── AlreadyAttached      the slot or the disk is taken, where an empty one was needed
+    │   ├── AlreadyReleased      this reservation was given back before
+    │   ├── ConfigDiffers        the disk is attached with other settings
+    │   ├── GuestPathInUse       another mount holds the guest path
+    │   ├── DiskInUse            another VM, or the host itself, uses the disk
+    │   ├── NotSupported         this host, guest or disk cannot express the request
+    │   │   └── LayerNotSupported   SCSI layers on a Windows guest
+    │   ├── VMNotFound           no VM of that name
+    │   ├── VMExists             the name is taken
+    │   ├── VMNotRunning         the VM is stopped, or its hypervisor is gone
+    │   ├── VMOwned              another process owns the VM; .owner says which
+    │   ├── Migrating            the manager's state was exported; nothing may change until resume
+    │   └── WrongState           the event does not fit the state of the thing
+    ├── SetupError               something this machine needs is missing: a program, an image, space
+    ├── HostRefused              the hypervisor said no; the bus is as it was
+    ├── GuestRefused             the guest said no; the disk is still attached
+    │   └── GuestBusy            the guest still uses the disk; .holders says who
+    ├── OutcomeUnknown           sent, and no answer came; the next step probes first
+    │   └── DeadlineExceeded     the caller's time was up first
+    ├── VMGone                   the VM died; its disks are free
+    ├── ProtocolError            a peer broke its own rules (QMP, bridge, QGA); .message holds what it said
+    ├── ImageError               a disk image cannot be used
+    │   ├── ImageDamaged         it is not what its header says, or is cut short
+    │   └── ImageUnsafe          it would make the hypervisor open something that was not asked for
+    └── StoreError               the journal would not take a line; an intent unwritten is a step unsent
+
+A kind is something that a caller does differently; all else is a field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from utilityvm.scsi.slot import Slot
+
+
+class UtilityVMError(Exception):
+    """The root of every error that utilityvm raises on purpose."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        vm: str | None = None,
+        slot: Slot | None = None,
+        host_path: Path | str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.vm = vm
+        self.slot = slot
+        self.host_path = None if host_path is None else Path(host_path)
+        self.remedy = remedy
+
+
+class RequestError(UtilityVMError):
+    """The request cannot be met as asked. Nothing was sent and nothing changed."""
+
+
+class InvalidRequest(RequestError):
+    """A value of the request is wrong whatever the VM's state is."""
+
+
+class NoFreeSlot(RequestError):
+    """Every slot is taken (the seed's ErrNoAvailableLocation); `holders` has a line for each."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        holders: Sequence[str] = (),
+        vm: str | None = None,
+        host_path: Path | str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(message, vm=vm, host_path=host_path, remedy=remedy)
+        self.holders = tuple(holders)
+
+
+class NoControllers(RequestError):
+    """The VM has no SCSI controller (the seed's ErrNoSCSIControllers)."""
+
+
+class TooManyAttachments(RequestError):
+    """A fixed limit is exceeded (the seed's ErrTooManyAttachments)."""
+
+
+class NotAttached(RequestError):
+    """No such disk or reservation is attached (the seed's ErrNotAttached)."""
+
+
+class AlreadyAttached(RequestError):
+    """Something is attached where nothing may be (the seed's ErrAlreadyAttached)."""
+
+
+class AlreadyReleased(RequestError):
+    """The reservation was given back before; the count was not touched again."""
+
+
+class ConfigDiffers(RequestError):
+    """The disk is attached with settings that the request contradicts; the message names both."""
+
+
+class GuestPathInUse(RequestError):
+    """Another mount holds the guest path."""
+
+
+class DiskInUse(RequestError):
+    """Another VM, or the host itself, uses the disk."""
+
+
+class NotSupported(RequestError):
+    """This hypervisor, guest or disk cannot express the request."""
+
+
+class LayerNotSupported(NotSupported):
+    """SCSI layers on a Windows guest (the seed's ErrSCSILayerWCOWUnsupported)."""
+
+
+class VMNotFound(RequestError):
+    """No VM of that name is known."""
+
+
+class VMExists(RequestError):
+    """A VM of that name is known already."""
+
+
+class VMNotRunning(RequestError):
+    """The VM is stopped, or its hypervisor process is gone."""
+
+
+class VMOwned(RequestError):
+    """Another process owns the VM; `owner` names it."""
+
+    def __init__(
+        self, message: str, *, owner: str = "", vm: str | None = None, remedy: str | None = None
+    ) -> None:
+        super().__init__(message, vm=vm, remedy=remedy)
+        self.owner = owner
+
+
+class Migrating(RequestError):
+    """The manager's state was exported; nothing may change until it is resumed."""
+
+
+class WrongState(RequestError):
+    """The event does not fit the state that the disk or the mount is in."""
+
+
+class SetupError(UtilityVMError):
+    """This machine lacks something: a program, a right, an image, space. `remedy` says what to do."""
+
+
+class HostRefused(UtilityVMError):
+    """The hypervisor said no. The bus is as it was."""
+
+
+class GuestRefused(UtilityVMError):
+    """The guest said no. The disk is still attached and nothing in the guest changed."""
+
+
+class GuestBusy(GuestRefused):
+    """The guest still uses the disk; `holders` names the processes, mounts and devices that do."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        holders: Sequence[str] = (),
+        vm: str | None = None,
+        slot: Slot | None = None,
+        host_path: Path | str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(message, vm=vm, slot=slot, host_path=host_path, remedy=remedy)
+        self.holders = tuple(holders)
+
+
+class OutcomeUnknown(UtilityVMError):
+    """The request was sent and no answer came. The truth is probed before the next step."""
+
+
+class DeadlineExceeded(OutcomeUnknown):
+    """The caller's deadline passed first. What was begun is finished or undone in the background."""
+
+
+class VMGone(UtilityVMError):
+    """The VM died: its hypervisor process ended or its connection broke for good."""
+
+
+class ProtocolError(UtilityVMError):
+    """A peer broke the rules of its protocol; `message` holds what it sent, cut to a sane length."""
+
+    def __init__(
+        self, text: str, *, message: object = None, vm: str | None = None, remedy: str | None = None
+    ) -> None:
+        super().__init__(text, vm=vm, remedy=remedy)
+        self.message = message
+
+
+class ImageError(UtilityVMError):
+    """A disk image cannot be used as asked."""
+
+
+class ImageDamaged(ImageError):
+    """The image is not what its header says, is cut short, or is of a kind that we do not read."""
+
+
+class ImageUnsafe(ImageError):
+    """The image would make the hypervisor open something that nobody asked for."""
+
+
+class StoreError(UtilityVMError):
+    """The journal would not take a line. An intent that is not written is a step that is not sent."""

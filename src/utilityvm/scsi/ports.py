@@ -1,0 +1,276 @@
+"""What the manager asks of others: a host, a guest, a journal. It knows them only through these Protocols.
+
+Each step that leaves the process has three answers, and every backend gives them the same way:
+
+* it returns: the step is **done**, and is true on the other side now;
+* it raises `HostRefused` or `GuestRefused` (or any `RequestError`): it is **refused**, and the other side is as it was;
+* it raises anything else (`OutcomeUnknown`, `ProtocolError`, `VMGone`, …): **no answer**; the manager probes before
+  it takes the next step.
+
+The manager never cancels a step that it has sent; it stops waiting for it. Steps on different disks come at the
+same time, and a backend must take them so: that is how batches become fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import PurePosixPath
+from typing import Protocol, TypeAlias
+
+from utilityvm.scsi.slot import Slot
+
+
+class AttachmentType(StrEnum):
+    """How a disk is attached; the values are those of HCS documents."""
+
+    VIRTUAL_DISK = "VirtualDisk"  # an image file
+    PASS_THRU = "PassThru"  # a physical disk: a block device on Linux
+    EXTENSIBLE_VIRTUAL_DISK = "ExtensibleVirtualDisk"  # HCS only: `evd://type/path`
+
+
+class DiskFormat(StrEnum):
+    """The format of an image file; the values are QEMU's driver names."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
+    VHD = "vpc"
+    VHDX = "vhdx"
+    VMDK = "vmdk"
+
+
+class VMAccess(StrEnum):
+    """Which right to the disk's file the VM is given on top of what it has."""
+
+    NOOP = "noop"  # none
+    GROUP = "group"  # to the group of all VMs, on the file itself
+    INDIVIDUAL = "individual"  # to this VM alone, and gone with the attachment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskRequest:
+    """A disk as the caller asks for it."""
+
+    host_path: str  # as the caller wrote it; HCS documents carry it to the byte
+    read_only: bool
+    kind: AttachmentType = AttachmentType.VIRTUAL_DISK
+    format: DiskFormat | None = None  # None: what the image's header says
+    access: VMAccess = VMAccess.INDIVIDUAL
+
+
+class OpenDisk(Protocol):
+    """A disk that a host backend has opened and checked, and that is not attached by that."""
+
+    @property
+    def identity(self) -> str:
+        """The same text for the same disk, however its path is spelled. Stable while the disk exists."""
+        ...
+
+    @property
+    def format(self) -> DiskFormat: ...
+
+    @property
+    def size_bytes(self) -> int:
+        """The disk's size as the guest will see it."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what was opened. An attachment made from it stays. Twice is once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ScratchKey:
+    """Encrypt with a random key that the guest makes and nobody ever learns: the data dies with the mount."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallerKey:
+    """Encrypt with the caller's key (aes-xts-plain64, 32 or 64 bytes). Never logged, never stored."""
+
+    key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verity:
+    """A dm-verity hash tree: a block that does not hash up to `root_hash` reads as an I/O error.
+
+    The tree lies on the same partition at `hash_offset_bytes`, with its superblock (as `veritysetup format
+    --hash-offset` writes it) unless the remaining fields say what the superblock would.
+    """
+
+    root_hash: bytes
+    hash_offset_bytes: int
+    data_blocks: int | None = None
+    salt: bytes | None = None
+    algorithm: str | None = None
+    block_size_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountConfig:
+    """How a partition is mounted. Two requests with equal configs share a mount; `options` compare without order."""
+
+    partition: int = 0  # 1-based; 0 is the whole disk
+    read_only: bool = False
+    options: tuple[str, ...] = ()  # mount(8) options and propagation flags, in the caller's order
+    filesystem: str | None = None  # None: detected in the guest
+    ensure_filesystem: bool = False  # make `filesystem` (ext4 unless given) on a blank device
+    reformat: bool = False  # with ensure_filesystem: make it whatever the device holds
+    block_device: bool = False  # publish the raw device at the guest path instead of a mount
+    encryption: ScratchKey | CallerKey | None = None
+    verity: Verity | None = None
+
+
+class HostBackend(Protocol):
+    """What talks to the hypervisor."""
+
+    async def open(self, request: DiskRequest) -> OpenDisk:
+        """Open and check the disk. Nothing is attached, and a refusal leaves nothing open.
+
+        Raises:
+            RequestError: no such disk, no right to it, in use by the host, not supported here.
+            ImageError: damaged, unsafe, or of another format than asked.
+        """
+        ...
+
+    async def attach(self, slot: Slot, disk: OpenDisk, *, attachment: str, timeout_s: float) -> None:
+        """Put `disk` on the bus at `slot` under the name `attachment`, which no attachment had before."""
+        ...
+
+    async def detach(self, slot: Slot, *, attachment: str, timeout_s: float) -> None:
+        """Take it off the bus. Returns when the device, its file and its locks are gone. Gone before is done."""
+        ...
+
+    async def probe(self, slot: Slot, *, attachment: str, timeout_s: float) -> bool:
+        """Is the attachment on the bus? False also means that no trace of it is left.
+
+        A half-made attachment (a node without a device) is finished off by the probe and reported as absent.
+        """
+        ...
+
+    async def resize(self, slot: Slot, *, attachment: str, size_bytes: int, timeout_s: float) -> None:
+        """Grow the image and tell the guest's device. The size was checked to be larger than before."""
+        ...
+
+
+class GuestBackend(Protocol):
+    """What talks to the system inside the VM. Every step may be sent again after an unknown outcome."""
+
+    def check(self, slot: Slot | None, config: MountConfig | None) -> None:
+        """Refuse, before anything is sent, what this guest cannot express.
+
+        Raises:
+            NotSupported: says what, and what would be.
+        """
+        ...
+
+    async def mount(
+        self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float
+    ) -> None:
+        """Mount the partition at `guest_path`; a refusal leaves nothing mounted there."""
+        ...
+
+    async def unmount(
+        self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float, force: bool
+    ) -> None:
+        """Unmount and flush. Not mounted there is done. `force` detaches lazily what is still in use.
+
+        Raises:
+            GuestBusy: in use, and not `force`; names the users, and everything is as it was.
+        """
+        ...
+
+    async def eject(self, slot: Slot, *, timeout_s: float, force: bool) -> None:
+        """Flush, and make the guest forget the device. No such device is done.
+
+        Raises:
+            GuestBusy: a mount, a mapping or an open file uses it, and not `force`.
+        """
+        ...
+
+    async def probe_mount(self, slot: Slot, *, guest_path: PurePosixPath, timeout_s: float) -> bool:
+        """Is the disk at `slot` mounted (or published) at `guest_path`?"""
+        ...
+
+    async def probe_device(self, slot: Slot, *, timeout_s: float) -> bool:
+        """Does the guest have a device at `slot`?"""
+        ...
+
+    async def grow(
+        self, slot: Slot, *, mounts: Sequence[tuple[MountConfig, PurePosixPath]], timeout_s: float
+    ) -> None:
+        """After the device grew: reread its size, and grow what is mounted from the whole disk."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who holds a reservation. `pid` and `started` are None for a named holder, which outlives processes."""
+
+    name: str
+    pid: int | None = None
+    started: str | None = None  # the kernel's start time of that pid, so that a reused pid is not the holder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskRecord:
+    """A disk as the journal keeps it."""
+
+    attachment: str
+    slot: Slot
+    host_path: str
+    identity: str
+    kind: AttachmentType
+    format: DiskFormat
+    access: VMAccess
+    read_only: bool
+    size_bytes: int
+    state: str  # a DiskState
+    since: float  # seconds since the epoch when the slot was taken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountRecord:
+    """A mount as the journal keeps it. A caller's key is not in it: `config.encryption` is only its kind."""
+
+    mount: str
+    attachment: str
+    guest_path: PurePosixPath
+    config: MountConfig
+    state: str  # a MountState
+    since: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReservationRecord:
+    """A reservation as the journal keeps it."""
+
+    reservation: str
+    attachment: str
+    mount: str | None  # None: attached only
+    holder: Holder
+    since: float
+
+
+Record: TypeAlias = DiskRecord | MountRecord | ReservationRecord
+
+
+class Journal(Protocol):
+    """Where the manager writes down what it is about to do, and what came of it."""
+
+    def write(self, put: Sequence[Record], drop: Sequence[Record] = ()) -> None:
+        """Store `put` (in place of a record of the same id) and forget `drop`: all of it, or nothing.
+
+        True on return even if the process is killed the next instant. Called before each step is sent, so it
+        must be quick, and it may not wait.
+
+        Raises:
+            StoreError: nothing was written; the step is not sent.
+        """
+        ...
+
+    def read(self) -> Sequence[Record]:
+        """Every record of this VM, disks first, then mounts, then reservations."""
+        ...
