@@ -146,9 +146,7 @@ class VMNotRunning(RequestError):
 class VMOwned(RequestError):
     """Another process owns the VM; `owner` names it."""
 
-    def __init__(
-        self, message: str, *, owner: str = "", vm: str | None = None, remedy: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, owner: str = "", vm: str | None = None, remedy: str | None = None) -> None:
         super().__init__(message, vm=vm, remedy=remedy)
         self.owner = owner
 
@@ -205,9 +203,7 @@ class VMGone(UtilityVMError):
 class ProtocolError(UtilityVMError):
     """A peer broke the rules of its protocol; `message` holds what it sent, cut to a sane length."""
 
-    def __init__(
-        self, text: str, *, message: object = None, vm: str | None = None, remedy: str | None = None
-    ) -> None:
+    def __init__(self, text: str, *, message: object = None, vm: str | None = None, remedy: str | None = None) -> None:
         super().__init__(text, vm=vm, remedy=remedy)
         self.message = message
 

@@ -23,9 +23,7 @@ class CommandFailed(SetupError):
         self.status = status
         self.output = output.strip()
         last = self.output.splitlines()[-1] if self.output else "it said nothing"
-        super().__init__(
-            f"{command[0]} ended with status {status}: {last}", remedy=f"it was run as: {self.command}"
-        )
+        super().__init__(f"{command[0]} ended with status {status}: {last}", remedy=f"it was run as: {self.command}")
 
 
 def find_program(name: str, *, package: str) -> Path:

@@ -166,9 +166,7 @@ class GuestBackend(Protocol):
         """
         ...
 
-    async def mount(
-        self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float
-    ) -> None:
+    async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
         """Mount the partition at `guest_path`; a refusal leaves nothing mounted there."""
         ...
 
@@ -198,9 +196,7 @@ class GuestBackend(Protocol):
         """Does the guest have a device at `slot`?"""
         ...
 
-    async def grow(
-        self, slot: Slot, *, mounts: Sequence[tuple[MountConfig, PurePosixPath]], timeout_s: float
-    ) -> None:
+    async def grow(self, slot: Slot, *, mounts: Sequence[tuple[MountConfig, PurePosixPath]], timeout_s: float) -> None:
         """After the device grew: reread its size, and grow what is mounted from the whole disk."""
         ...
 

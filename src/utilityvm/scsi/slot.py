@@ -46,7 +46,7 @@ class Slot(NamedTuple):
         return cls.checked(int(match[1]), int(match[2]))
 
     @property
-    def index(self) -> int:
+    def number(self) -> int:
         return self.controller * LUNS_PER_CONTROLLER + self.lun
 
     def __str__(self) -> str:
@@ -63,9 +63,7 @@ class FreeSlots:
             InvalidRequest: more than 4 controllers, fewer than 0, or a reserved slot that does not exist.
         """
         if not 0 <= controllers <= MAX_CONTROLLERS:
-            raise InvalidRequest(
-                f"{controllers} SCSI controllers", remedy=f"a VM has 0 to {MAX_CONTROLLERS} of them"
-            )
+            raise InvalidRequest(f"{controllers} SCSI controllers", remedy=f"a VM has 0 to {MAX_CONTROLLERS} of them")
         self.controllers = controllers
         self.capacity = controllers * LUNS_PER_CONTROLLER
         self._free = (1 << self.capacity) - 1
@@ -103,14 +101,14 @@ class FreeSlots:
             if where.controller >= self.controllers:
                 raise InvalidRequest(f"slot {where}: the VM has {self.controllers} SCSI controllers")
             raise AlreadyAttached(f"slot {where} is taken", slot=where)
-        self._free &= ~(1 << slot.index)
+        self._free &= ~(1 << slot.number)
 
     def give_back(self, slot: Slot) -> None:
         """Make `slot` free again; it must have been taken."""
         assert slot not in self, f"slot {slot} was free already"
-        self._free |= 1 << slot.index
+        self._free |= 1 << slot.number
 
     def __contains__(self, slot: Slot) -> bool:
         controller, lun = slot
         inside = 0 <= controller < self.controllers and 0 <= lun < LUNS_PER_CONTROLLER
-        return inside and bool(self._free >> slot.index & 1)
+        return inside and bool(self._free >> slot.number & 1)
