@@ -1,0 +1,147 @@
+"""Writes the parts of the docs that come from the code: the state tables, the API and the CLI reference.
+
+`python docs/generate.py` writes them; `--check` says which are out of date and ends with 1. A test runs the check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import enum
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+import utilityvm
+from utilityvm import errors
+from utilityvm.cli import main as uvm
+from utilityvm.scsi import transitions
+
+DOCS = Path(__file__).parent
+MADE = "<!-- made by docs/generate.py: change the code, not this page -->\n"
+
+
+def filled(page: str, name: str, content: str) -> str:
+    """`page` with what stands between the marks of `name` replaced."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(page):
+        raise SystemExit(f"no place for {name}")
+    return pattern.sub(lambda _: f"{begin}\n{content.strip()}\n{end}", page)
+
+
+def concepts() -> str:
+    page = (DOCS / "concepts/README.md").read_text()
+    page = filled(page, "disk states", transitions.disk_table_markdown())
+    return filled(page, "mount states", transitions.mount_table_markdown())
+
+
+def doc(thing: object) -> str:
+    return inspect.cleandoc(getattr(thing, "__doc__", None) or "")
+
+
+def prose(text: str) -> str:
+    """A docstring as Markdown: the sections of errors become lists."""
+    lines: list[str] = []
+    in_section = False
+    for line in text.splitlines():
+        if re.fullmatch(r"(Raises|Returns|Yields|Source):.*", line):
+            in_section = line.startswith(("Raises", "Returns", "Yields")) and line.endswith(":")
+            lines += ["", f"**{line.split(':')[0]}:**{line.partition(':')[2]}", ""]
+        elif in_section and (item := re.match(r"    (\w[\w.]*): (.*)", line)):
+            lines.append(f"- `{item[1]}`: {item[2]}")
+        elif in_section and line.startswith("    "):
+            lines.append(f"  {line.strip()}")
+        else:
+            in_section = in_section and not line.strip()
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def signature(thing: object) -> str:
+    try:
+        return str(inspect.signature(thing))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return "(...)"
+
+
+def members(cls: type) -> Iterator[str]:
+    for name, member in vars(cls).items():
+        if name.startswith("_"):
+            continue
+        raw = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
+        if isinstance(raw, property):
+            yield f"#### `{cls.__name__}.{name}`\n\n{prose(doc(raw))}\n"
+        elif inspect.isfunction(raw):
+            kind = "async " if inspect.iscoroutinefunction(raw) else ""
+            yield f"#### `{kind}{cls.__name__}.{name}{signature(raw)}`\n\n{prose(doc(raw))}\n"
+
+
+def section(name: str, thing: object) -> str:
+    if isinstance(thing, type) and issubclass(thing, enum.Enum):
+        values = "\n".join(f"- `{item.name}` = `{item.value!r}`" for item in thing)
+        return f"### `{name}`\n\n{prose(doc(thing))}\n\n{values}\n"
+    if isinstance(thing, type) and dataclasses.is_dataclass(thing):
+        fields = "\n".join(f"- `{field.name}: {field.type}`" for field in dataclasses.fields(thing) if field.repr)
+        return f"### `{name}`\n\n{prose(doc(thing))}\n\n{fields}\n\n" + "\n".join(members(thing))
+    if isinstance(thing, type):
+        return f"### `{name}`\n\n{prose(doc(thing))}\n\n" + "\n".join(members(thing))
+    return f"### `{name}{signature(thing) if callable(thing) else ''}`\n\n{prose(doc(thing))}\n"
+
+
+def api() -> str:
+    public = {name: getattr(utilityvm, name) for name in utilityvm.__all__}
+    is_error = {n for n, t in public.items() if isinstance(t, type) and issubclass(t, errors.UtilityVMError)}
+    parts = ["# Python API\n", MADE, doc(utilityvm), ""]
+    parts += [section(name, thing) for name, thing in public.items() if name not in is_error and name != "errors"]
+    parts += ["## Errors\n", prose(doc(errors)), ""]
+    return "\n".join(parts)
+
+
+def commands(command: click.Command, context: click.Context) -> Iterator[str]:
+    usage = command.get_usage(context).removeprefix("Usage: ")
+    yield f"## `{context.command_path}`\n\n```\n{usage}\n```\n\n{inspect.cleandoc(command.help or '')}\n"
+    options = [
+        record for parameter in command.get_params(context) if (record := parameter.get_help_record(context)) is not None
+    ]
+    if options:
+        yield "\n".join(f"- `{name}`: {text}" for name, text in options) + "\n"
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            assert inner is not None
+            yield from commands(inner, click.Context(inner, info_name=name, parent=context))
+
+
+def cli() -> str:
+    context = click.Context(uvm, info_name="uvm", max_content_width=100)
+    return "\n".join(["# Command line\n", MADE, *commands(uvm, context)])
+
+
+PAGES = {"concepts/README.md": concepts, "reference/api.md": api, "reference/cli.md": cli}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if a page is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for name, make in PAGES.items():
+        text = "\n".join(line.rstrip() for line in make().splitlines()) + "\n"
+        path = DOCS / name
+        if not path.exists() or path.read_text() != text:
+            stale.append(name)
+            if not check:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+    for name in stale:
+        print(f"{name}: {'out of date; run python docs/generate.py' if check else 'written'}", file=sys.stderr)
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
