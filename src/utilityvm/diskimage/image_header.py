@@ -1,0 +1,63 @@
+"""What the header of a disk image says: one value for all formats, and where in the file it keeps its tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from utilityvm.scsi.ports import DiskFormat
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table that QEMU loads into memory when it opens the image."""
+
+    name: str
+    offset: int  # bytes from the start of the file
+    size_bytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageHeader:
+    """What an image says about itself. Nothing here is trusted: `check_safe` decides what may be attached.
+
+    Names of other files are shown as QEMU would take them; utilityvm opens none of them.
+    """
+
+    name: str  # what messages call the image; the host path
+    format: DiskFormat
+    subformat: str  # qcow2: "v2", "v3"; VHD, VHDX: "fixed", "dynamic", "differencing"; VMDK: its createType; raw: ""
+    file_size_bytes: int
+    virtual_size_bytes: int  # the disk's size as QEMU 7.2 to 9.2 shows it to the guest
+    other_size_bytes: int | None = None  # VHD: QEMU 10 and later take this size, when it is another
+    cluster_size_bytes: int | None = None  # qcow2 cluster, VHD and VHDX block, VMDK grain; None: the format has none
+    backing: str | None = None  # the file under this one: qcow2 backing file; VHD, VHDX, VMDK parent
+    backing_format: str | None = None  # what the image says its backing file's format is, as QEMU's driver name
+    needs_parent: bool = False  # VHD, VHDX or VMDK that holds only differences from a parent
+    data_file: str | None = None  # qcow2: the file that holds the data; "" when the image has one and does not name it
+    extents: tuple[str, ...] = ()  # VMDK: the extent lines of its descriptor
+    dirty: bool = False  # qcow2: refcounts are stale after a crash; VHDX: the log has to be replayed first
+    corrupt: bool = False  # qcow2: QEMU marked it so
+    encryption: str | None = None
+    features: frozenset[str] = frozenset()
+    unknown_features: tuple[str, ...] = ()  # what a reader must understand, and we do not
+    tables: tuple[Table, ...] = ()
+    snapshots: int = 0
+    memory_bytes: int = 0  # what QEMU has to keep in memory for it beyond the tables: dirty bitmaps
+    disputes: tuple[str, ...] = ()  # where two readers of this image would disagree; each a full sentence
+    write_refusal: str | None = None  # why QEMU could not write to it
+
+
+def driver_options(header: ImageHeader) -> dict[str, None]:
+    """What QEMU's `blockdev-add` must be told beyond driver and file, so that it follows no name in the image.
+
+    `"backing": null` goes to every format that has such a member, also when the header names no backing file:
+    the file may change between our reading of it and QEMU's. A chain that is allowed replaces the null by a node.
+    There is no option for the size of a VHD: `force_size_calc` is not in QEMU's schema, only on its command line.
+
+    Source: QEMU qapi/block-core.json, BlockdevOptionsGenericCOWFormat and BlockdevOptionsGenericFormat.
+    """
+    return {"backing": None} if header.format in (DiskFormat.QCOW2, DiskFormat.VMDK) else {}
