@@ -8,7 +8,6 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -22,14 +21,17 @@ from utilityvm.scsi.ports import DiskFormat
 PAGE = 4096
 
 
-@dataclass
 class Bytes:
     """A sparse file in memory. It counts what is read of it, and holds no more than was written."""
 
-    size: int
-    pages: dict[int, bytearray] = field(default_factory=dict)
-    bytes_read: int = 0
-    reads: int = 0
+    def __init__(self, size: int, pages: dict[int, bytearray] | None = None) -> None:
+        self.size = size
+        self.pages = pages if pages is not None else {}
+        self.bytes_read = 0
+        self.reads = 0
+
+    def __repr__(self) -> str:
+        return f"<{self.size} bytes>"
 
     @classmethod
     def of(cls, data: bytes, *, at: int = 0, size: int | None = None) -> Bytes:
@@ -56,14 +58,14 @@ class Bytes:
         data = b"".join(self.pages.get(number, bytes(PAGE)) for number in range(first, last))
         return data[offset - first * PAGE :][:length]
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes) -> Bytes:
         for at, byte in enumerate(data, offset):
             self.pages.setdefault(at // PAGE, bytearray(PAGE))[at % PAGE] = byte
         self.size = max(self.size, offset + len(data))
+        return self
 
     def put(self, offset: int, layout: str, *values: object) -> Bytes:
-        self.write(offset, struct.pack(layout, *values))
-        return self
+        return self.write(offset, struct.pack(layout, *values))
 
     def pread(self, length: int, offset: int) -> bytes:
         assert length >= 0
@@ -210,6 +212,11 @@ def memory() -> type[Bytes]:
 @pytest.fixture(scope="session")
 def reseal() -> dict[str, Callable[[Bytes], Bytes]]:
     return {"vpc": reseal_vhd, "vhdx": reseal_vhdx, "qcow2": lambda image: image, "vmdk": lambda image: image}
+
+
+@pytest.fixture(scope="session")
+def crc() -> Callable[[bytes], int]:
+    return crc32c
 
 
 @pytest.fixture(scope="session")

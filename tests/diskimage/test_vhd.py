@@ -1,0 +1,158 @@
+"""VHD: which of its sizes counts, and which of its two footers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from utilityvm.diskimage.headers import check_safe
+from utilityvm.errors import ImageDamaged, ImageUnsafe
+from utilityvm.scsi.ports import DiskFormat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.diskimage.conftest import Bytes, Maker, Reader
+
+    Reseal = dict[str, Callable[[Bytes], Bytes]]
+
+CREATORS = [
+    b"vpc ",
+    b"qemu",
+    b"qem2",
+    b"win ",
+    b"d2v ",
+    b"d2vx",
+    b"CTXS",
+    b"tap\0",
+    b"tapx",
+    b"wa\0\0",
+    b"abcd",
+    b"\0" * 4,
+]
+
+
+def footers(image: Bytes) -> list[int]:
+    return [at for at in (0, image.size - 512) if image.get(at, 8) == b"conectix"]
+
+
+def change_footers(image: Bytes, offset: int, layout: str, *values: object) -> Bytes:
+    for at in footers(image):
+        image.put(at + offset, layout, *values)
+    return image
+
+
+@pytest.mark.parametrize("creator", CREATORS)
+@pytest.mark.parametrize("geometry", [(300, 4, 17), (65535, 16, 255), (0, 0, 0)])
+def test_the_size_that_counts_depends_on_creator_and_geometry(
+    maker: Maker, read: Reader, seeds: dict[str, Bytes], reseal: Reseal, creator: bytes, geometry: tuple[int, int, int]
+) -> None:
+    image = seeds["vpc-dynamic"].copy()
+    change_footers(change_footers(image, 28, "4s", creator), 56, ">HBB", *geometry)
+    path = reseal["vpc"](image).save(maker.path("vhd"))
+
+    header = read(path, DiskFormat.VHD)
+
+    told = maker.info(path, "vpc")["virtual-size"]
+    sizes = {header.virtual_size_bytes, header.other_size_bytes or header.virtual_size_bytes}
+    assert told in sizes
+    assert header.virtual_size_bytes == told
+
+
+@pytest.mark.parametrize(
+    ("creator", "other"),
+    [(b"vpc ", None), (b"qemu", None), (b"win ", None), (b"wa\0\0", 16 << 20), (b"abcd", 16 << 20)],
+)
+def test_the_size_that_qemu_10_takes_is_told_when_it_is_another(
+    seeds: dict[str, Bytes], reseal: Reseal, creator: bytes, other: int | None
+) -> None:
+    image = seeds["vpc-dynamic"].copy()
+    change_footers(change_footers(image, 28, "4s", creator), 56, ">HBB", 300, 4, 17)
+    assert reseal["vpc"](image).read().other_size_bytes == other
+
+
+@pytest.mark.parametrize("seed", ["vpc-dynamic", "vpc-fixed"])
+def test_a_wrong_checksum_is_damaged(seeds: dict[str, Bytes], seed: str) -> None:
+    image = seeds[seed].copy()
+    image.put(image.size - 512 + 100, "B", 1)
+    with pytest.raises(ImageDamaged, match="the footer has a wrong checksum"):
+        image.read(DiskFormat.VHD)
+
+
+def test_a_wrong_checksum_of_the_copy_is_damaged(seeds: dict[str, Bytes]) -> None:
+    image = seeds["vpc-dynamic"].copy()
+    image.put(100, "B", 1)
+    with pytest.raises(ImageDamaged, match="the footer's copy has a wrong checksum"):
+        image.read()
+
+
+def test_a_guest_cannot_turn_its_fixed_disk_into_a_dynamic_one(seeds: dict[str, Bytes]) -> None:
+    """QEMU believes the first sector, which the guest writes; the dynamic header behind it would be the guest's too."""
+    image = seeds["vpc-fixed"].copy()
+    image.write(0, seeds["vpc-dynamic"].get(0, 2048))
+    for expected in (None, DiskFormat.VHD):
+        with pytest.raises(ImageUnsafe, match="says a fixed disk, and its first sector starts like a dynamic one"):
+            image.read(expected)
+
+
+def test_a_dynamic_disk_whose_footers_differ_is_disputed(seeds: dict[str, Bytes], reseal: Reseal) -> None:
+    image = seeds["vpc-dynamic"].copy()
+    image.put(48, ">Q", 8 << 20)
+    header = reseal["vpc"](image).read()
+    with pytest.raises(ImageUnsafe, match="a dynamic disk of 8388608 bytes and its footer a dynamic disk of 16777216"):
+        check_safe(header, read_only=True)
+
+
+@pytest.mark.parametrize("fields", [(84, "B", 1), (24, ">I", 1234)])
+def test_footers_may_differ_in_time_and_saved_state(
+    seeds: dict[str, Bytes], reseal: Reseal, fields: tuple[int, str, int]
+) -> None:
+    image = seeds["vpc-dynamic"].copy()
+    image.put(*fields)
+    check_safe(reseal["vpc"](image).read(), read_only=True)
+
+
+def test_the_name_of_a_parent_is_told(seeds: dict[str, Bytes], reseal: Reseal) -> None:
+    image = seeds["vpc-dynamic"].copy()
+    change_footers(image, 60, ">I", 4).write(512 + 64, "C:\\base.vhd".encode("utf-16-be"))
+    header = reseal["vpc"](image).read()
+    assert (header.subformat, header.backing) == ("differencing", "C:\\base.vhd")
+    with pytest.raises(ImageUnsafe, match=r"differs from a parent, 'C:\\\\base\.vhd'"):
+        check_safe(header, read_only=True)
+
+
+DAMAGES: dict[str, Callable[[Bytes], object]] = {
+    "type 5": lambda image: change_footers(image, 60, ">I", 5),
+    "wrong cookie or checksum": lambda image: image.write(512, b"cxspars_"),
+    "blocks have 0 bytes": lambda image: image.put(512 + 32, ">I", 0),
+    "blocks have 256 bytes": lambda image: image.put(512 + 32, ">I", 256),
+    "blocks have 1536 bytes": lambda image: image.put(512 + 32, ">I", 1536),
+    "block table has 7 entries": lambda image: image.put(512 + 28, ">I", 7),
+    "dynamic disk header is at 2048": lambda image: change_footers(image, 16, ">Q", 2048),
+    "a VHD holds at most": lambda image: change_footers(image, 48, ">Q", 1 << 50),
+    "does not end in a VHD footer": lambda image: image.write(image.size - 512, bytes(8)),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_an_impossible_header_is_damaged(seeds: dict[str, Bytes], reseal: Reseal, message: str) -> None:
+    image = seeds["vpc-dynamic"].copy()
+    DAMAGES[message](image)
+    with pytest.raises(ImageDamaged) as refused:
+        reseal["vpc"](image).read()
+    assert message in str(refused.value)
+
+
+def test_a_fixed_disk_larger_than_its_file_is_damaged(seeds: dict[str, Bytes], reseal: Reseal) -> None:
+    """Its last sector would be the footer, for the guest to write."""
+    image = change_footers(seeds["vpc-fixed"].copy(), 48, ">Q", (1 << 20) + 512)
+    with pytest.raises(ImageDamaged, match="cut short: a fixed disk of 1049088 bytes"):
+        reseal["vpc"](image).read()
+
+
+def test_a_footer_of_511_bytes_is_read_as_qemu_does(maker: Maker, read: Reader, seeds: dict[str, Bytes]) -> None:
+    image = seeds["vpc-fixed"].copy()
+    image.size -= 1
+    path = image.save(maker.path("vhd"))
+    assert read(path, DiskFormat.VHD).virtual_size_bytes == maker.info(path, "vpc")["virtual-size"] == 1 << 20
