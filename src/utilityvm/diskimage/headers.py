@@ -47,7 +47,7 @@ def read(fd: int, *, name: str, expected: DiskFormat | None = None) -> ImageHead
     With `expected` the image is read as that format whatever else it looks like: a raw disk whose guest wrote a qcow2
     header into it stays raw (CVE-2008-2004), so keep the format of the first registration and give it here.
     Without, its first bytes decide, or for a fixed VHD a valid footer at the end. A raw disk with such a footer looks
-    the same: give `expected` for raw disks that a guest can write to.
+    the same: give `expected` for raw disks that a guest can write to, and for physical disks always.
 
     Blocks for as long as the storage does: call it from a thread. Then `check_safe`.
 

@@ -46,9 +46,17 @@ class ImageHeader:
     unknown_features: tuple[str, ...] = ()  # what a reader must understand, and we do not
     tables: tuple[Table, ...] = ()
     snapshots: int = 0
-    memory_bytes: int = 0  # what QEMU has to keep in memory for it beyond the tables: dirty bitmaps
+    memory_bytes: int = 0  # what QEMU needs to open it, beyond the tables: dirty bitmaps, the repair of a dirty qcow2
     disputes: tuple[str, ...] = ()  # where two readers of this image would disagree; each a full sentence
     write_refusal: str | None = None  # why QEMU could not write to it
+
+    @property
+    def blocks_migration(self) -> bool:
+        """Does QEMU refuse to save a VM's state while it has this image open, even read-only? So no template of it.
+
+        Source: QEMU block/vpc.c, block/vhdx.c and block/vmdk.c, migrate_add_blocker.
+        """
+        return self.format in (DiskFormat.VHD, DiskFormat.VHDX, DiskFormat.VMDK)
 
 
 def driver_options(header: ImageHeader) -> dict[str, None]:

@@ -108,9 +108,12 @@ def read(image: Source) -> ImageHeader:
         raise image.damaged(f"its L1 table has {l1_entries} entries, too few for {size} bytes")
 
     memory_bytes = 0
+    if incompatible >> _DIRTY & 1:  # QEMU counts the references to each cluster of the file, in an array
+        memory_bytes = (image.size_bytes // cluster << refcount_order) // 8
     if autoclear & 1 and _EXTENSION_BITMAPS in extensions:
-        directory, memory_bytes = _read_bitmaps(image, extensions[_EXTENSION_BITMAPS], size)
+        directory, bitmap_bytes = _read_bitmaps(image, extensions[_EXTENSION_BITMAPS], size)
         tables.append(directory)
+        memory_bytes += bitmap_bytes
     tables = [table for table in tables if table.size_bytes]
     for table in tables:
         if table.offset % cluster or not table.offset:

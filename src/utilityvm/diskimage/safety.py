@@ -71,8 +71,11 @@ def check_safe(header: ImageHeader, *, read_only: bool, allow_backing: bool = Fa
 
     With `allow_backing` a qcow2 backing file is no reason to refuse: the caller has registered the chain, opens and
     checks each file of it, and gives QEMU the node. A name that is more than a path is refused even so.
-    The file may change after it was read. What then still holds is what the host gives QEMU: an explicit driver,
-    `driver_options`, and rights to this file alone. Read the header again each time the image is opened.
+
+    The guest or others may change the file after it was read, so read it again each time it is opened. Against who
+    changes it between our look and QEMU's stands what the host gives QEMU: an explicit driver, `driver_options`, and
+    rights to this file alone. QEMU has no option against a qcow2 data file or VMDK extents; the host sees them as
+    nodes that it did not name (`query-named-block-nodes`), and as a header that is no longer equal to this one.
 
     Raises:
         ImageUnsafe: it would make QEMU open something else, take too much memory, or see another disk than we do.
@@ -209,6 +212,6 @@ def _sizes(header: ImageHeader, limits: Limits) -> Iterator[Problem]:
     if header.memory_bytes > limits.memory_bytes:
         yield Problem(
             Rule.MEMORY,
-            f"its dirty bitmaps need {header.memory_bytes} bytes of memory, and {limits.memory_bytes} are allowed",
-            "remove some: qemu-img bitmap --remove",
+            f"to open it takes {header.memory_bytes} bytes of memory, and {limits.memory_bytes} are allowed",
+            "repair it (qemu-img check -r all) and remove dirty bitmaps (qemu-img bitmap --remove)",
         )

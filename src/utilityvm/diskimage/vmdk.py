@@ -14,6 +14,7 @@ Source: VMware, Virtual Disk Format 5.0; QEMU block/vmdk.c (vmdk_open_vmdk4, vmd
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from typing import Final
@@ -148,7 +149,7 @@ def _read_descriptor(image: Source) -> tuple[str, str | None, bool, tuple[str, .
     needs_parent = hint is not None or len(parent_ids) != len(re.findall(r"(?i)parentCID=ffffffff\b", text))
     return (
         created[1] if created else "",
-        (hint[1] or "") if hint else None,
+        os.fsdecode((hint[1] or "").encode("latin-1")) if hint else None,
         needs_parent,
         tuple(line.strip() for line in re.split(r"[\n\0]", text) if _EXTENT.fullmatch(line)),
     )
