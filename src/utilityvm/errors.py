@@ -14,6 +14,7 @@
     │   ├── ConfigDiffers        the disk is attached with other settings
     │   ├── GuestPathInUse       another mount holds the guest path
     │   ├── DiskInUse            another VM, or the host itself, uses the disk
+    │   ├── AccessDenied         we, or the VM, have no right to the disk's file
     │   ├── NotSupported         this host, guest or disk cannot express the request
     │   │   └── LayerNotSupported   SCSI layers on a Windows guest
     │   ├── VMNotFound           no VM of that name
@@ -121,6 +122,10 @@ class GuestPathInUse(RequestError):
 
 class DiskInUse(RequestError):
     """Another VM, or the host itself, uses the disk."""
+
+
+class AccessDenied(RequestError):
+    """We, or the VM, have no right to the disk's file."""
 
 
 class NotSupported(RequestError):

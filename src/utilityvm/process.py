@@ -76,6 +76,43 @@ def run(
     return done.stdout
 
 
+def spawn(
+    command: Sequence[str | Path],
+    *,
+    env: Mapping[str, str],
+    stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.DEVNULL,
+    stderr: int = subprocess.DEVNULL,
+    pass_fds: Sequence[int] = (),
+) -> int:
+    """Start a program that runs beside us, and give its pid. The caller waits for its end (`os.waitpid`).
+
+    It has a session of its own (a terminal's Ctrl-C is not for it), works in `/`, makes files that only its user may
+    read, and inherits no descriptor but those given.
+
+    Raises:
+        SetupError: it could not be started.
+    """
+    words = [str(word) for word in command]
+    _log.debug("spawn %s", shlex.join(words))
+    try:
+        process = subprocess.Popen(
+            words,
+            cwd="/",
+            env=env,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=pass_fds,
+            start_new_session=True,
+            umask=0o077,
+        )
+    except OSError as error:
+        raise SetupError(f"cannot start {words[0]}: {error.strerror}") from error
+    process.returncode = 0  # it is the caller's from here: Popen would warn of a program that outlives its object
+    return process.pid
+
+
 async def run_async(
     command: Sequence[str | Path], *, stdin: bytes | None = None, timeout_s: float | None = None
 ) -> bytes:

@@ -1,0 +1,249 @@
+"""A disk on this host: opened once, checked, locked, and handed on as a descriptor.
+
+The path is looked at once. What it leads to is pinned (O_PATH), its kind is checked, and from then on that very inode
+is opened again through /proc: whoever swaps the path afterwards swaps nothing here.
+
+Our own lock is an open-file-description lock on the description that QEMU gets. QEMU's copy is the same description,
+so the lock lives exactly as long as QEMU has the file: it outlives us, and dies with QEMU. It lies on a byte far from
+those that QEMU locks by itself (100 to 299), and unlike those it stays after a template was saved.
+
+Source: fcntl(2), open file description locks; QEMU block/file-posix.c, RAW_LOCK_PERM_BASE.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+import struct
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from utilityvm.diskimage import blockdev, headers
+from utilityvm.errors import AccessDenied, ConfigDiffers, DiskInUse, InvalidRequest, NotSupported
+from utilityvm.log import logger
+from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest
+
+LOCK_BYTE: Final = 0x7574_696C_7669_7274  # "utilvirt"; behind the end of every file
+_FLOCK: Final = struct.Struct("hhqqi4x")
+_NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+_WRONG_KINDS: Final = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+)
+
+_log = logger(__name__)
+
+
+class QemuDisk:
+    """An open disk. Closing it does not touch what was attached from it."""
+
+    def __init__(self, fd: int, request: DiskRequest, *, identity: str, header: headers.ImageHeader) -> None:
+        self._fd = fd
+        self.request = request
+        self.identity = identity
+        self.header = header
+        self.format = header.format
+        self.size_bytes = header.virtual_size_bytes
+        physical = request.kind is AttachmentType.PASS_THRU
+        self.logical_block_bytes = blockdev.logical_block_size(fd) if physical else None
+
+    @property
+    def fd(self) -> int:
+        assert self._fd >= 0, f"{self.request.host_path} was closed"
+        return self._fd
+
+    @property
+    def serial(self) -> str:
+        """The same for this disk in every VM and each time: the guest finds it under /dev/disk/by-id."""
+        return self._digest()[:16]
+
+    @property
+    def wwn(self) -> int:
+        """A locally assigned world wide name (NAA 3). Source: SPC-5, 7.7.6.5."""
+        return 0x3 << 60 | int(self._digest()[16:31], 16)
+
+    def open_locked(self, *, user: str | None = None) -> int:
+        """A new descriptor of the disk for one attachment, locked; the caller closes it.
+
+        Shared for a read-only attachment, else exclusive, on a physical disk also against the host's own use.
+
+        Raises:
+            DiskInUse: another attachment, or the host, forbids it; `user` is who, if that is known.
+            AccessDenied: the right to open it was taken away since.
+            NotSupported: its file system cannot lock, and it is to be written.
+        """
+        path, read_only = self.request.host_path, self.request.read_only
+        if self.request.kind is AttachmentType.PASS_THRU:
+            flags = blockdev.open_flags(read_only=read_only)
+        else:
+            flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
+        try:
+            fd = os.open(f"/proc/self/fd/{self.fd}", flags)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise _in_use(path, user, read_only=read_only) from error
+            raise _cannot_open(path, error) from error
+        with ExitStack() as undo:
+            undo.callback(os.close, fd)
+            if self.request.kind is AttachmentType.PASS_THRU:
+                blockdev.check_unused(fd, host_path=path, exclusive=not read_only)
+            lock(fd, host_path=path, read_only=read_only, user=user)
+            undo.pop_all()
+        return fd
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _digest(self) -> str:
+        return hashlib.sha256(self.identity.encode()).hexdigest()
+
+
+def open_disk(request: DiskRequest) -> QemuDisk:
+    """Open and check the disk that was asked for. Blocks for as long as its storage does.
+
+    Raises:
+        InvalidRequest: no such file, or one that cannot be a disk of this kind.
+        AccessDenied: this user may not open it so.
+        DiskInUse: the host itself uses it.
+        NotSupported: an extensible virtual disk, or a writable one on what cannot be written.
+        ConfigDiffers, ImageError: what `headers.read` and `headers.check_safe` say of the image.
+    """
+    path = request.host_path
+    physical = request.kind is AttachmentType.PASS_THRU
+    if request.kind is AttachmentType.EXTENSIBLE_VIRTUAL_DISK:
+        raise NotSupported(
+            f"{path}: QEMU has no extensible virtual disks",
+            host_path=path,
+            remedy="attach an image file or a block device; evd:// is for Windows hosts",
+        )
+    if physical and request.format not in (None, DiskFormat.RAW):
+        raise ConfigDiffers(
+            f"{path}: asked for as {request.format}, and a physical disk is raw",
+            host_path=path,
+            remedy="leave the format out",
+        )
+    with ExitStack() as undo:
+        pinned = _pin(path)
+        undo.callback(os.close, pinned)
+        status = os.fstat(pinned)
+        _check_kind(path, status.st_mode, physical=physical)
+        fd = _reopen(pinned, path, read_only=request.read_only)
+        undo.callback(os.close, fd)
+        if physical:
+            if not request.read_only and blockdev.is_read_only(fd):
+                raise NotSupported(
+                    f"{path}: the kernel has this device read-only",
+                    host_path=path,
+                    remedy="attach it read-only, or: blockdev --setrw",
+                )
+            users = blockdev.host_users(status.st_rdev)
+            identity = f"block:{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+        else:
+            users = blockdev.file_users(fd)
+            identity = f"file:{status.st_dev}:{status.st_ino}"
+        if users:
+            raise blockdev.in_use(path, users)
+        header = headers.read(fd, name=path, expected=DiskFormat.RAW if physical else request.format)
+        headers.check_safe(header, read_only=request.read_only)
+        disk = QemuDisk(fd, request, identity=identity, header=header)
+        undo.pop_all()
+        os.close(pinned)
+    return disk
+
+
+def lock(fd: int, *, host_path: str, read_only: bool, user: str | None = None) -> None:
+    """Take our lock on the description behind `fd`: shared if `read_only`, else exclusive. Its last close frees it.
+
+    Raises:
+        DiskInUse: another attachment of the disk, in whatever VM, holds a lock that forbids this one.
+        NotSupported: the file system cannot lock, and the disk is to be written.
+    """
+    kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, LOCK_BYTE, 1, 0))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise _in_use(host_path, user, read_only=read_only) from error
+        if error.errno not in _NO_LOCKS:
+            raise _cannot_open(host_path, error) from error
+        if not read_only:
+            raise NotSupported(
+                f"{host_path}: its file system cannot lock files ({error.strerror}), so nothing would keep a second "
+                "VM from writing to it",
+                host_path=host_path,
+                remedy="attach it read-only, or move it to a local file system",
+            ) from error
+        _log.warning("no lock on %s: %s", host_path, error.strerror)
+
+
+def _pin(path: str) -> int:
+    if not path or "\0" in path:
+        raise InvalidRequest(f"{path!r} is no path", remedy="give the path of a disk image or of a block device")
+    try:
+        return os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise _cannot_open(path, error) from error
+
+
+def _reopen(pinned: int, path: str, *, read_only: bool) -> int:
+    try:
+        return os.open(f"/proc/self/fd/{pinned}", os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR))
+    except OSError as error:
+        raise _cannot_open(path, error) from error
+
+
+def _check_kind(path: str, mode: int, *, physical: bool) -> None:
+    for is_it, name in _WRONG_KINDS:
+        if is_it(mode):
+            raise InvalidRequest(f"{path} is {name}, not a disk", host_path=path, remedy="give a disk image's path")
+    if physical and not stat.S_ISBLK(mode):
+        raise InvalidRequest(
+            f"{path} is a file, not a physical disk", host_path=path, remedy="attach it as an image: add_scsi"
+        )
+    if not physical and not stat.S_ISREG(mode):
+        raise InvalidRequest(
+            f"{path} is a block device, not an image",
+            host_path=path,
+            remedy="attach it as a physical disk: add_scsi_physical_disk",
+        )
+
+
+def _in_use(path: str, user: str | None, *, read_only: bool) -> DiskInUse:
+    by = user or "another VM"
+    how = "writes to it" if read_only else "has it attached"
+    return DiskInUse(
+        f"{path}: {by} {how}",
+        host_path=path,
+        remedy="detach it there first; a disk has one VM that writes, or any number that only read",
+    )
+
+
+def _cannot_open(path: str, error: OSError) -> InvalidRequest | AccessDenied | NotSupported:
+    message = f"{path} cannot be opened: {error.strerror}"
+    match error.errno:
+        case errno.EACCES | errno.EPERM:
+            return AccessDenied(
+                message,
+                host_path=path,
+                remedy="give this user the right to it, or attach it read-only if that is enough",
+            )
+        case errno.EROFS | errno.ETXTBSY:
+            return NotSupported(message, host_path=path, remedy="attach it read-only")
+        case _:
+            return InvalidRequest(message, host_path=path, remedy="give the path of a disk image or of a block device")
+
+
+def describe(path: Path) -> str:
+    """The identity of a file or block device, without opening it; as `QemuDisk.identity`."""
+    status = path.stat()
+    if stat.S_ISBLK(status.st_mode):
+        return f"block:{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    return f"file:{status.st_dev}:{status.st_ino}"

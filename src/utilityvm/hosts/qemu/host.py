@@ -1,0 +1,462 @@
+"""The host backend on QEMU: disks on the bus of one running VM, and the VM's end.
+
+An attachment is made of three things, in this order: an *fdset* with the descriptor, a block *node* over it, a SCSI
+*device* on the node; it is taken apart the other way round. What is there can be asked for at any time, so every step
+can be gone on with by whoever comes next: `probe` finishes off what is half there, `detach` starts with what is left.
+
+Detaching waits for QEMU's RCU thread, which frees devices in batches every 50 ms, or at once when some 30 are waiting.
+So detaches that run side by side take as long as one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import grp
+import os
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self, TypeAlias
+
+from utilityvm.errors import (
+    AccessDenied,
+    AlreadyAttached,
+    DeadlineExceeded,
+    DiskInUse,
+    HostRefused,
+    InvalidRequest,
+    NotAttached,
+    NotSupported,
+    OutcomeUnknown,
+    ProtocolError,
+    SetupError,
+    UtilityVMError,
+    VMGone,
+)
+from utilityvm.hosts.qemu import acl, blockdev, console, launch
+from utilityvm.hosts.qemu.disk import QemuDisk, open_disk
+from utilityvm.hosts.qemu.launch import QemuConfig, QemuProcess
+from utilityvm.hosts.qemu.lifetime import Watch
+from utilityvm.hosts.qemu.qmp import Answer, Command, Event, Qmp, QmpRefused
+from utilityvm.log import logger
+from utilityvm.process import CommandFailed, find_program, run
+from utilityvm.scsi.ports import DiskRequest, OpenDisk, VMAccess
+from utilityvm.scsi.slot import Slot
+
+WhoUses: TypeAlias = Callable[[str], str | None]  # a disk's identity -> the VM that has it, if that is known
+
+VM_GROUP: Final = "utilityvm"
+_DELETED: Final = "DEVICE_DELETED"
+_UNPLUG_FAILED: Final = "DEVICE_UNPLUG_GUEST_ERROR"
+_NOT_FOUND: Final = "DeviceNotFound"
+_LOOK_AGAIN_S: Final = 0.02
+_RESIZABLE: Final = frozenset({"file", "qcow2"})
+_QUIT_S: Final = 2.0
+
+_log = logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attachment:
+    """A disk that this QEMU has. Not `whole`: a half-made one, which `probe` finishes off."""
+
+    attachment: str
+    slot: Slot
+    whole: bool
+
+
+class QemuHost:
+    """A running QEMU, by its monitor. One owner at a time: QEMU serves one client on that socket."""
+
+    def __init__(
+        self, process: QemuProcess, qmp: Qmp, watch: Watch, *, who_uses: WhoUses | None, vm_group: str
+    ) -> None:
+        """Use `start` or `connect`."""
+        self.process = process
+        self._qmp = qmp
+        self._watch = watch
+        self._who_uses = who_uses
+        self._vm_group = vm_group
+        # Every attachment that QEMU may have anything of: ours from before the first command is sent, others' from
+        # `connect`. So what is not here is not there.
+        self._numbers: dict[str, int] = {}
+        self._next_number = 0
+        self._log = _log.bind(vm=process.name)
+        # Resolves with the reason when QEMU has ended, or its connection; nothing that waits here waits longer.
+        self.gone: asyncio.Future[UtilityVMError] = asyncio.get_running_loop().create_future()
+        qmp.gone.add_done_callback(lambda _: self._is_gone())
+        watch.ended.add_done_callback(lambda _: self._is_gone())
+
+    @classmethod
+    async def start(
+        cls,
+        config: QemuConfig,
+        *,
+        folder: Path,
+        who_uses: WhoUses | None = None,
+        vm_group: str = VM_GROUP,
+        timeout_s: float = 30.0,
+    ) -> Self:
+        """Start a QEMU; it runs and its monitor answers. See `launch.start` for `folder` and the errors."""
+        process, qmp = await launch.start(config, folder=folder, timeout_s=timeout_s)
+        try:
+            host = cls(process, qmp, Watch(process.pid, process.started), who_uses=who_uses, vm_group=vm_group)
+        except VMGone:
+            qmp.close()
+            await launch.destroy(process)
+            raise
+        host._next_number = launch.LOG_SET + 1
+        return host
+
+    @classmethod
+    async def connect(
+        cls,
+        process: QemuProcess,
+        *,
+        who_uses: WhoUses | None = None,
+        vm_group: str = VM_GROUP,
+        timeout_s: float = 5.0,
+    ) -> Self:
+        """Take over a running QEMU whose owner is gone. What it has attached is in `attachments`.
+
+        Raises:
+            VMGone: it does not run any more, or what runs there is another one.
+            DeadlineExceeded: it does not answer: another owner is connected, or it hangs.
+        """
+        async with AsyncExitStack() as undo:
+            watch = Watch(process.pid, process.started)
+            undo.callback(watch.close)
+            qmp = await Qmp.connect(process.folder / launch.QMP_SOCKETS[0], vm=process.name, timeout_s=timeout_s)
+            undo.callback(qmp.close)
+            found = (await qmp.execute("query-uuid", timeout_s=timeout_s))["UUID"]
+            if found != process.uuid:
+                raise VMGone(f"QEMU at {process.folder} is VM {found}, not {process.uuid}", vm=process.name)
+            host = cls(process, qmp, watch, who_uses=who_uses, vm_group=vm_group)
+            await host._read_sets(timeout_s=timeout_s)
+            undo.pop_all()
+        return host
+
+    # The HostBackend protocol.
+
+    async def open(self, request: DiskRequest) -> OpenDisk:
+        """Open and check a disk, in a thread. Besides what `disk.open_disk` refuses:
+
+        Raises:
+            AccessDenied: VMAccess.NOOP, and this QEMU has no right of its own to the file.
+            SetupError: VMAccess.GROUP, and the group does not exist.
+        """
+        if request.access is VMAccess.GROUP:
+            self._group()
+        disk = await asyncio.to_thread(open_disk, request)
+        if request.access is VMAccess.NOOP and self.process.uid != os.geteuid():
+            try:
+                await asyncio.to_thread(_check_own_right, request, self.process.uid)
+            except BaseException:
+                disk.close()
+                raise
+        return disk
+
+    async def attach(self, slot: Slot, disk: OpenDisk, *, attachment: str, timeout_s: float) -> None:
+        """Put the disk at `slot`. True on return: QEMU has it, with our lock, under the name `attachment`.
+
+        Raises:
+            DiskInUse: another VM holds it in a way that forbids this; nothing changed.
+            AlreadyAttached: the slot, or the name, is taken; nothing changed.
+            HostRefused: QEMU said no, and what it had made of it is gone again.
+            OutcomeUnknown: no answer, or the undoing was refused; probe.
+            VMGone: the VM died.
+        """
+        if not isinstance(disk, QemuDisk):
+            raise InvalidRequest(f"{disk!r} was not opened by this host", vm=self.process.name, slot=slot)
+        self._check_slot(slot)
+        if attachment in self._numbers:
+            raise AlreadyAttached(f"attachment {attachment} exists", vm=self.process.name, slot=slot)
+        request = disk.request
+        user = self._who_uses(disk.identity) if self._who_uses else None
+        fd = disk.open_locked(user=user)
+        try:
+            before = self._grant(fd, request) if request.access is VMAccess.GROUP else None
+            number, self._next_number = self._next_number, self._next_number + 1
+            self._numbers[attachment] = number
+            commands = blockdev.attach(disk, number, slot, attachment)
+            answers = await self._qmp.execute_all(commands, fd=fd, timeout_s=timeout_s)
+            refusals = [answer for answer in answers if isinstance(answer, QmpRefused)]
+            if not refusals:
+                return
+            await self._undo(attachment, number, answers, timeout_s=timeout_s)
+            if before:
+                acl.restore(fd, before)
+        finally:
+            os.close(fd)
+        raise self._attach_error(refusals[0], slot, disk, user)
+
+    async def detach(self, slot: Slot, *, attachment: str, timeout_s: float) -> None:
+        """Take the disk off the bus. True on return: device, node, file and locks are gone. Gone before is done.
+
+        Can be called again after any failure, and goes on from what is left.
+
+        Raises:
+            HostRefused: QEMU said no; the disk is still attached.
+            OutcomeUnknown: not done within `timeout_s` seconds; probe, or call again.
+            VMGone: the VM died, and the disk is free by that.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                number = self._numbers.get(attachment)
+                if number is None:
+                    return
+                with self._qmp.expecting(_DELETED, _UNPLUG_FAILED, device=blockdev.device_id(number)) as event:
+                    arguments = {"id": blockdev.device_id(number)}
+                    (answer,) = await self._qmp.execute_all([("device_del", arguments)], timeout_s=timeout_s)
+                    if not isinstance(answer, QmpRefused):
+                        self._check_unplugged(await event, slot)
+                    elif answer.kind != _NOT_FOUND:
+                        raise self._refused(answer, slot)
+                    await self._remove(attachment, number, event, slot, timeout_s=timeout_s)
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"detach {attachment} at {slot}: not done within {timeout_s:g} s", vm=self.process.name, slot=slot
+            ) from error
+
+    async def probe(self, slot: Slot, *, attachment: str, timeout_s: float) -> bool:
+        """Is the disk on the bus? If not, no trace of it is left in QEMU on return.
+
+        Raises:
+            OutcomeUnknown: QEMU does not answer, or a device that is going does not go within `timeout_s` seconds.
+            VMGone: the VM died.
+        """
+        number = self._numbers.get(attachment)
+        if number is None:
+            return False
+        if blockdev.device_id(number) in await self._devices(timeout_s=timeout_s):
+            return True
+        await self.detach(slot, attachment=attachment, timeout_s=timeout_s)
+        return False
+
+    async def resize(self, slot: Slot, *, attachment: str, size_bytes: int, timeout_s: float) -> None:
+        """Grow the image; the guest's device says at once that its capacity changed.
+
+        Raises:
+            NotSupported: a format that QEMU cannot grow, a physical disk, or a read-only attachment.
+            InvalidRequest: not whole sectors of 512 bytes.
+            HostRefused: QEMU said no, such as for a lack of space; the size is as it was.
+        """
+        if size_bytes % 512:
+            raise InvalidRequest(f"{size_bytes} bytes are not whole sectors", slot=slot, remedy="use a multiple of 512")
+        number = self._numbers.get(attachment)
+        if number is None:
+            raise NotAttached(f"attachment {attachment} is not on the bus", vm=self.process.name, slot=slot)
+        name = blockdev.node_name(number)
+        nodes = await self._qmp.execute("query-named-block-nodes", {"flat": True}, timeout_s=timeout_s)
+        node = next((node for node in nodes if node["node-name"] == name), None)
+        if node is None:
+            raise NotAttached(f"attachment {attachment} is not on the bus", vm=self.process.name, slot=slot)
+        if node["drv"] not in _RESIZABLE:
+            raise NotSupported(
+                f"QEMU cannot grow a {node['drv']} disk",
+                vm=self.process.name,
+                slot=slot,
+                remedy="convert the image to qcow2 or raw; grow a physical disk by its own tools",
+            )
+        if node["ro"]:
+            raise NotSupported("a read-only disk cannot grow", slot=slot, remedy="attach it writable")
+        try:
+            await self._qmp.execute("block_resize", {"node-name": name, "size": size_bytes}, timeout_s=timeout_s)
+        except QmpRefused as error:
+            raise self._refused(error, slot) from error
+
+    # What the VM's owner asks beside that.
+
+    async def attachments(self, *, timeout_s: float = 5.0) -> list[Attachment]:
+        """Every attachment that QEMU has anything of, in the order in which they were made."""
+        found = await self._read_sets(timeout_s=timeout_s)
+        devices = await self._devices(timeout_s=timeout_s)
+        return [
+            Attachment(attachment=name, slot=slot, whole=blockdev.device_id(number) in devices)
+            for number, (name, slot) in sorted(found.items())
+        ]
+
+    async def status(self, *, timeout_s: float = 5.0) -> str:
+        """QEMU's run state: `running`, `paused`, `prelaunch`, `io-error`, … Source: qapi/run-state.json, RunState."""
+        return str((await self._qmp.execute("query-status", timeout_s=timeout_s))["status"])
+
+    async def pause(self, *, timeout_s: float = 5.0) -> None:
+        """Stop the VM's processors. Paused before is done."""
+        await self._qmp.execute("stop", timeout_s=timeout_s)
+
+    async def resume(self, *, timeout_s: float = 5.0) -> None:
+        """Let the VM's processors run. Running before is done."""
+        await self._qmp.execute("cont", timeout_s=timeout_s)
+
+    def console(self) -> bytes:
+        """The end of the VM's log (up to 1 MiB): the guest's console and QEMU's own messages."""
+        return console.read(self.process.folder)
+
+    async def stop(self, *, timeout_s: float = _QUIT_S, keep_log: bool = False) -> None:
+        """End QEMU, by force if it does not go within `timeout_s` seconds, and remove its runtime folder.
+
+        The guest is not asked: shut it down first. True on return: no process, socket, or lock is left; the log is,
+        if `keep_log`. Ended before is done.
+
+        Raises:
+            OutcomeUnknown: the kernel does not let the process go; call again.
+        """
+        if not self.gone.done():
+            try:
+                await self._qmp.execute("quit", timeout_s=timeout_s)
+                await self._watch.wait(timeout_s=timeout_s)
+            except (VMGone, ProtocolError, DeadlineExceeded, QmpRefused) as error:
+                self._log.debug("quit: %s", error)
+        await self.close()
+        await launch.destroy(self.process, keep_log=keep_log)
+
+    async def close(self) -> None:
+        """Hang up. QEMU and its disks stay as they are. Twice is once."""
+        self._qmp.close()
+        self._watch.close()
+
+    def _is_gone(self) -> None:
+        if self.gone.done():
+            return
+        if self._qmp.gone.done():
+            self.gone.set_result(self._qmp.gone.result())
+        else:
+            self.gone.set_result(VMGone(f"QEMU of VM {self.process.name} ended", vm=self.process.name))
+            self._qmp.close()
+
+    async def _read_sets(self, *, timeout_s: float) -> dict[int, tuple[str, Slot]]:
+        """The fdsets that are attachments; what we knew is replaced by what is so."""
+        sets = await self._qmp.execute("query-fdsets", timeout_s=timeout_s)
+        found: dict[int, tuple[str, Slot]] = {}
+        for one in sets:
+            for descriptor in one["fds"]:
+                if parsed := blockdev.parse_opaque(descriptor.get("opaque", "")):
+                    found[one["fdset-id"]] = parsed
+        self._numbers = {name: number for number, (name, _) in found.items()}
+        highest = max((one["fdset-id"] for one in sets), default=launch.LOG_SET)
+        self._next_number = max(self._next_number, highest + 1, launch.LOG_SET + 1)
+        return found
+
+    async def _devices(self, *, timeout_s: float) -> set[str]:
+        listed = await self._qmp.execute("qom-list", {"path": "/machine/peripheral"}, timeout_s=timeout_s)
+        return {entry["name"] for entry in listed}
+
+    async def _undo(self, attachment: str, number: int, answers: list[Answer], *, timeout_s: float) -> None:
+        """Take back what was made of an attachment whose device was refused."""
+        set_made, node_made = (not isinstance(answer, QmpRefused) for answer in answers[:2])
+        undo = [blockdev.remove_node(number)] * node_made + [blockdev.remove_set(number)] * set_made
+        for answer in await self._qmp.execute_all(undo, timeout_s=timeout_s):
+            if isinstance(answer, QmpRefused):
+                raise OutcomeUnknown(
+                    f"attach {attachment} failed and was not undone: {answer}",
+                    vm=self.process.name,
+                    remedy="probe it, which tries again",
+                )
+        del self._numbers[attachment]
+
+    async def _remove(
+        self, attachment: str, number: int, event: asyncio.Future[Event], slot: Slot, *, timeout_s: float
+    ) -> None:
+        """Remove node and set, once the device lets go of them. What is gone already is done."""
+        while True:
+            commands = [blockdev.remove_node(number), blockdev.remove_set(number)]
+            answers = await self._qmp.execute_all(commands, timeout_s=timeout_s)
+            refusals = [answer for answer in answers if isinstance(answer, QmpRefused)]
+            if not refusals or not await self._is_left(number, timeout_s=timeout_s):
+                self._numbers.pop(attachment, None)
+                return
+            # The device went before we listened, or on another connection: QEMU still frees it.
+            self._log.debug("%s is in use: %s", blockdev.node_name(number), refusals[0], slot=slot)
+            if event.done():
+                await asyncio.sleep(_LOOK_AGAIN_S)
+            else:
+                await asyncio.wait([event], timeout=_LOOK_AGAIN_S)
+
+    async def _is_left(self, number: int, *, timeout_s: float) -> bool:
+        commands: list[Command] = [("query-named-block-nodes", {"flat": True}), ("query-fdsets", {})]
+        answers: list[Any] = await self._qmp.execute_all(commands, timeout_s=timeout_s)
+        for answer in answers:
+            if isinstance(answer, QmpRefused):
+                raise answer
+        nodes, sets = answers
+        return blockdev.node_name(number) in {node["node-name"] for node in nodes} or number in {
+            one["fdset-id"] for one in sets
+        }
+
+    def _check_slot(self, slot: Slot) -> None:
+        Slot.checked(*slot)
+        if slot.controller >= self.process.controllers:
+            raise InvalidRequest(
+                f"slot {slot}: the VM has {self.process.controllers} SCSI controllers", vm=self.process.name, slot=slot
+            )
+
+    def _check_unplugged(self, event: Event, slot: Slot) -> None:
+        if event.name == _UNPLUG_FAILED:
+            raise HostRefused(f"the guest refused to give up the device at {slot}", vm=self.process.name, slot=slot)
+
+    def _refused(self, error: QmpRefused, slot: Slot) -> HostRefused:
+        return HostRefused(f"{error.command} at {slot}: {error.description}", vm=self.process.name, slot=slot)
+
+    def _attach_error(self, error: QmpRefused, slot: Slot, disk: QemuDisk, user: str | None) -> UtilityVMError:
+        path, vm = disk.request.host_path, self.process.name
+        if " lock" in error.description:  # Failed to get "write" lock; Failed to get shared "write" lock
+            return DiskInUse(
+                f"attach {path} at {slot}: {user or 'a program outside utilityvm'} uses it: {error.description}",
+                vm=vm,
+                slot=slot,
+                host_path=path,
+                remedy=f"see who has it open: fuser -v {path}",
+            )
+        if "already used by" in error.description:
+            return AlreadyAttached(f"attach {path} at {slot}: {error.description}", vm=vm, slot=slot, host_path=path)
+        return HostRefused(
+            f"attach {path} at {slot}: QEMU refused {error.command}: {error.description}",
+            vm=vm,
+            slot=slot,
+            host_path=path,
+            remedy="QEMU's reason is in the message; nothing of the disk is left in the VM",
+        )
+
+    def _group(self) -> int:
+        try:
+            return grp.getgrnam(self._vm_group).gr_gid
+        except KeyError as error:
+            raise SetupError(
+                f"there is no group {self._vm_group}, to which the disk could be opened",
+                vm=self.process.name,
+                remedy=f"groupadd --system {self._vm_group}; or attach with VMAccess.INDIVIDUAL, which needs none",
+            ) from error
+
+    def _grant(self, fd: int, request: DiskRequest) -> acl.Before | None:
+        try:
+            return acl.grant(fd, self._group(), acl.READ if request.read_only else acl.READ | acl.WRITE)
+        except OSError as error:
+            raise AccessDenied(
+                f"{request.host_path}: group {self._vm_group} cannot be given access: {error.strerror}",
+                vm=self.process.name,
+                host_path=request.host_path,
+                remedy="attach with VMAccess.INDIVIDUAL, which changes no file",
+            ) from error
+
+
+def _check_own_right(request: DiskRequest, uid: int) -> None:
+    """May `uid` open the path by itself? The kernel is asked, in a process of that user."""
+    setpriv = find_program("setpriv", package="util-linux")
+    as_user: list[str | Path] = [
+        setpriv,
+        f"--reuid={uid}",
+        f"--regid={uid}",
+        "--clear-groups",
+        "--bounding-set=-all",
+        "--inh-caps=-all",
+    ]
+    tests = ["-r", request.host_path] + ([] if request.read_only else ["-a", "-w", request.host_path])
+    try:
+        run([*as_user, "test", *tests])
+    except CommandFailed as error:
+        raise AccessDenied(
+            f"{request.host_path}: this VM (user {uid}) may not open it by itself",
+            host_path=request.host_path,
+            remedy="attach with VMAccess.INDIVIDUAL, which needs no right of the VM's own",
+        ) from error

@@ -1,0 +1,431 @@
+"""Starts QEMU, with no more rights than it needs, and knows it again later.
+
+What is true of a QEMU started here: it opens no path of ours (the kernel, the root disk, its sockets and its log are
+descriptors that it inherits), it cannot start programs or gain rights (seccomp, no-new-privileges, as root another user
+id), and only its owner can reach its sockets. Its runtime folder holds::
+
+    qmp0.sock    the monitor, for the VM's owner
+    qmp1.sock    another one, for a person who looks in
+    agent.sock   the port `org.utilityvm.bridge` of the guest
+    console.log  the console and QEMU's own messages, bounded (console.py)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import stat
+import uuid
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from utilityvm.errors import InvalidRequest, OutcomeUnknown, SetupError, UtilityVMError, VMGone
+from utilityvm.hosts.qemu import accelerator as accelerators
+from utilityvm.hosts.qemu import console, emulator, privileges
+from utilityvm.hosts.qemu.accelerator import Accelerator
+from utilityvm.hosts.qemu.emulator import Emulator
+from utilityvm.hosts.qemu.lifetime import Watch, started_at
+from utilityvm.hosts.qemu.privileges import Identity
+from utilityvm.hosts.qemu.qmp import Qmp
+from utilityvm.log import logger
+from utilityvm.process import spawn
+from utilityvm.scsi.slot import MAX_CONTROLLERS
+
+QMP_SOCKETS: Final = ("qmp0.sock", "qmp1.sock")
+AGENT_SOCKET: Final = "agent.sock"
+AGENT_PORT: Final = "org.utilityvm.bridge"
+ROOT_SERIAL: Final = "utilityvm-root"
+FIRST_CONTROLLER: Final = 0x10  # PCI slot of controller 0; the guest finds disks by it
+LONGEST_SOCKET_PATH: Final = 107  # bytes; unix(7)
+ROOT_SET, LOG_SET = 0, 1  # fdsets that are not attachments
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_COPY: Final = 1 << 20
+_END_S: Final = 5.0  # a killed process ends in milliseconds, unless the kernel waits for its storage
+_LOOK_AGAIN_S: Final = 0.001
+_ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+_REMEDIES: Final = (
+    ("KVM", "set UTILITYVM_ACCEL=tcg, or make /dev/kvm work: `uvm doctor` says what it lacks"),
+    ("allocate memory", "give the VM less memory"),
+    ("memory backend", "give the VM less memory"),
+)
+
+_log = logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QemuConfig:
+    """What a VM is started with."""
+
+    name: str
+    kernel: Path | None = None
+    initramfs: Path | None = None
+    root: Path | None = None  # raw; read-only at slot 0:0
+    cmdline: str = ""  # the guest image's; where the controllers are is appended to it
+    memory_mib: int = 256
+    cpus: int = 1
+    controllers: int = MAX_CONTROLLERS
+    keep: bool = False  # outlive the process (and the thread) that started it
+    paused: bool = False  # run no processor until QemuHost.resume
+    accelerator: str | None = None  # None: chosen by trying
+    uuid: str | None = None  # None: a new one
+
+    def check(self) -> None:
+        """Raises:
+        InvalidRequest: names the value that cannot be.
+        """
+        if not _NAME.fullmatch(self.name):
+            raise InvalidRequest(
+                f"{self.name!r} cannot be a VM's name",
+                remedy="use 1 to 63 letters, digits, '.', '_' and '-', the first a letter or digit",
+            )
+        if not 16 <= self.memory_mib <= 1 << 20:
+            raise InvalidRequest(f"a VM of {self.memory_mib} MiB", vm=self.name, remedy="give it 16 MiB to 1 TiB")
+        if not 1 <= self.cpus <= 255:
+            raise InvalidRequest(f"a VM of {self.cpus} processors", vm=self.name, remedy="give it 1 to 255")
+        if not 0 <= self.controllers <= MAX_CONTROLLERS:
+            raise InvalidRequest(
+                f"a VM of {self.controllers} SCSI controllers", vm=self.name, remedy=f"0 to {MAX_CONTROLLERS}"
+            )
+        if self.root is not None and not self.controllers:
+            raise InvalidRequest("a root disk, and no controller for it", vm=self.name, remedy="give it a controller")
+        if (self.initramfs or self.cmdline) and self.kernel is None:
+            raise InvalidRequest("an initramfs or a kernel command line, and no kernel", vm=self.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QemuProcess:
+    """A QEMU that runs, or ran. Pid, start time and UUID together name it for as long as the machine is up."""
+
+    name: str
+    pid: int
+    started: str  # clock ticks since the boot, as the kernel writes them
+    uuid: str
+    folder: Path
+    uid: int
+    controllers: int
+    keep: bool
+    accelerator: str
+    accelerator_reason: str
+    qemu_version: str
+    machine: str
+    log_pid: int  # the log's writer, which ends by itself when QEMU has
+    log_started: str
+
+    def to_json(self) -> dict[str, object]:
+        return {**asdict(self), "folder": str(self.folder)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> QemuProcess:
+        """The process that `to_json` wrote; KeyError or TypeError for another document."""
+        fields: dict[str, Any] = {**document, "folder": Path(document["folder"])}
+        return cls(**fields)
+
+    @property
+    def agent_socket(self) -> Path:
+        return self.folder / AGENT_SOCKET
+
+    def is_running(self) -> bool:
+        """Is that very process alive? Asks /proc alone, so it is cheap, and QEMU may hang."""
+        return started_at(self.pid) == self.started
+
+
+def kernel_cmdline(config: QemuConfig) -> str:
+    """The guest image's command line, and where in the guest each controller is: PCI addresses in their order."""
+    addresses = [f"0000:00:{FIRST_CONTROLLER + index:02x}.0" for index in range(config.controllers)]
+    return " ".join(filter(None, [config.cmdline, f"utilityvm.scsi={','.join(addresses)}"]))
+
+
+def memory_backend(config: QemuConfig) -> str:
+    """The VM's RAM, as a `-object`. A shared memfd, so that the RAM of a paused VM can be saved from its descriptor."""
+    return f"memory-backend-memfd,id=ram,size={config.memory_mib}M,share=on"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Descriptors:
+    """What QEMU inherits, by number."""
+
+    qmp: tuple[int, int]
+    agent: int
+    log: int
+    kernel: int | None
+    initramfs: int | None
+    root: int | None
+
+    def all(self) -> list[int]:
+        numbers = [*self.qmp, self.agent, self.log, self.kernel, self.initramfs, self.root]
+        return [number for number in numbers if number is not None]
+
+
+def command_line(
+    config: QemuConfig, emulator: Emulator, accelerator: Accelerator, *, vm_uuid: str, fds: Descriptors
+) -> list[str]:
+    """The words that start QEMU. Addresses are fixed: the guest, and the state of a template, know devices by them."""
+    # fmt: off
+    words = [
+        str(emulator.path),
+        "-name",    config.name,
+        "-uuid",    vm_uuid,
+        "-nodefaults", "-no-user-config", "-no-reboot",
+        "-display", "none",
+        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        "-machine", f"{emulator.machine},memory-backend=ram,sata=off,smbus=off,vmport=off",
+        "-accel",   accelerator.name,
+        "-cpu",     accelerator.cpu,
+        "-smp",     str(config.cpus),
+        "-m",       str(config.memory_mib),
+        "-object",  memory_backend(config),
+        "-add-fd",  f"fd={fds.log},set={LOG_SET},opaque=log",
+        "-chardev", f"file,id=log,path=/dev/fdset/{LOG_SET},append=on",
+        "-serial",  "chardev:log",
+        "-chardev", f"socket,id=qmp0,fd={fds.qmp[0]},server=on,wait=off",
+        "-mon",     "chardev=qmp0,mode=control",
+        "-chardev", f"socket,id=qmp1,fd={fds.qmp[1]},server=on,wait=off",
+        "-mon",     "chardev=qmp1,mode=control",
+        "-device",  "virtio-serial-pci,id=serial0,bus=pcie.0,addr=0x8,max_ports=4",
+        "-chardev", f"socket,id=agent,fd={fds.agent},server=on,wait=off",
+        "-device",  f"virtserialport,bus=serial0.0,nr=1,chardev=agent,name={AGENT_PORT}",
+        "-device",  "virtio-rng-pci,bus=pcie.0,addr=0x9",
+        "-device",  "vmgenid,guid=auto",
+    ]
+    for index in range(config.controllers):
+        words += ["-device", f"virtio-scsi-pci,id=scsi{index},bus=pcie.0,addr={FIRST_CONTROLLER + index:#x}"]
+    if fds.root is not None:
+        words += [
+            "-add-fd",   f"fd={fds.root},set={ROOT_SET},opaque=root",
+            "-blockdev", f"raw,node-name=n{ROOT_SET},read-only=on,"
+                         f"file.driver=file,file.filename=/dev/fdset/{ROOT_SET},file.read-only=on",
+            "-device",   f"scsi-hd,id=d{ROOT_SET},bus=scsi0.0,scsi-id=0,lun=0,drive=n{ROOT_SET},serial={ROOT_SERIAL}",
+        ]
+    if fds.kernel is not None:
+        words += ["-kernel", f"/proc/self/fd/{fds.kernel}", "-append", kernel_cmdline(config)]
+    if fds.initramfs is not None:
+        words += ["-initrd", f"/proc/self/fd/{fds.initramfs}"]
+    if config.paused:
+        words += ["-S"]
+    # fmt: on
+    return words
+
+
+async def start(config: QemuConfig, *, folder: Path, timeout_s: float = 30.0) -> tuple[QemuProcess, Qmp]:
+    """Start QEMU; give its record, and the owner's connection to its monitor, which has answered.
+
+    `folder` is made if it is missing, readable by its owner alone. Call it on the thread that is to own the VM: without
+    `keep` the VM is killed when that thread ends. If this fails no process, socket or log is left behind, and the
+    folder only if others put something there.
+
+    Raises:
+        InvalidRequest: the configuration cannot be.
+        SetupError: QEMU, a file, a right or an id is missing; or QEMU ended at once: the message has its last words.
+        OutcomeUnknown: QEMU did not answer within `timeout_s` seconds and was killed.
+    """
+    config.check()
+    program = await emulator.find()
+    accelerator = await accelerators.choose(program, wanted=config.accelerator)
+    async with AsyncExitStack() as undo:
+        undo.callback(clean, folder)
+        _make_folder(folder, vm=config.name)
+        process = await _spawn(config, program, accelerator, folder, undo, timeout_s=timeout_s)
+        try:
+            qmp = await Qmp.connect(folder / QMP_SOCKETS[0], vm=config.name, timeout_s=timeout_s)
+        except VMGone as error:
+            raise await _failure(process) from error
+        undo.pop_all()
+    _log.info("started QEMU %s as process %d (%s)", qmp.version, process.pid, accelerator.name, vm=config.name)
+    return process, qmp
+
+
+def clean(folder: Path, *, keep_log: bool = False) -> None:
+    """Remove what a VM left in its runtime folder, and the folder if it is empty then. Its QEMU must have ended."""
+    for name in (*QMP_SOCKETS, AGENT_SOCKET):
+        (folder / name).unlink(missing_ok=True)
+    if not keep_log:
+        console.remove(folder)
+    try:
+        folder.rmdir()
+    except OSError:
+        return  # not there, or it holds what others put there
+
+
+async def destroy(process: QemuProcess, *, keep_log: bool = False) -> None:
+    """Kill that QEMU, see it and its log's writer end, and remove its runtime folder. Ended before is done.
+
+    A process is killed only if pid, start time and the UUID on its command line are the recorded ones.
+
+    Raises:
+        OutcomeUnknown: the kernel does not let it go: its storage hangs. Its folder stays; call again.
+    """
+    watch = _watch(process.pid, process.started)
+    if watch is not None and _has_word(process.pid, process.uuid):
+        watch.kill()
+        if not await watch.wait(timeout_s=_END_S):
+            watch.close()
+            raise OutcomeUnknown(
+                f"QEMU of VM {process.name} (process {process.pid}) was killed and does not end",
+                vm=process.name,
+                remedy="its storage may hang: see `dmesg`; then stop the VM again",
+            )
+    if watch is not None:
+        watch.close()
+    writer = _watch(process.log_pid, process.log_started)
+    if writer is not None:
+        if not await writer.wait(timeout_s=_END_S):
+            _log.warning("the writer of %s does not end", process.folder / console.NAME, vm=process.name)
+        writer.close()
+    clean(process.folder, keep_log=keep_log)
+
+
+async def _spawn(
+    config: QemuConfig,
+    program: Emulator,
+    accelerator: Accelerator,
+    folder: Path,
+    undo: AsyncExitStack,
+    *,
+    timeout_s: float,
+) -> QemuProcess:
+    vm_uuid = config.uuid or str(uuid.uuid4())
+    with ExitStack() as opened:
+        async with privileges.identity(kvm=accelerator.name == "kvm", timeout_s=timeout_s) as who:
+            qmp0, qmp1, agent = (_listen(folder / name, opened) for name in (*QMP_SOCKETS, AGENT_SOCKET))
+            kernel = _open_for(who, config.kernel, opened)
+            initramfs = _open_for(who, config.initramfs, opened)
+            root = _open(config.root, opened)
+            log_pid, log = console.start_writer(folder)
+            undo.push_async_callback(_end, log_pid, kill=False)
+            opened.callback(os.close, log)
+            fds = Descriptors(qmp=(qmp0, qmp1), agent=agent, log=log, kernel=kernel, initramfs=initramfs, root=root)
+            words = privileges.launcher(who, dies_with_us=not config.keep)
+            words += command_line(config, program, accelerator, vm_uuid=vm_uuid, fds=fds)
+            pid = spawn(words, env=_ENVIRONMENT, stdout=log, stderr=log, pass_fds=fds.all())
+            undo.push_async_callback(_end, pid, kill=True)
+            started = started_at(pid)
+            # Nobody tells when setpriv has run; it takes about a millisecond.
+            while who.drops and started_at(pid) is not None and not privileges.is_used_by(pid, who):  # noqa: ASYNC110
+                await asyncio.sleep(_LOOK_AGAIN_S)
+    return QemuProcess(
+        name=config.name,
+        pid=pid,
+        started=started or "",
+        uuid=vm_uuid,
+        folder=folder,
+        uid=who.uid,
+        controllers=config.controllers,
+        keep=config.keep,
+        accelerator=accelerator.name,
+        accelerator_reason=accelerator.reason,
+        qemu_version=program.version,
+        machine=program.machine,
+        log_pid=log_pid,
+        log_started=started_at(log_pid) or "",
+    )
+
+
+async def _end(pid: int, *, kill: bool) -> None:
+    """See a child of ours to its end."""
+    watch = Watch.child(pid)
+    if watch is None:
+        return
+    if kill:
+        watch.kill()
+    if not await watch.wait(timeout_s=_END_S):
+        _log.warning("process %d did not end within %s s", pid, _END_S)
+        watch.close()
+
+
+async def _failure(process: QemuProcess) -> UtilityVMError:
+    """Why QEMU ended, in its own words."""
+    for pid in (process.pid, process.log_pid):
+        watch = Watch.child(pid) if started_at(pid) is not None else None
+        if watch is not None:
+            await watch.wait(timeout_s=_END_S)
+            watch.close()
+    lines = console.read(process.folder).decode(errors="replace").splitlines()
+    said = [line.partition(": ")[2] or line for line in lines if line.strip()]
+    last = said[-1] if said else "it said nothing"
+    remedy = next((remedy for part, remedy in _REMEDIES if part in last), "run `uvm doctor`, and mend what it names")
+    return SetupError(f"QEMU did not start VM {process.name}: {last}", vm=process.name, remedy=remedy)
+
+
+def _watch(pid: int, started: str) -> Watch | None:
+    try:
+        return Watch(pid, started)
+    except VMGone:
+        return None
+
+
+def _has_word(pid: int, word: str) -> bool:
+    """Is `word` on the process's command line?"""
+    try:
+        return word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def _make_folder(folder: Path, *, vm: str) -> None:
+    longest = max(len(os.fsencode(folder / name)) for name in (*QMP_SOCKETS, AGENT_SOCKET))
+    if longest > LONGEST_SOCKET_PATH:
+        raise SetupError(
+            f"the runtime folder's path {folder} is too long for sockets: {longest} of {LONGEST_SOCKET_PATH} bytes",
+            vm=vm,
+            remedy="set UTILITYVM_RUNTIME_DIR to a shorter path, or give the VM a shorter name",
+        )
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not stat.S_ISDIR(folder.lstat().st_mode) or folder.stat().st_uid != os.geteuid():
+            raise SetupError(f"{folder} is not a folder of ours", vm=vm, remedy="remove it")
+        folder.chmod(0o700)
+        for parent in folder.resolve().parents:
+            status = parent.stat()
+            shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
+            if shared or status.st_uid not in (0, os.geteuid()):
+                raise SetupError(
+                    f"others may write to {parent}, and so could take the place of the VM's sockets in {folder}",
+                    vm=vm,
+                    remedy=f"chmod go-w {parent}, or set UTILITYVM_RUNTIME_DIR to a folder under one of your own",
+                )
+    except OSError as error:
+        raise SetupError(
+            f"cannot make the runtime folder {folder}: {error.strerror}",
+            vm=vm,
+            remedy="set UTILITYVM_RUNTIME_DIR to a folder that you may write to",
+        ) from error
+
+
+def _listen(path: Path, opened: ExitStack) -> int:
+    """A listening socket at `path`, in place of what an earlier VM left there."""
+    path.unlink(missing_ok=True)
+    sock = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+    sock.bind(str(path))
+    path.chmod(0o600)
+    sock.listen(1)
+    return sock.fileno()
+
+
+def _open(path: Path | None, opened: ExitStack) -> int | None:
+    if path is None:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise SetupError(
+            f"cannot open {path}: {error.strerror}", host_path=path, remedy="build the guest image: uvm image build"
+        ) from error
+    opened.callback(os.close, descriptor)
+    return descriptor
+
+
+def _open_for(who: Identity, path: Path | None, opened: ExitStack) -> int | None:
+    """A descriptor that QEMU can open again as /proc/self/fd/N: it takes kernels by name, and may not be a reader."""
+    descriptor = _open(path, opened)
+    if descriptor is None or not who.drops or os.fstat(descriptor).st_mode & stat.S_IROTH:
+        return descriptor
+    copy = os.memfd_create("utilityvm-boot", os.MFD_CLOEXEC)
+    opened.callback(os.close, copy)
+    while os.sendfile(copy, descriptor, None, _COPY):
+        pass
+    return copy
