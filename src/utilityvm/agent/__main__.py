@@ -1,0 +1,3 @@
+from utilityvm.agent.init import main
+
+main()

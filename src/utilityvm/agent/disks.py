@@ -1,0 +1,393 @@
+"""The table of what this agent mounted, and the requests that change it.
+
+A guest path holds one mount at the most; a mount is known by its guest path, and unmounting needs only that. Nothing
+below a mount point is ever deleted: folders that we made for it are removed again with rmdir(2), which takes only empty
+ones. A lock for each slot keeps requests on one disk in order; no lock is held over another disk's wait.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import errno
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from utilityvm.agent import dm, filesystems, holders, mounting
+from utilityvm.agent.faults import Fault
+from utilityvm.agent.find_disk import Bus, Device, until
+
+_STATE: Final = Path("/run/utilityvm/mounts.json")
+_FORBIDDEN: Final = ("/proc", "/sys", "/dev", "/run/utilityvm")
+_MAX_LUN: Final = 63
+_BLKFLSBUF: Final = 0x1261  # linux/fs.h
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One mount, or one published device."""
+
+    path: str
+    controller: int
+    lun: int
+    partition: int
+    filesystem: str  # "" for a published device
+    made: list[str]  # folders (and the file of a published device) that we made for it, the outermost first
+    mappings: list[str]  # device-mapper names, the lowest first
+    node: str  # what is mounted: the device, or the mapping on top of it
+
+
+class DiskTable:
+    """What the agent mounted. Thread-safe."""
+
+    def __init__(self, controllers: list[str], *, state: Path = _STATE) -> None:
+        self._bus = Bus(controllers)
+        self._controllers = len(controllers)
+        self._state = state
+        self._lock = threading.Lock()  # guards the three below; never held over a wait
+        self._entries: dict[str, Entry] = {}
+        self._claimed: set[str] = set()  # paths that a request is working on
+        self._slots: dict[tuple[int, int], threading.Lock] = {}
+        self._mapping_number = 0
+        self._load()
+
+    def add(self, settings: dict[str, Any], deadline: float) -> None:
+        """Mount what `settings` describes. On a fault everything is as it was."""
+        controller, lun, partition = self._where(settings)
+        path = _guest_path(settings)
+        with self._slot(controller, lun, deadline), self._claim(path):
+            device = self._bus.wait(controller, lun, partition, deadline)
+            with ExitStack() as undo:
+                entry = self._mount(device, path, settings, deadline, undo)
+                with self._lock:
+                    self._entries[entry.path] = entry
+                    self._save()
+                undo.pop_all()
+
+    def remove(self, settings: dict[str, Any], deadline: float, *, force: bool = False) -> None:
+        """Unmount what is at the path. Nothing there is done already."""
+        path = _guest_path(settings)
+        with self._lock:
+            entry = self._entries.get(str(path))
+        if entry is None:
+            if any(line.path == str(path) for line in holders.mount_lines()):
+                raise Fault(f"{path} holds a mount that is not ours")
+            return
+        if ("Lun" in settings or "Controller" in settings) and (
+            settings.get("Controller", 0),
+            settings.get("Lun", 0),
+        ) != (entry.controller, entry.lun):
+            raise Fault(f"{path} holds the disk at {entry.controller}:{entry.lun}, which is another", kind="invalid")
+        with self._slot(entry.controller, entry.lun, deadline), self._claim(path, known=True):
+            with self._lock:
+                if self._entries.get(entry.path) is not entry:
+                    return  # somebody else was quicker
+            self._unmount(entry, force=force)
+
+    def eject(self, controller: int, lun: int, deadline: float, *, force: bool = False) -> None:
+        """Flush, and have the kernel forget the device. No device is done already."""
+        self._where({"Controller": controller, "Lun": lun})
+        with self._slot(controller, lun, deadline):
+            for entry in self._at(controller, lun):
+                if not force:
+                    raise Fault(
+                        f"the disk is still mounted at {entry.path}", kind="busy", holders=[f"mounted at {entry.path}"]
+                    )
+                self._unmount(entry, force=True)
+            scsi = self._bus.scsi_device(controller, lun)
+            if scsi is None:
+                return
+            disk = self._bus.disk(controller, lun)
+            if disk:
+                numbers = {disk.number, *(part.number for part in self._bus.partitions(disk))}
+                users = holders.of_device(disk.sysfs, numbers)
+                if users and not force:
+                    raise Fault("the guest still uses the disk", kind="busy", holders=users)
+                _flush(disk)
+            (scsi / "delete").write_text("1")
+            until(
+                lambda: True if not scsi.exists() else None,
+                deadline=deadline,
+                what=f"the kernel did not let go of the disk at {controller}:{lun}",
+            )
+
+    def probe(self, controller: int, lun: int) -> dict[str, Any]:
+        """What the kernel says of the slot: is there a device, how large, and what of ours is mounted."""
+        disk = self._bus.disk(controller, lun)
+        size = 0
+        if disk:
+            try:
+                size = disk.size_bytes
+            except OSError:
+                disk = None
+        mounted = {line.path for line in holders.mount_lines()}
+        paths = [entry.path for entry in self._at(controller, lun) if entry.path in mounted]
+        present = disk is not None or self._bus.scsi_device(controller, lun) is not None
+        return {"Present": present, "SizeBytes": size, "MountPaths": paths}
+
+    def mounts(self) -> list[dict[str, Any]]:
+        with self._lock:
+            entries = list(self._entries.values())
+        return [
+            {
+                "MountPath": entry.path,
+                "Controller": entry.controller,
+                "Lun": entry.lun,
+                "Partition": entry.partition,
+                "Filesystem": entry.filesystem,
+            }
+            for entry in entries
+        ]
+
+    def grow(self, controller: int, lun: int, deadline: float) -> dict[str, Any]:
+        """Read the disk's size anew, and grow what is mounted from the whole of it."""
+        with self._slot(controller, lun, deadline):
+            scsi, disk = self._bus.scsi_device(controller, lun), self._bus.disk(controller, lun)
+            if scsi is None or disk is None:
+                raise Fault(f"there is no disk at {controller}:{lun}", kind="not_found")
+            (scsi / "rescan").write_text("1")
+            grown, left = [], []
+            for entry in self._at(controller, lun):
+                if entry.partition or not entry.filesystem:
+                    left.append(entry.path)
+                    continue
+                for name in entry.mappings:
+                    dm.grow(name, disk.size_bytes)
+                filesystems.grow(Path(entry.node), Path(entry.path), entry.filesystem, deadline)
+                grown.append(entry.path)
+            return {"SizeBytes": disk.size_bytes, "Grown": grown, "Left": left}
+
+    def _where(self, settings: dict[str, Any]) -> tuple[int, int, int]:
+        controller, lun, partition = (settings.get(name) or 0 for name in ("Controller", "Lun", "Partition"))
+        if not 0 <= controller < self._controllers:
+            raise Fault(f"there is no SCSI controller {controller}: the VM has {self._controllers}", kind="invalid")
+        if not 0 <= lun <= _MAX_LUN:
+            raise Fault(f"there is no LUN {lun}: they go from 0 to {_MAX_LUN}", kind="invalid")
+        if not isinstance(partition, int) or partition < 0:
+            raise Fault(f"partition {partition!r}: they count from 1, and 0 is the whole disk", kind="invalid")
+        return controller, lun, partition
+
+    @contextmanager
+    def _slot(self, controller: int, lun: int, deadline: float) -> Iterator[None]:
+        with self._lock:
+            lock = self._slots.setdefault((controller, lun), threading.Lock())
+        if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise Fault(f"another request on the disk at {controller}:{lun} does not end", kind="timeout")
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def _claim(self, path: PurePosixPath, *, known: bool = False) -> Iterator[None]:
+        name = str(path)
+        with self._lock:
+            if name in self._claimed or (not known and name in self._entries):
+                raise Fault(f"{name} is in use", kind="busy", holders=[f"a mount at {name}"])
+            self._claimed.add(name)
+        try:
+            if not known and any(line.path == name for line in holders.mount_lines()):
+                raise Fault(f"{name} holds a mount already", kind="busy", holders=[f"a mount at {name}"])
+            yield
+        finally:
+            with self._lock:
+                self._claimed.discard(name)
+
+    def _at(self, controller: int, lun: int) -> list[Entry]:
+        with self._lock:
+            return [entry for entry in self._entries.values() if (entry.controller, entry.lun) == (controller, lun)]
+
+    def _mount(
+        self, device: Device, path: PurePosixPath, settings: dict[str, Any], deadline: float, undo: ExitStack
+    ) -> Entry:
+        controller, lun, partition = self._where(settings)
+        extension = settings.get("Utilityvm") or {}
+        read_only = bool(settings.get("ReadOnly"))
+        how = mounting.words(settings.get("Options") or [], read_only=read_only)
+        node, mappings, is_scratch = device.node, list[str](), False
+        if verity := extension.get("Verity"):
+            if not read_only:
+                raise Fault("dm-verity needs a read-only mount", kind="invalid")
+            node = self._map(undo, mappings, lambda name: dm.open_verity(name, node, device.size_bytes, verity))
+        key = _key(settings, extension)
+        if key is not None:
+            is_scratch = "Key" not in extension
+            node = self._map(
+                undo, mappings, lambda name: dm.open_crypt(name, node, device.size_bytes, key, read_only=read_only)
+            )
+        filesystem = settings.get("Filesystem") or ""
+        if settings.get("EnsureFilesystem"):
+            if read_only:
+                raise Fault("a file system cannot be made on a read-only disk", kind="invalid")
+            if mappings and not is_scratch and mounting.detect(node) is None and not extension.get("Reformat"):
+                # Through a wrong key everything looks like noise: only a blank device may be taken for an unused one.
+                if not filesystems.is_blank(device.node, device.size_bytes):
+                    raise Fault(
+                        "the device is not blank, and this key shows no file system on it; it was not formatted"
+                    )
+                extension = {**extension, "Reformat": True}
+            filesystems.ensure(
+                node,
+                device.size_bytes,
+                filesystem or "ext4",
+                reformat=bool(extension.get("Reformat")),
+                deadline=deadline,
+                trust_blank=is_scratch,
+            )
+        made = _make_target(path, undo, as_file=bool(settings.get("BlockDev")))
+        target = Path(path)
+        if settings.get("BlockDev"):
+            mounting.bind(node, target)
+            filesystem = ""
+        else:
+            filesystem = filesystem or mounting.detect(node) or ""
+            if not filesystem:
+                raise Fault(
+                    f"no file system that we know is on the disk at {controller}:{lun}"
+                    + (f" partition {partition}" if partition else "")
+                )
+            mounting.mount(node, target, filesystem, how)
+        undo.callback(mounting.unmount, target, lazily=True)
+        return Entry(str(path), controller, lun, partition, filesystem, made, mappings, str(node))
+
+    def _map(self, undo: ExitStack, mappings: list[str], open_mapping: Any) -> Path:
+        with self._lock:
+            self._mapping_number += 1
+            name = f"utilityvm-{os.getpid()}-{self._mapping_number}"
+        node: Path = open_mapping(name)
+        undo.callback(dm.close, name)
+        mappings.append(name)
+        return node
+
+    def _unmount(self, entry: Entry, *, force: bool) -> None:
+        target = Path(entry.path)
+        if any(line.path == entry.path for line in holders.mount_lines()):
+            number = _device_number(target, entry)
+            if entry.filesystem:
+                try:
+                    mounting.sync_filesystem(target)
+                except OSError as error:
+                    if not force:
+                        raise Fault(f"what was written to {target} does not reach the disk: {error.strerror}") from None
+            try:
+                mounting.unmount(target)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                if not force:
+                    users = holders.of_mount(target, number)
+                    raise Fault(f"{target} is in use", kind="busy", holders=users) from None
+                mounting.unmount(target, lazily=True)
+        for name in reversed(entry.mappings):
+            dm.close(name, deferred=force)
+        for made in reversed(entry.made):
+            _remove_made(Path(made))
+        with self._lock:
+            self._entries.pop(entry.path, None)
+            self._save()
+
+    def _load(self) -> None:
+        """After a restart of the agent: what is still mounted of what was."""
+        try:
+            known = [Entry(**fields) for fields in json.loads(self._state.read_text())]
+        except (OSError, ValueError, TypeError):
+            return
+        mounted = {line.path for line in holders.mount_lines()}
+        self._entries = {entry.path: entry for entry in known if entry.path in mounted}
+
+    def _save(self) -> None:
+        self._state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        new = self._state.with_suffix(".new")
+        new.write_text(json.dumps([asdict(entry) for entry in self._entries.values()]))
+        new.replace(self._state)
+
+
+def _guest_path(settings: dict[str, Any]) -> PurePosixPath:
+    text = settings.get("MountPath")
+    if not isinstance(text, str) or not text:
+        raise Fault("a MountPath is needed", kind="invalid")
+    if not text.startswith("/") or ".." in PurePosixPath(text).parts or "\0" in text:
+        raise Fault(f"the guest path {text!r} must be absolute and without ..", kind="invalid")
+    path = PurePosixPath("/" + text.strip("/"))
+    if str(path) == "/" or any(str(path) == top or str(path).startswith(f"{top}/") for top in _FORBIDDEN):
+        raise Fault(f"the guest path {path} belongs to the system", kind="invalid")
+    return path
+
+
+def _key(settings: dict[str, Any], extension: dict[str, Any]) -> bytes | None:
+    """The key to encrypt with: the caller's, or a fresh random one, which is GCS's `Encrypted`."""
+    if "Key" in extension:
+        try:
+            key = base64.b64decode(extension["Key"], validate=True)
+        except (binascii.Error, TypeError, ValueError):
+            raise Fault("Key is not base64", kind="invalid") from None
+        if len(key) not in (32, 64):
+            raise Fault(f"a key of {len(key)} bytes: 32 or 64 are needed", kind="invalid")
+        return key
+    return os.urandom(64) if settings.get("Encrypted") or extension.get("Scratch") else None
+
+
+def _make_target(path: PurePosixPath, undo: ExitStack, *, as_file: bool) -> list[str]:
+    """Make what to mount on, and what leads to it; gives what was made. A path through a link is refused."""
+    made: list[str] = []
+    for folder in reversed(path.parents[:-1]):
+        _refuse_link(folder)
+        if not os.path.lexists(folder):
+            os.mkdir(folder, 0o755)
+            made.append(str(folder))
+            undo.callback(_remove_made, Path(folder))
+    _refuse_link(path)
+    target = Path(path)
+    if not os.path.lexists(target):
+        if as_file:
+            target.touch(0o600)
+        else:
+            target.mkdir(mode=0o755)
+        made.append(str(target))
+        undo.callback(_remove_made, target)
+    elif target.is_dir() == as_file:
+        raise Fault(f"{path} is {'a folder, where a device' if as_file else 'no folder, where a disk'} would go")
+    return made
+
+
+def _refuse_link(path: PurePosixPath) -> None:
+    if os.path.islink(path):
+        raise Fault(f"the guest path leads through the symbolic link {path}", kind="invalid")
+
+
+def _remove_made(path: Path) -> None:
+    """Remove what we made, if nobody put anything there."""
+    try:
+        if path.is_dir():
+            path.rmdir()
+        elif path.stat().st_size == 0:
+            path.unlink()
+    except OSError:
+        pass  # somebody uses it: it is theirs now
+
+
+def _device_number(target: Path, entry: Entry) -> tuple[int, int]:
+    status = target.stat()
+    number = status.st_dev if entry.filesystem else status.st_rdev
+    return os.major(number), os.minor(number)
+
+
+def _flush(disk: Device) -> None:
+    import fcntl
+
+    fd = os.open(disk.node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+        fcntl.ioctl(fd, _BLKFLSBUF, 0)
+    except OSError as error:
+        if error.errno not in (errno.ENOTTY, errno.EROFS, errno.EACCES):
+            raise
+    finally:
+        os.close(fd)

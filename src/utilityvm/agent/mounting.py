@@ -1,0 +1,184 @@
+"""mount(2) and umount2(2), the words of mount(8), and which file system a device holds."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from utilityvm.agent.faults import Fault
+
+# linux/mount.h
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_REMOUNT = 1, 2, 4, 8, 16, 32
+MS_DIRSYNC, MS_NOATIME, MS_NODIRATIME, MS_BIND, MS_REC, MS_SILENT = 128, 1024, 2048, 4096, 16384, 32768
+MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED, MS_RELATIME, MS_STRICTATIME = (
+    1 << bit for bit in (17, 18, 19, 20, 21, 24)
+)
+MS_LAZYTIME: Final = 1 << 25
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+
+# A word sets the bits of the first number and clears those of the second.
+_FLAGS: Final[dict[str, tuple[int, int]]] = {
+    "defaults": (0, 0),
+    "ro": (MS_RDONLY, 0),
+    "rw": (0, MS_RDONLY),
+    "nosuid": (MS_NOSUID, 0),
+    "suid": (0, MS_NOSUID),
+    "nodev": (MS_NODEV, 0),
+    "dev": (0, MS_NODEV),
+    "noexec": (MS_NOEXEC, 0),
+    "exec": (0, MS_NOEXEC),
+    "sync": (MS_SYNCHRONOUS, 0),
+    "async": (0, MS_SYNCHRONOUS),
+    "dirsync": (MS_DIRSYNC, 0),
+    "noatime": (MS_NOATIME, 0),
+    "atime": (0, MS_NOATIME),
+    "nodiratime": (MS_NODIRATIME, 0),
+    "diratime": (0, MS_NODIRATIME),
+    "relatime": (MS_RELATIME, 0),
+    "norelatime": (0, MS_RELATIME),
+    "strictatime": (MS_STRICTATIME, 0),
+    "lazytime": (MS_LAZYTIME, 0),
+    "nolazytime": (0, MS_LAZYTIME),
+    "silent": (MS_SILENT, 0),
+}
+_PROPAGATION: Final = {
+    "shared": MS_SHARED,
+    "rshared": MS_SHARED | MS_REC,
+    "private": MS_PRIVATE,
+    "rprivate": MS_PRIVATE | MS_REC,
+    "slave": MS_SLAVE,
+    "rslave": MS_SLAVE | MS_REC,
+    "unbindable": MS_UNBINDABLE,
+    "runbindable": MS_UNBINDABLE | MS_REC,
+}
+_NOT_OURS: Final = {"bind", "rbind", "move", "remount", "loop"}  # these ask for another act than mounting a disk
+
+# Where a file system signs its superblock: (offset, signature, name).
+_SIGNATURES: Final[tuple[tuple[int, bytes, str], ...]] = (
+    (0, b"XFSB", "xfs"),
+    (0, b"hsqs", "squashfs"),
+    (1024, b"\xe2\xe1\xf5\xe0", "erofs"),
+    (1080, b"\x53\xef", "ext4"),  # the ext4 driver mounts ext2 and ext3 as well
+    (65600, b"_BHRfS_M", "btrfs"),
+    (32769, b"CD001", "iso9660"),
+    (82, b"FAT32   ", "vfat"),
+    (54, b"FAT16   ", "vfat"),
+    (54, b"FAT12   ", "vfat"),
+    (3, b"EXFAT   ", "exfat"),
+)
+# What keeps a file system from writing to its device while it is mounted read-only.
+_NO_RECOVERY: Final = {"ext4": "noload", "ext3": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Words(NamedTuple):
+    """Mount options, sorted by who takes them."""
+
+    flags: int
+    propagation: tuple[int, ...]
+    data: str
+
+
+def words(options: Sequence[str], *, read_only: bool) -> Words:
+    """Mount options as mount(2) wants them; what we do not know is the file system's to judge.
+
+    Raises:
+        Fault: an option asks for another act than mounting the disk, or contradicts `read_only`.
+    """
+    flags = MS_RDONLY if read_only else 0
+    propagation: list[int] = []
+    data: list[str] = []
+    for option in (part for option in options for part in option.split(",")):
+        if option in _FLAGS:
+            add, drop = _FLAGS[option]
+            if read_only and drop & MS_RDONLY:
+                raise Fault("the option rw contradicts a read-only mount", kind="invalid")
+            flags = (flags & ~drop) | add
+        elif option in _PROPAGATION:
+            propagation.append(_PROPAGATION[option])
+        elif option in _NOT_OURS:
+            raise Fault(f"the option {option} does not mount a disk", kind="invalid")
+        elif option:
+            data.append(option)
+    return Words(flags, tuple(propagation), ",".join(data))
+
+
+def detect(node: Path) -> str | None:
+    """The file system on a device, by its signature. None: none that we know."""
+    with node.open("rb", buffering=0) as device:
+        fd = device.fileno()
+        head = os.pread(fd, 4096, 0)
+        for offset, signature, name in _SIGNATURES:
+            if offset + len(signature) <= len(head):
+                found = head[offset : offset + len(signature)]
+            else:
+                found = os.pread(fd, len(signature), offset)
+            if found == signature:
+                return name
+    return None
+
+
+def mount(node: Path, target: Path, filesystem: str, how: Words) -> None:
+    """Mount `node` at `target`, and set its propagation. On an error nothing is mounted there.
+
+    Raises:
+        Fault: the kernel refused; names its reason.
+    """
+    data = how.data
+    if how.flags & MS_RDONLY and (never_write := _NO_RECOVERY.get(filesystem)) and never_write not in data.split(","):
+        data = f"{data},{never_write}" if data else never_write
+    _mount(os.fsencode(node), target, filesystem.encode(), how.flags, data.encode() or None)
+    try:
+        for flag in how.propagation:
+            _mount(b"none", target, None, flag, None)
+    except Fault:
+        unmount(target, lazily=True)
+        raise
+
+
+def bind(source: Path, target: Path) -> None:
+    """Make `source` appear at `target`.
+
+    Raises:
+        Fault: the kernel refused.
+    """
+    _mount(os.fsencode(source), target, None, MS_BIND, None)
+
+
+def _mount(source: bytes, target: Path, kind: bytes | None, flags: int, data: bytes | None) -> None:
+    if _libc.mount(source, os.fsencode(target), kind, ctypes.c_ulong(flags), data):
+        number = ctypes.get_errno()
+        what = f"mount {source.decode()} at {target}"
+        text = f"{what} as {kind.decode()}" if kind else what
+        raise Fault(f"{text} with {data.decode() if data else 'no options'}: {os.strerror(number)}")
+
+
+def unmount(target: Path, *, lazily: bool = False) -> None:
+    """Unmount what is at `target`.
+
+    Raises:
+        OSError: EBUSY, or what else the kernel said.
+    """
+    flags = UMOUNT_NOFOLLOW | (MNT_DETACH if lazily else 0)
+    if _libc.umount2(os.fsencode(target), flags):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
+
+
+def sync_filesystem(target: Path) -> None:
+    """Write out all that the file system at `target` holds back.
+
+    Raises:
+        OSError: the disk did not take it.
+    """
+    fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if _libc.syncfs(fd):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(target))
+    finally:
+        os.close(fd)

@@ -1,0 +1,38 @@
+"""Threads that wait for work. One more is made when all are busy, so that a stuck request holds up nobody else."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+
+class Workers:
+    def __init__(self, *, at_most: int) -> None:
+        self._at_most = at_most
+        self._idle = 0
+        self._count = 0
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._ready = threading.Condition()
+
+    def do(self, job: Callable[[], None]) -> bool:
+        """Have a thread run `job`. False: as many as may be are stuck, and it was not taken."""
+        with self._ready:
+            if self._idle <= len(self._jobs):
+                if self._count >= self._at_most:
+                    return False
+                self._count += 1
+                threading.Thread(target=self._work, daemon=True).start()
+            self._jobs.append(job)
+            self._ready.notify()
+            return True
+
+    def _work(self) -> None:
+        while True:
+            with self._ready:
+                self._idle += 1
+                while not self._jobs:
+                    self._ready.wait()
+                self._idle -= 1
+                job = self._jobs.popleft()
+            job()

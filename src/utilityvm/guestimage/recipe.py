@@ -1,0 +1,215 @@
+"""What the guest image is made of. Data: `build` turns it into files, and its text is part of the cache's key."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from utilityvm.errors import SetupError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """What differs between machines. Only amd64 has been tried."""
+
+    debian: str  # Debian's name of it
+    kernel_package: str
+    console: str
+    loader: str  # the dynamic loader, which runs the guest's own python on the host to compile ahead
+
+
+ARCHITECTURES: Final[Mapping[str, Architecture]] = {
+    "x86_64": Architecture(
+        debian="amd64",
+        kernel_package="linux-image-cloud-amd64",
+        console="ttyS0",
+        loader="lib/x86_64-linux-gnu/ld-linux-x86-64.so.2",
+    ),
+    "aarch64": Architecture(
+        debian="arm64",
+        kernel_package="linux-image-cloud-arm64",
+        console="ttyAMA0",
+        loader="lib/aarch64-linux-gnu/ld-linux-aarch64.so.1",
+    ),
+}
+
+
+def architecture() -> Architecture:
+    """The architecture of this machine.
+
+    Raises:
+        SetupError: there is no recipe for it.
+    """
+    machine = platform.machine()
+    try:
+        return ARCHITECTURES[machine]
+    except KeyError:
+        known = ", ".join(ARCHITECTURES)
+        raise SetupError(f"no guest image for {machine}", remedy=f"there are recipes for {known}") from None
+
+
+# A small userland to run commands in, what the agent needs, and nothing that starts by itself.
+PACKAGES: Final = (
+    "bash",
+    "busybox-static",
+    "coreutils",
+    "dash",
+    "diffutils",
+    "e2fsprogs",
+    "findutils",
+    "grep",
+    "gzip",
+    "kmod",
+    "mawk",
+    "mount",
+    "procps",
+    "python3",
+    "sed",
+    "tar",
+    "util-linux",
+    "xfsprogs",
+)
+
+# The initramfs loads these, with what they depend on, in this order.
+BOOT_MODULES: Final = ("virtio_pci", "virtio_scsi", "sd_mod", "ext4", "overlay", "virtio_console", "virtio-rng")
+
+# Kernel modules that stay on the root disk: paths below `kernel/` that begin so.
+MODULE_FOLDERS: Final = (
+    "arch/",
+    "block/",
+    "crypto/",
+    "lib/",
+    "fs/btrfs/",
+    "fs/configfs/",
+    "fs/erofs/",
+    "fs/ext4/",
+    "fs/exfat/",
+    "fs/fat/",
+    "fs/fuse/",
+    "fs/isofs/",
+    "fs/jbd2/",
+    "fs/mbcache",
+    "fs/nls/",
+    "fs/overlayfs/",
+    "fs/squashfs/",
+    "fs/udf/",
+    "fs/xfs/",
+    "fs/binfmt_misc",
+    "drivers/block/loop",
+    "drivers/char/hw_random/virtio",
+    "drivers/char/virtio_console",
+    "drivers/cdrom/",
+    "drivers/dax/",
+    "drivers/firmware/qemu_fw_cfg",
+    "drivers/md/",
+    "drivers/net/tun",
+    "drivers/net/virtio_net",
+    "drivers/net/net_failover",
+    "drivers/scsi/",
+    "drivers/virt/",
+    "drivers/virtio/",
+    "net/core/failover",
+    "net/vmw_vsock/",
+)
+
+# What nobody reads in a VM.
+LEFT_OUT: Final = (
+    "boot/System.map",
+    "boot/config-",
+    "usr/share/bash-completion/",
+    "usr/share/doc/",
+    "usr/share/info/",
+    "usr/share/initramfs-tools/",
+    "usr/share/lintian/",
+    "usr/share/locale/",
+    "usr/share/man/",
+    "usr/share/perl",
+    "usr/lib/x86_64-linux-gnu/perl",
+    "usr/lib/aarch64-linux-gnu/perl",
+    "usr/share/zoneinfo/",
+    "etc/init.d/",
+    "etc/rc",
+    "etc/cron",
+    "etc/systemd/",
+    "lib/systemd/",
+)
+
+# No maintainer script runs, so what those would have made is written here.
+FILES: Final[Mapping[str, str]] = {
+    "etc/passwd": "root:x:0:0:root:/root:/bin/bash\n"
+    "daemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin\n"
+    "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
+    "etc/group": "root:x:0:\ndaemon:x:1:\ntty:x:5:\ndisk:x:6:\nnogroup:x:65534:\n",
+    "etc/shadow": "root:*:19000:0:99999:7:::\n",
+    "etc/hostname": "utilityvm\n",
+    "etc/hosts": "127.0.0.1 localhost utilityvm\n::1 localhost\n",
+    "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
+    "etc/machine-id": "",
+    "etc/fstab": "",
+}
+LINKS: Final[Mapping[str, str]] = {
+    "usr/bin/awk": "mawk",
+    "etc/mtab": "../proc/self/mounts",
+    "var/run": "/run",
+}
+FOLDERS: Final = (
+    "dev",
+    "proc",
+    "sys",
+    "run",
+    "tmp",
+    "root",
+    "mnt",
+    "media",
+    "srv",
+    "opt",
+    "home",
+    "var/tmp",
+    "var/log",
+)
+
+ROOT_LABEL: Final = "utilityvm"
+
+# `quiet` because each line on an emulated serial port costs time; panic=-1 ends QEMU at once when the kernel dies.
+KERNEL_COMMAND_LINE: Final = (
+    "quiet panic=-1 reboot=t random.trust_cpu=on net.ifnames=0 mitigations=auto tsc=reliable raid=noautodetect"
+)
+
+INIT: Final = r"""#!/bin/busybox sh
+# Finds the root disk by its address on the bus, and hands over to the agent.
+fail() {
+    echo "utilityvm: the guest cannot start: $*" > /dev/console
+    /bin/busybox poweroff -f
+}
+/bin/busybox mount -t devtmpfs dev /dev
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sys /sys
+for module in @MODULES@; do
+    /bin/busybox insmod "/modules/$module" 2> /insmod.log || fail "module $module: $(/bin/busybox cat /insmod.log)"
+done
+controllers=
+for word in $(/bin/busybox cat /proc/cmdline); do
+    case "$word" in utilityvm.scsi=*) controllers="${word#*=}" ;; esac
+done
+first="${controllers%%,*}"
+[ -n "$first" ] || fail "no utilityvm.scsi= on the kernel command line"
+tries=0
+while :; do
+    for found in /sys/bus/pci/devices/$first/virtio*/host*/target*/*:0:0:0/block/sd*; do
+        [ -e "$found" ] && /bin/busybox mount -t ext4 -o ro,noload "/dev/${found##*/}" /lower 2> /mount.log && break 2
+    done
+    tries=$((tries + 1))
+    [ $tries -lt 2000 ] || fail "no root disk at 0:0 of $first: $(/bin/busybox cat /mount.log)"
+    /bin/busybox usleep 5000
+done
+/bin/busybox mount -t tmpfs -o mode=0755 tmpfs /rw || fail "no tmpfs"
+/bin/busybox mkdir /rw/upper /rw/work
+/bin/busybox mount -t overlay -o lowerdir=/lower,upperdir=/rw/upper,workdir=/rw/work overlay /root || fail "no overlay"
+for folder in dev proc sys; do
+    /bin/busybox mount --move /$folder /root/$folder || fail "cannot move /$folder"
+done
+exec /bin/busybox switch_root /root @AGENT@
+fail "no agent"
+"""
