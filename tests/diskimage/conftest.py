@@ -94,12 +94,19 @@ def vhd_checksum(data: bytes, at: int) -> int:
     return ~(sum(data) - sum(data[at : at + 4])) & 0xFFFFFFFF
 
 
+def _shifted(value: int) -> int:
+    for _ in range(8):
+        value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+    return value
+
+
+SHIFTED = [_shifted(value) for value in range(256)]
+
+
 def crc32c(data: bytes) -> int:
     crc = 0xFFFFFFFF
     for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+        crc = SHIFTED[(crc ^ byte) & 0xFF] ^ crc >> 8
     return crc ^ 0xFFFFFFFF
 
 

@@ -146,6 +146,15 @@ def test_a_device_of_a_btrfs_is_used_though_the_mount_names_another(fake: FakeHo
     assert fake.users(8, 1) == []
 
 
+def test_lines_and_devices_that_are_not_whole_are_passed_over(fake: FakeHost, sda: Path) -> None:
+    """A device may go while we look."""
+    fake.hold(sda, fake.disk("dm-0", 253, 0))
+    (fake.sysfs / "class/block/dm-0/dev").unlink()
+    with (fake.proc / "self/mountinfo").open("a") as file:
+        file.write("36 35 8:0\n\n36 35 8:0 / /x rw - -\n")
+    assert fake.users(8, 0) == ["held by dm-0"]
+
+
 def test_holders_in_a_circle_come_to_an_end(fake: FakeHost, sda: Path) -> None:
     mapping = fake.disk("dm-0", 253, 0)
     fake.hold(sda, mapping)

@@ -80,6 +80,12 @@ def test_a_wrong_checksum_is_damaged(seeds: dict[str, Bytes], seed: str) -> None
         image.read(DiskFormat.VHD)
 
 
+def test_a_dynamic_disk_without_the_copy_is_damaged(seeds: dict[str, Bytes]) -> None:
+    image = seeds["vpc-dynamic"].copy().write(0, bytes(512))
+    with pytest.raises(ImageDamaged, match="its first sector holds no copy of the footer"):
+        image.read(DiskFormat.VHD)
+
+
 def test_a_wrong_checksum_of_the_copy_is_damaged(seeds: dict[str, Bytes]) -> None:
     image = seeds["vpc-dynamic"].copy()
     image.put(100, "B", 1)

@@ -146,6 +146,16 @@ def test_an_impossible_header_is_damaged(seeds: dict[str, Bytes], message: str) 
     assert message in str(refused.value)
 
 
+def test_both_copies_of_the_grain_directory_are_loaded(seeds: dict[str, Bytes]) -> None:
+    image = seeds["vmdk"].copy()
+    assert [table.offset for table in image.read().tables] == [26 * 512, 21 * 512]
+    image.put(48, "<Q", 1 << 30)
+    with pytest.raises(ImageDamaged, match="the grain directory's copy ends at"):
+        check_safe(image.read(), read_only=True)
+    image.put(8, "<I", 1)  # says that there is no copy
+    check_safe(image.read(), read_only=True)
+
+
 def test_a_crlf_descriptor_is_read(seeds: dict[str, Bytes]) -> None:
     image = seeds["vmdk"].copy()
     image.write(512, image.get(512, 1024).rstrip(b"\0").replace(b"\n", b"\r\n"))

@@ -75,7 +75,8 @@ def check_safe(header: ImageHeader, *, read_only: bool, allow_backing: bool = Fa
     The guest or others may change the file after it was read, so read it again each time it is opened. Against who
     changes it between our look and QEMU's stands what the host gives QEMU: an explicit driver, `driver_options`, and
     rights to this file alone. QEMU has no option against a qcow2 data file or VMDK extents; the host sees them as
-    nodes that it did not name (`query-named-block-nodes`), and as a header that is no longer equal to this one.
+    nodes that it did not name (`query-named-block-nodes`), and as a header that is no longer equal to this one but
+    for `dirty` and the file's size.
 
     Raises:
         ImageUnsafe: it would make QEMU open something else, take too much memory, or see another disk than we do.
