@@ -30,11 +30,14 @@
     ├── OutcomeUnknown           sent, and no answer came; the next step probes first
     │   └── DeadlineExceeded     the caller's time was up first
     ├── VMGone                   the VM died; its disks are free
+    ├── StartFailed              the VM did not come up, and was removed; .console has its last lines
     ├── ProtocolError            a peer broke its own rules (QMP, bridge, QGA); .message holds what it said
     ├── ImageError               a disk image cannot be used
     │   ├── ImageDamaged         it is not what its header says, or is cut short
     │   └── ImageUnsafe          it would make the hypervisor open something that was not asked for
     └── StoreError               the journal would not take a line; an intent unwritten is a step unsent
+        ├── StoreTooNew          a later version of utilityvm wrote the store
+        └── StoreDamaged         the store was not whole and was moved aside; .kept says where
 
 A kind is something that a caller does differently; all else is a field.
 """
@@ -205,6 +208,16 @@ class VMGone(UtilityVMError):
     """The VM died: its hypervisor process ended or its connection broke for good."""
 
 
+class StartFailed(UtilityVMError):
+    """The VM did not come up. Nothing of it is left; `console` has the last lines that it wrote."""
+
+    def __init__(
+        self, message: str, *, console: Sequence[str] = (), vm: str | None = None, remedy: str | None = None
+    ) -> None:
+        super().__init__(message, vm=vm, remedy=remedy)
+        self.console = tuple(console)
+
+
 class ProtocolError(UtilityVMError):
     """A peer broke the rules of its protocol; `message` holds what it sent, cut to a sane length."""
 
@@ -227,3 +240,15 @@ class ImageUnsafe(ImageError):
 
 class StoreError(UtilityVMError):
     """The journal would not take a line. An intent that is not written is a step that is not sent."""
+
+
+class StoreTooNew(StoreError):
+    """A later version of utilityvm wrote the store; it was not touched."""
+
+
+class StoreDamaged(StoreError):
+    """The store was not whole. It was moved aside, unchanged, to `kept`; the next call goes on with a new one."""
+
+    def __init__(self, message: str, *, kept: Path, remedy: str | None = None) -> None:
+        super().__init__(message, remedy=remedy)
+        self.kept = kept
