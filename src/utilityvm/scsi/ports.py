@@ -247,6 +247,7 @@ class ReservationRecord:
     attachment: str
     mount: str | None  # None: attached only
     holder: Holder
+    state: str  # a ReservationState
     since: float
 
 
