@@ -182,8 +182,8 @@ class Qmp:
         """Send commands back to back and give their answers in order; a refusal is given, not raised.
 
         QEMU does each whether or not one before it was refused, so a later one must be harmless then. `fd` goes with
-        the first, which must be `add-fd`; it stays the caller's to close. What was not yet written when the time is up
-        or the caller is cancelled is never sent.
+        the first, which must be `add-fd`; it stays the caller's to close. A batch that still waits for another one's
+        `add-fd` when its time is up or its caller is cancelled is never sent.
 
         Raises:
             DeadlineExceeded: not all were answered within `timeout_s` seconds; QEMU may still do them.
@@ -317,7 +317,7 @@ class Qmp:
         self._log.debug("<-- %s", line[:_SHOWN])
         message = json.loads(line)
         if "event" in message:
-            self._take_event(Event(message["event"], message.get("data", {})))
+            self._take_event(Event(str(message["event"]), dict(message.get("data", {}))))
         elif "QMP" in message:
             if self._greeting.done():
                 raise ValueError("a second greeting")
@@ -326,17 +326,18 @@ class Qmp:
             self._take_answer(message)
 
     def _take_answer(self, message: dict[str, Any]) -> None:
-        question = self._pending.popleft()
+        question = self._pending[0]  # taken off only when the message made sense: if it does not, this one is told too
         if message["id"] != question.id:
             raise ValueError(f"the answer to {question.command} has id {message['id']}, not {question.id}")
-        if question.future is self._fd_in_flight:
-            self._fd_in_flight = None
-            self._send_next_fd()
         answer: Answer
         if "error" in message:
             answer = QmpRefused(question.command, message["error"]["class"], message["error"]["desc"], vm=self._vm)
         else:
             answer = message["return"]
+        self._pending.popleft()
+        if question.future is self._fd_in_flight:
+            self._fd_in_flight = None
+            self._send_next_fd()
         if not question.future.done():
             question.future.set_result(answer)
 

@@ -1,0 +1,196 @@
+"""Opening what people give us, and the lock that keeps two VMs from one disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+
+from utilityvm.errors import (
+    AccessDenied,
+    ConfigDiffers,
+    DiskInUse,
+    ImageDamaged,
+    InvalidRequest,
+    NotSupported,
+    UtilityVMError,
+)
+from utilityvm.hosts.qemu.disk import QemuDisk, describe, open_disk
+from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(SIZE))
+    return path
+
+
+@pytest.fixture
+def opened(image: Path) -> Generator[Callable[..., QemuDisk]]:
+    disks: list[QemuDisk] = []
+
+    def open_it(path: Path = image, *, read_only: bool = False) -> QemuDisk:
+        disks.append(open_disk(DiskRequest(host_path=str(path), read_only=read_only, format=DiskFormat.RAW)))
+        return disks[-1]
+
+    yield open_it
+    for disk in disks:
+        disk.close()
+
+
+def open_fds() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def refusal(path: str | Path, kind: AttachmentType = AttachmentType.VIRTUAL_DISK, **changes: object) -> UtilityVMError:
+    before = open_fds()
+    request = DiskRequest(host_path=str(path), read_only=False, kind=kind, **changes)  # type: ignore[arg-type]
+    with pytest.raises(UtilityVMError) as caught:
+        open_disk(request)
+    assert caught.value.remedy, "every refusal says what to do"
+    assert open_fds() == before, "a refusal leaves nothing open"
+    return caught.value
+
+
+def test_size_and_format_are_known(opened: Callable[..., QemuDisk]) -> None:
+    disk = opened()
+    assert (disk.size_bytes, disk.format) == (SIZE, DiskFormat.RAW)
+
+
+def test_a_disk_is_the_same_however_its_path_is_spelled(
+    image: Path, opened: Callable[..., QemuDisk], tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(image)
+    (tmp_path / "hard").hardlink_to(image)
+    (tmp_path / "folder").mkdir()
+    spellings = [image, tmp_path / "link", tmp_path / "hard", tmp_path / "folder" / ".." / "disk.raw"]
+    disks = [opened(path) for path in spellings]
+    assert len({(disk.identity, disk.serial, disk.wwn) for disk in disks}) == 1
+    assert describe(image) == disks[0].identity
+
+
+def test_another_disk_is_another(opened: Callable[..., QemuDisk], tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(bytes(SIZE))
+    one, other = opened(), opened(tmp_path / "other")
+    assert one.identity != other.identity
+    assert one.serial != other.serial
+    assert one.wwn >> 60 == other.wwn >> 60 == 3
+
+
+def test_paths_that_lead_to_no_disk(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("gone")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for name in ("missing", "loop", "nowhere", "", "a\0b", "x" * 5000):
+            assert isinstance(refusal(f"{tmp_path}/{name}" if name else ""), InvalidRequest)
+        for path, kind in ((tmp_path, "a folder"), (tmp_path / "pipe", "a pipe"), (tmp_path / "socket", "a socket")):
+            assert kind in str(refusal(path))
+    assert "a character device" in str(refusal("/dev/zero"))
+
+
+def test_an_empty_file_is_no_disk(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert isinstance(refusal(tmp_path / "empty"), ImageDamaged)
+
+
+def test_a_file_is_not_a_physical_disk(image: Path) -> None:
+    assert "add_scsi" in (refusal(image, AttachmentType.PASS_THRU).remedy or "")
+
+
+def test_a_physical_disk_has_no_format(image: Path) -> None:
+    error = refusal(image, AttachmentType.PASS_THRU, format=DiskFormat.QCOW2)
+    assert isinstance(error, ConfigDiffers)
+
+
+def test_extensible_virtual_disks_are_for_windows() -> None:
+    assert isinstance(refusal("evd://type/path", AttachmentType.EXTENSIBLE_VIRTUAL_DISK), NotSupported)
+
+
+def test_another_format_than_asked_for(image: Path) -> None:
+    assert isinstance(refusal(image, format=DiskFormat.QCOW2), ConfigDiffers)
+
+
+def test_a_file_that_this_user_may_not_open(image: Path) -> None:
+    image.chmod(0o400)
+    if os.geteuid() != 0:
+        assert isinstance(refusal(image), AccessDenied)
+        return
+    os.seteuid(12345)
+    try:
+        assert isinstance(refusal(image), AccessDenied)
+    finally:
+        os.seteuid(0)
+
+
+def test_a_file_that_cannot_be_written_now(tmp_path: Path) -> None:
+    program = Path(shutil.copy("/bin/sleep", tmp_path / "sleep"))
+    with subprocess.Popen([program, "1000"]) as running:
+        error = refusal(program)
+        running.kill()
+    assert isinstance(error, NotSupported)
+    assert error.remedy == "attach it read-only"
+
+
+def test_readers_share(opened: Callable[..., QemuDisk]) -> None:
+    locked = [opened(read_only=True).open_locked() for _ in range(3)]
+    for fd in locked:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(("first", "second"), [(False, False), (False, True), (True, False)])
+def test_a_writer_is_alone(opened: Callable[..., QemuDisk], first: bool, second: bool) -> None:
+    held = opened(read_only=first).open_locked()
+    before = open_fds()
+    other = opened(read_only=second)
+    with pytest.raises(DiskInUse, match="the VM called two"):
+        other.open_locked(user="the VM called two")
+    assert open_fds() == before + 1  # `other` itself
+    os.close(held)
+    os.close(other.open_locked())
+
+
+def test_the_lock_outlives_the_disk_it_was_taken_from(opened: Callable[..., QemuDisk]) -> None:
+    disk = opened()
+    held = disk.open_locked()
+    disk.close()
+    copy = os.dup(held)  # as QEMU has one
+    os.close(held)
+    with pytest.raises(DiskInUse):
+        opened().open_locked()
+    os.close(copy)
+    os.close(opened().open_locked())
+
+
+def test_the_rights_of_the_descriptor_are_those_asked_for(opened: Callable[..., QemuDisk]) -> None:
+    reader = opened(read_only=True).open_locked()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.write(reader, b"x")
+    os.close(reader)
+
+
+def test_a_path_that_changes_after_the_open_changes_nothing(
+    image: Path, opened: Callable[..., QemuDisk], tmp_path: Path
+) -> None:
+    disk = opened()
+    (tmp_path / "other").write_bytes(bytes(SIZE))
+    (tmp_path / "other").rename(image)
+    fd = disk.open_locked()
+    status = os.fstat(fd)
+    assert f"file:{status.st_dev}:{status.st_ino}" == disk.identity != describe(image)
+    os.close(fd)
+
+
+def test_closing_twice_is_closing_once(opened: Callable[..., QemuDisk]) -> None:
+    disk = opened()
+    disk.close()
+    disk.close()

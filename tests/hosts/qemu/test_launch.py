@@ -1,0 +1,149 @@
+"""The command line, and what is refused before anything is started."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from utilityvm.errors import InvalidRequest, SetupError
+from utilityvm.hosts.qemu import launch
+from utilityvm.hosts.qemu.accelerator import Accelerator
+from utilityvm.hosts.qemu.emulator import Emulator
+from utilityvm.hosts.qemu.launch import Descriptors, QemuConfig, QemuProcess
+from utilityvm.hosts.qemu.lifetime import started_at
+
+EMULATOR = Emulator(Path("/usr/bin/qemu-system-x86_64"), "7.2.22", "pc-q35-7.2")
+FDS = Descriptors(qmp=(10, 11), agent=12, log=13, kernel=14, initramfs=15, root=16)
+CONFIG = QemuConfig(name="one", kernel=Path("/k"), initramfs=Path("/i"), root=Path("/r"), cmdline="console=ttyS0")
+PROCESS = QemuProcess(
+    name="one",
+    pid=1,
+    started="2",
+    uuid="3",
+    folder=Path("/run/utilityvm/vms/one"),
+    uid=70000,
+    controllers=4,
+    keep=True,
+    accelerator="tcg",
+    accelerator_reason="why",
+    qemu_version="7.2.22",
+    machine="pc-q35-7.2",
+    log_pid=4,
+    log_started="5",
+)
+
+
+def words(config: QemuConfig = CONFIG, fds: Descriptors = FDS) -> list[str]:
+    return launch.command_line(config, EMULATOR, Accelerator("tcg", ""), vm_uuid="0-1", fds=fds)
+
+
+def values(option: str, config: QemuConfig = CONFIG, fds: Descriptors = FDS) -> list[str]:
+    line = words(config, fds)
+    return [line[index + 1] for index, word in enumerate(line) if word == option]
+
+
+def test_qemu_is_told_no_path_of_ours() -> None:
+    paths = [word for word in words()[1:] if "/" in word]
+    assert paths
+    assert all("/dev/fdset/" in word or "/proc/self/fd/" in word for word in paths)
+
+
+def test_the_sandbox_denies_everything_it_can() -> None:
+    (sandbox,) = values("-sandbox")
+    assert sandbox == "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+
+def test_the_machine_is_a_versioned_one() -> None:
+    assert values("-machine")[0].startswith("pc-q35-7.2,")
+
+
+@pytest.mark.parametrize("count", range(5))
+def test_controllers_are_where_the_guest_is_told(count: int) -> None:
+    config = replace(CONFIG, controllers=count, root=None)
+    devices = [device for device in values("-device", config) if device.startswith("virtio-scsi-pci")]
+    assert devices == [f"virtio-scsi-pci,id=scsi{i},bus=pcie.0,addr={0x10 + i:#x}" for i in range(count)]
+    listed = ",".join(f"0000:00:{0x10 + i:02x}.0" for i in range(count))
+    assert values("-append", config) == [f"console=ttyS0 utilityvm.scsi={listed}"]
+
+
+def test_the_root_disk_is_read_only_at_the_first_slot() -> None:
+    root = next(device for device in values("-device") if device.startswith("scsi-hd"))
+    assert {"bus=scsi0.0", "scsi-id=0", "lun=0", "serial=utilityvm-root"} <= set(root.split(","))
+    (node,) = values("-blockdev")
+    assert {"read-only=on", "file.read-only=on", "file.filename=/dev/fdset/0"} <= set(node.split(","))
+
+
+def test_without_a_kernel_there_is_no_kernel_command_line() -> None:
+    config = QemuConfig(name="one")
+    fds = replace(FDS, kernel=None, initramfs=None, root=None)
+    assert not {"-append", "-kernel", "-initrd"} & set(words(config, fds))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": ""},
+        {"name": "../x"},
+        {"name": "a,b"},
+        {"name": "-x"},
+        {"name": "x" * 64},
+        {"memory_mib": 0},
+        {"memory_mib": 1 << 21},
+        {"cpus": 0},
+        {"cpus": 256},
+        {"controllers": 5},
+        {"controllers": -1},
+        {"controllers": 0},
+        {"kernel": None},
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequest):
+        replace(CONFIG, **changes).check()  # type: ignore[arg-type]
+
+
+async def test_a_path_too_long_for_a_socket_is_refused_and_nothing_is_made(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 100)
+    with pytest.raises(SetupError, match="too long for sockets"):
+        await launch.start(QemuConfig(name="one"), folder=folder)
+    assert not folder.exists()
+
+
+async def test_a_folder_that_others_can_replace_is_refused(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(SetupError, match="others may write to"):
+        await launch.start(QemuConfig(name="one"), folder=shared / "one")
+    assert not (shared / "one").exists()
+
+
+async def test_a_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "one").symlink_to("target")
+    with pytest.raises(SetupError, match="not a folder of ours"):
+        await launch.start(QemuConfig(name="one"), folder=tmp_path / "one")
+    assert not list((tmp_path / "target").iterdir())
+
+
+def test_a_record_survives_the_store() -> None:
+    assert QemuProcess.from_json(PROCESS.to_json()) == PROCESS
+
+
+def test_a_record_of_another_shape_is_refused() -> None:
+    with pytest.raises((KeyError, TypeError)):
+        QemuProcess.from_json({"pid": 1})
+
+
+def test_a_pid_that_another_process_has_is_not_running() -> None:
+    assert not replace(PROCESS, pid=os.getpid(), started="1").is_running()
+
+
+async def test_what_is_not_that_qemu_is_not_killed() -> None:
+    """This very process, with the right start time: it does not have the UUID on its command line."""
+    started = started_at(os.getpid())
+    assert started
+    await launch.destroy(replace(PROCESS, pid=os.getpid(), started=started, folder=Path("/nonexistent/one")))

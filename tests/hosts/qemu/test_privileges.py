@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from utilityvm.errors import SetupError
+from utilityvm.hosts.qemu import privileges
+from utilityvm.hosts.qemu.privileges import Identity
+from utilityvm.process import spawn
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can change users")
+US = Identity(os.geteuid(), drops=False)
+
+
+def output(who: Identity, *command: str, dies_with_us: bool = False) -> str:
+    words = [*privileges.launcher(who, dies_with_us=dies_with_us), *command]
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=10).stdout
+
+
+def status_of(who: Identity, *, dies_with_us: bool = False) -> dict[str, str]:
+    text = output(who, "cat", "/proc/self/status", dies_with_us=dies_with_us)
+    return {key: " ".join(value.split()) for key, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+@pytest.mark.parametrize("dies_with_us", [True, False])
+def test_no_right_can_be_gained(dies_with_us: bool) -> None:
+    status = status_of(US, dies_with_us=dies_with_us)
+    assert status["NoNewPrivs"] == "1"
+    assert int(status["CapInh"], 16) == 0
+
+
+def test_no_core_file_is_written() -> None:
+    assert "0 0 bytes" in " ".join(output(US, "grep", "core", "/proc/self/limits").split())
+
+
+@as_root
+@pytest.mark.parametrize("groups", [(), (12345,)])
+def test_another_user_has_its_own_group_and_no_capability(groups: tuple[int, ...]) -> None:
+    status = status_of(Identity(70123, groups), dies_with_us=True)
+    assert status["Uid"] == status["Gid"] == "70123 70123 70123 70123"
+    assert status["Groups"] == " ".join(map(str, groups))
+    assert all(int(status[name], 16) == 0 for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb"))
+
+
+@as_root
+async def test_an_id_that_a_process_has_is_not_given_again() -> None:
+    async with privileges.identity(kvm=False, timeout_s=10) as first:
+        pid = spawn([*privileges.launcher(first, dies_with_us=True), "/bin/sleep", "1000"], env={})
+        while not privileges.is_used_by(pid, first):
+            await asyncio.sleep(0)
+    async with privileges.identity(kvm=False, timeout_s=10) as second:
+        assert second.uid != first.uid
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+
+
+@as_root
+async def test_who_chooses_an_id_is_alone() -> None:
+    async with privileges.identity(kvm=False, timeout_s=10):
+        with pytest.raises(SetupError, match="was locked"):
+            async with privileges.identity(kvm=False, timeout_s=0):
+                pytest.fail("two chose at once")
+
+
+@as_root
+async def test_the_range_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UTILITYVM_UIDS", "321000-321001")
+    async with privileges.identity(kvm=False, timeout_s=10) as who:
+        assert who.uid == 321000
+
+
+@as_root
+@pytest.mark.parametrize("text", ["x", "5-", "9-3", "0-5"])
+async def test_a_range_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("UTILITYVM_UIDS", text)
+    with pytest.raises(SetupError, match="UTILITYVM_UIDS"):
+        async with privileges.identity(kvm=False, timeout_s=10):
+            pytest.fail("an id was chosen")
+
+
+@as_root
+async def test_a_range_of_accounts_only_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UTILITYVM_UIDS", "1-2")  # daemon and bin, on every Debian
+    with pytest.raises(SetupError, match="no free user id for the VM in 1-2"):
+        async with privileges.identity(kvm=False, timeout_s=10):
+            pytest.fail("an id was chosen")
+
+
+def test_an_orphan_does_not_start(tmp_path: Path) -> None:
+    """The owner's pid is another one than the parent's, as if the owner had died before the signal was set."""
+    words = privileges.launcher(US, dies_with_us=True)
+    words[-1] = "1"
+    done = subprocess.run([*words, "touch", tmp_path / "started"], check=False, timeout=10)
+    assert done.returncode == 1
+    assert not (tmp_path / "started").exists()

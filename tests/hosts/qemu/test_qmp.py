@@ -1,0 +1,342 @@
+"""The QMP client against a monitor that keeps QEMU's rules, and can break them when told to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from utilityvm.errors import DeadlineExceeded, ProtocolError, SetupError, VMGone
+from utilityvm.hosts.qemu.qmp import LONGEST_MESSAGE, Qmp, QmpRefused
+
+T = 10.0
+
+
+class Monitor:
+    """A monitor like QEMU's: commands in order, one held descriptor that the next one replaces, one client."""
+
+    def __init__(self, path: Path) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        self._listener.setblocking(False)
+        self._loop.add_reader(self._listener, self._accept)
+        self.client: socket.socket | None = None
+        self._text = ""
+        self._queue: list[dict[str, Any]] = []
+        self._held: int | None = None
+        self._negotiated = False
+        self.paused = False
+        self.greets = True
+        self.seen: list[str] = []
+        self.files: dict[int, int] = {}  # fdset -> inode of what it holds
+
+    def _accept(self) -> None:
+        self._loop.remove_reader(self._listener)
+        self.client, _ = self._listener.accept()
+        self.client.setblocking(False)
+        self._loop.add_reader(self.client, self._read)
+        if self.greets:
+            self.send({"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}}, "capabilities": ["oob"]}})
+
+    def send(self, message: object) -> None:
+        self.send_raw(json.dumps(message).encode() + b"\r\n")
+
+    def send_raw(self, data: bytes) -> None:
+        assert self.client is not None
+        self.client.setblocking(True)
+        self.client.sendall(data)
+        self.client.setblocking(False)
+
+    def _read(self) -> None:
+        assert self.client is not None
+        try:
+            data, fds, _, _ = socket.recv_fds(self.client, 1 << 16, 16)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            data, fds = b"", []
+        for fd in fds:
+            self._drop_held()
+            self._held = fd
+        if not data:
+            self._loop.remove_reader(self.client)
+            return
+        self._text += data.decode()
+        decoder = json.JSONDecoder()
+        while self._text:
+            try:
+                command, end = decoder.raw_decode(self._text)
+            except json.JSONDecodeError:
+                break
+            self._text = self._text[end:].lstrip()
+            self._queue.append(command)
+        self._loop.call_soon(self.work)  # reading goes on before the first command is done, as in QEMU
+
+    def work(self) -> None:
+        while self._queue and not self.paused:
+            command = self._queue.pop(0)
+            self.seen.append(command["execute"])
+            answer = self._do(command["execute"], command.get("arguments", {}))
+            if answer is not None:
+                self.send({**answer, "id": command["id"]})
+
+    def _do(self, name: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        if name == "qmp_capabilities" and not self._negotiated:
+            self._negotiated = True
+            return {"return": {}}
+        if not self._negotiated or name not in ("query-status", "add-fd", "device_del", "echo", "length"):
+            return {"error": {"class": "CommandNotFound", "desc": f"The command {name} has not been found"}}
+        if name == "echo":
+            return {"return": arguments}
+        if name == "length":
+            return {"return": len(arguments["text"])}
+        if name == "add-fd":
+            if self._held is None:
+                return {"error": {"class": "GenericError", "desc": "No file descriptor supplied via SCM_RIGHTS"}}
+            self.files[arguments["fdset-id"]] = os.fstat(self._held).st_ino
+            self._drop_held()
+        if name == "device_del":
+            self.event("DEVICE_DELETED", device=arguments["id"])
+        return {"return": {}}
+
+    def event(self, name: str, **data: object) -> None:
+        self.send({"event": name, "data": data, "timestamp": {"seconds": 1, "microseconds": 2}})
+
+    def _drop_held(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+        self._held = None
+
+    def hang_up(self) -> None:
+        self._drop_held()
+        for sock in (self._listener, self.client):
+            if sock is not None and sock.fileno() >= 0:
+                self._loop.remove_reader(sock)
+                sock.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "qmp.sock"
+
+
+@pytest_asyncio.fixture
+async def monitor(path: Path) -> AsyncGenerator[Monitor]:
+    made = Monitor(path)
+    yield made
+    made.hang_up()
+
+
+@pytest_asyncio.fixture
+async def qmp(monitor: Monitor, path: Path) -> AsyncGenerator[Qmp]:
+    made = await Qmp.connect(path, vm="one", timeout_s=T)
+    yield made
+    made.close()
+
+
+async def turns(until: Callable[[], bool]) -> None:
+    """Let the event loop run until something is so."""
+    async with asyncio.timeout(T):
+        while not until():
+            await asyncio.sleep(0)
+
+
+def open_fds() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def test_connect_negotiates_and_knows_the_version(qmp: Qmp, monitor: Monitor) -> None:
+    assert qmp.version == "7.2.22"
+    assert monitor.seen == ["qmp_capabilities"]
+
+
+async def test_answers_reach_those_who_asked(qmp: Qmp) -> None:
+    answers = await asyncio.gather(*(qmp.execute("echo", {"number": n}, timeout_s=T) for n in range(40)))
+    assert answers == [{"number": n} for n in range(40)]
+
+
+async def test_a_refusal_has_class_and_words(qmp: Qmp) -> None:
+    with pytest.raises(QmpRefused, match="refused no-such: The command no-such has not been found") as caught:
+        await qmp.execute("no-such", timeout_s=T)
+    assert (caught.value.kind, caught.value.command, caught.value.vm) == ("CommandNotFound", "no-such", "one")
+
+
+async def test_a_batch_gives_each_answer_and_raises_none(qmp: Qmp) -> None:
+    answers = await qmp.execute_all([("echo", {"a": 1}), ("no-such", {}), ("echo", {"b": 2})], timeout_s=T)
+    assert (answers[0], answers[2]) == ({"a": 1}, {"b": 2})
+    assert isinstance(answers[1], QmpRefused)
+
+
+async def test_each_of_many_descriptors_reaches_its_own_set(qmp: Qmp, monitor: Monitor, tmp_path: Path) -> None:
+    inodes: dict[int, int] = {}
+
+    async def pass_file(number: int) -> None:
+        file = tmp_path / str(number)
+        file.touch()
+        inodes[number] = file.stat().st_ino
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            await qmp.execute_all([("add-fd", {"fdset-id": number}), ("echo", {})], fd=fd, timeout_s=T)
+        finally:
+            os.close(fd)
+
+    await asyncio.gather(*(pass_file(number) for number in range(30)))
+    assert monitor.files == inodes
+
+
+async def test_a_descriptor_whose_sender_gave_up_in_the_queue_is_never_sent(qmp: Qmp, monitor: Monitor) -> None:
+    fd = os.open("/dev/null", os.O_RDONLY)
+    before = open_fds()
+    monitor.paused = True
+    first = asyncio.create_task(qmp.execute_all([("add-fd", {"fdset-id": 1})], fd=fd, timeout_s=T))
+    second = asyncio.create_task(qmp.execute_all([("add-fd", {"fdset-id": 2})], fd=fd, timeout_s=T))
+    await asyncio.sleep(0)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    monitor.paused = False
+    await turns(lambda: bool(monitor._queue))
+    monitor.work()
+    await first
+    await qmp.execute("query-status", timeout_s=T)
+    assert set(monitor.files) == {1}
+    assert open_fds() == before
+    os.close(fd)
+
+
+async def test_no_answer_in_time_is_a_deadline_and_later_answers_stay_in_step(qmp: Qmp, monitor: Monitor) -> None:
+    monitor.paused = True
+    with pytest.raises(DeadlineExceeded, match="no answer from QEMU to echo within 0"):
+        await qmp.execute("echo", {"n": 1}, timeout_s=0)
+    monitor.paused = False
+    monitor.work()
+    assert await qmp.execute("echo", {"n": 2}, timeout_s=T) == {"n": 2}
+
+
+async def test_an_event_reaches_who_expects_it_of_that_device_only(qmp: Qmp, monitor: Monitor) -> None:
+    with (
+        qmp.expecting("DEVICE_DELETED", device="d1") as first,
+        qmp.expecting("DEVICE_DELETED", device="d2") as second,
+    ):
+        await qmp.execute("device_del", {"id": "d2"}, timeout_s=T)
+        event = await second
+        assert (event.name, event.device) == ("DEVICE_DELETED", "d2")
+        assert not first.done()
+
+
+async def test_everybody_learns_at_once_that_qemu_hung_up(qmp: Qmp, monitor: Monitor) -> None:
+    monitor.paused = True
+    asked = asyncio.create_task(qmp.execute("echo", timeout_s=T))
+    with qmp.expecting("DEVICE_DELETED") as event:
+        await turns(lambda: bool(monitor._queue))
+        monitor.event("SHUTDOWN", guest=True, reason="guest-panic")
+        monitor.hang_up()
+        with pytest.raises(VMGone, match="hung up after guest-panic"):
+            await event
+    with pytest.raises(VMGone):
+        await asked
+    with pytest.raises(VMGone):
+        await qmp.execute("echo", timeout_s=T)
+    with qmp.expecting("STOP") as late, pytest.raises(VMGone):
+        await late
+    assert isinstance(await qmp.gone, VMGone)
+
+
+async def test_descriptors_that_wait_are_closed_when_qemu_hangs_up(qmp: Qmp, monitor: Monitor) -> None:
+    before = open_fds()
+    fd = os.open("/dev/null", os.O_RDONLY)
+    monitor.paused = True
+    tasks = [asyncio.create_task(qmp.execute_all([("add-fd", {"fdset-id": n})], fd=fd, timeout_s=T)) for n in range(5)]
+    await turns(lambda: bool(monitor._queue))
+    monitor.hang_up()
+    assert all(isinstance(end, VMGone) for end in await asyncio.gather(*tasks, return_exceptions=True))
+    os.close(fd)
+    assert open_fds() == before - 3  # our socket, and the monitor's two
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"not json\r\n",
+        b"[]\r\n",
+        b"{}\r\n",
+        b'{"return": {}, "id": 7}\r\n',
+        b'{"error": {"class": "GenericError", "desc": "parse error"}}\r\n',
+        b'{"event": 1, "data": 2}\r\n',
+        b'{"QMP": {}}\r\n',
+        b"\xff\xfe\r\n",
+    ],
+)
+async def test_what_is_not_qmp_ends_the_connection(qmp: Qmp, monitor: Monitor, garbage: bytes) -> None:
+    monitor.paused = True
+    asked = asyncio.create_task(qmp.execute("echo", timeout_s=T))
+    await turns(lambda: bool(monitor._queue))
+    monitor.send_raw(garbage)
+    with pytest.raises(ProtocolError) as caught:
+        await asked
+    assert caught.value.vm == "one"
+
+
+async def test_a_message_without_an_end_is_not_kept(qmp: Qmp, monitor: Monitor) -> None:
+    qmp._received += bytes(LONGEST_MESSAGE)
+    monitor.send_raw(b"x")
+    assert isinstance(await qmp.gone, ProtocolError)
+
+
+async def test_a_message_in_pieces_is_one(qmp: Qmp, monitor: Monitor) -> None:
+    with qmp.expecting("STOP") as event:
+        for byte in b'{"event": "STOP", "timestamp": {}}\r\n':
+            monitor.send_raw(bytes([byte]))
+            await asyncio.sleep(0)
+        assert (await event).name == "STOP"
+
+
+async def test_commands_larger_than_the_socket_takes_arrive_whole(qmp: Qmp) -> None:
+    lengths = [300_000, 1, 400_000]
+    asked = (qmp.execute("length", {"text": "x" * length}, timeout_s=T) for length in lengths)
+    assert await asyncio.gather(*asked) == lengths
+
+
+async def test_connect_where_nobody_listens(path: Path) -> None:
+    with pytest.raises(VMGone, match="does not listen"):
+        await Qmp.connect(path, vm="one", timeout_s=T)
+
+
+async def test_connect_to_an_impossible_path() -> None:
+    with pytest.raises(SetupError, match="cannot connect"):
+        await Qmp.connect(Path("/" + "x" * 200), vm="one", timeout_s=T)
+
+
+async def test_a_monitor_that_serves_another_does_not_greet(monitor: Monitor, path: Path) -> None:
+    monitor.greets = False
+    with pytest.raises(DeadlineExceeded, match="did not greet") as caught:
+        await Qmp.connect(path, vm="one", timeout_s=0.01)
+    assert "one client at a time" in (caught.value.remedy or "")
+
+
+async def test_a_monitor_that_hangs_up_before_it_greets(monitor: Monitor, path: Path) -> None:
+    monitor.greets = False
+    connecting = asyncio.create_task(Qmp.connect(path, vm="one", timeout_s=T))
+    await turns(lambda: monitor.client is not None)
+    monitor.hang_up()
+    with pytest.raises(VMGone, match="hung up"):
+        await connecting
+
+
+async def test_closing_is_an_end_for_all_who_wait(qmp: Qmp, monitor: Monitor) -> None:
+    monitor.paused = True
+    asked = asyncio.create_task(qmp.execute("echo", timeout_s=T))
+    await turns(lambda: bool(monitor._queue))
+    qmp.close()
+    qmp.close()
+    with pytest.raises(VMGone, match="was closed"):
+        await asked
