@@ -1,16 +1,25 @@
-"""Where things are on the host. Everything else asks here."""
+"""Where things are on the host. Everything else asks here.
+
+Each folder has a variable of its own, for tests and for several installations side by side, and follows the XDG base
+directory specification otherwise. Nothing here makes a folder: who first needs one does.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+STORE_FILE = "state.db"
+LOCK_FILE = "owner.lock"
+RECORD_FILE = "vm.json"
+
 
 def _folder(own: str, xdg: str, fallback: Path) -> Path:
     if chosen := os.environ.get(own):
-        return Path(chosen)
+        return Path(chosen).absolute()
     base = os.environ.get(xdg)
-    return (Path(base) if base else fallback) / "utilityvm"
+    # The specification: a relative path in these variables is to be ignored.
+    return (Path(base) if base and Path(base).is_absolute() else fallback) / "utilityvm"
 
 
 def cache_dir() -> Path:
@@ -28,6 +37,11 @@ def runtime_dir() -> Path:
     if os.geteuid() == 0 and "UTILITYVM_RUNTIME_DIR" not in os.environ:
         return Path("/run/utilityvm")
     return _folder("UTILITYVM_RUNTIME_DIR", "XDG_RUNTIME_DIR", Path(f"/tmp/utilityvm-{os.geteuid()}"))
+
+
+def store_file() -> Path:
+    """The one database of this user's VMs."""
+    return state_dir() / STORE_FILE
 
 
 def vm_dir(name: str) -> Path:

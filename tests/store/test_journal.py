@@ -1,0 +1,225 @@
+"""A VM's journal: what is read is what was written, all of it or nothing, and never a key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utilityvm.errors import StoreError
+from utilityvm.scsi.ports import (
+    AttachmentType,
+    CallerKey,
+    DiskFormat,
+    DiskRecord,
+    Holder,
+    MountConfig,
+    MountRecord,
+    ReservationRecord,
+    ScratchKey,
+    Verity,
+    VMAccess,
+)
+from utilityvm.scsi.slot import Slot
+from utilityvm.store import SqliteJournal, Store
+
+DISK = DiskRecord(
+    attachment="a1",
+    slot=Slot(1, 63),
+    host_path="/srv/disks/a.qcow2",
+    identity="file:1:2",
+    kind=AttachmentType.VIRTUAL_DISK,
+    format=DiskFormat.QCOW2,
+    access=VMAccess.INDIVIDUAL,
+    read_only=True,
+    size_bytes=1 << 40,
+    state="attaching",
+    since=1.5,
+)
+MOUNT = MountRecord(
+    mount="m1",
+    attachment="a1",
+    guest_path=PurePosixPath("/data"),
+    config=MountConfig(partition=2, read_only=True, options=("noatime", "x=a,b")),
+    state="mounting",
+    since=2.5,
+)
+RESERVATION = ReservationRecord(
+    reservation="r1", attachment="a1", mount="m1", holder=Holder(name="cli"), state="held", since=3.5
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    with Store.open(tmp_path_factory.mktemp("state") / "state.db") as opened:
+        yield opened
+
+
+@pytest.fixture
+def journal(store: Store) -> Iterator[SqliteJournal]:
+    vm = store.add("one", uuid="u", config={})
+    yield SqliteJournal(store, vm)
+    store.remove(vm)
+
+
+def test_records_come_back_as_they_were(journal: SqliteJournal) -> None:
+    journal.write([RESERVATION, MOUNT, DISK])
+    assert journal.read() == [DISK, MOUNT, RESERVATION]
+
+
+def test_a_record_takes_the_place_of_one_of_its_id(journal: SqliteJournal) -> None:
+    journal.write([DISK])
+    changed = replace(DISK, state="attached", host_path="/elsewhere", slot=Slot(0, 0), size_bytes=1)
+    journal.write([changed])
+    assert journal.read() == [changed]
+
+
+def test_a_dropped_record_is_gone_and_dropping_it_again_is_no_error(journal: SqliteJournal) -> None:
+    journal.write([DISK, MOUNT, RESERVATION])
+    journal.write([], [RESERVATION, MOUNT])
+    journal.write([], [RESERVATION])
+    assert journal.read() == [DISK]
+
+
+def test_what_is_dropped_and_put_at_once_is_there(journal: SqliteJournal) -> None:
+    journal.write([DISK])
+    journal.write([DISK], [DISK])
+    assert journal.read() == [DISK]
+
+
+def test_two_vms_do_not_see_each_other(store: Store, journal: SqliteJournal) -> None:
+    other = store.add("two", uuid="u", config={})
+    journal.write([DISK])
+    SqliteJournal(store, other).write([replace(DISK, host_path="/b")], [DISK])
+    assert journal.read() == [DISK]
+    store.remove(other)
+    assert journal.read() == [DISK]
+
+
+def test_a_write_that_fails_in_the_middle_changes_nothing(journal: SqliteJournal) -> None:
+    journal.write([DISK])
+    broken = replace(DISK, attachment="a2", size_bytes="many")  # type: ignore[arg-type]
+    with pytest.raises(StoreError):
+        journal.write([replace(DISK, state="attached"), broken], [MOUNT])
+    assert journal.read() == [DISK]
+    journal.write([MOUNT])  # and the connection is good for more
+
+
+def test_the_journal_of_a_removed_vm_refuses(store: Store) -> None:
+    vm = store.add("gone", uuid="u", config={})
+    journal = SqliteJournal(store, vm)
+    store.remove(vm)
+    store.add("gone", uuid="u", config={})
+    with pytest.raises(StoreError, match="was removed"):
+        journal.write([DISK])
+    store.remove(store.get("gone"))
+
+
+def test_a_path_that_is_not_text_is_refused(journal: SqliteJournal) -> None:
+    with pytest.raises(StoreError, match="UTF-8"):
+        journal.write([replace(DISK, host_path="/srv/\udcff")])
+    assert journal.read() == []
+
+
+def test_a_key_is_nowhere_in_the_files(store: Store, journal: SqliteJournal) -> None:
+    key = b"0123456789abcdefFEDCBA9876543210"
+    journal.write([replace(MOUNT, config=MountConfig(encryption=CallerKey(key)))])
+    (found,) = journal.read()
+    assert isinstance(found, MountRecord)
+    assert found.config.encryption == CallerKey(b"")
+    for file in store.path.parent.iterdir():
+        assert key not in file.read_bytes()
+
+
+def test_a_journal_that_another_program_wrote_is_a_store_error(store: Store, journal: SqliteJournal) -> None:
+    journal.write([DISK])
+    store.db.execute("UPDATE disks SET lun = 64")
+    with pytest.raises(StoreError, match="no utilityvm wrote"):
+        journal.read()
+
+
+names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
+numbers = st.integers(0, 2**62)
+verities = st.builds(
+    Verity,
+    root_hash=st.binary(min_size=1, max_size=64),
+    hash_offset_bytes=numbers,
+    data_blocks=st.none() | numbers,
+    salt=st.none() | st.binary(max_size=32),
+    algorithm=st.none() | names,
+    block_size_bytes=st.none() | numbers,
+)
+configs = st.builds(
+    MountConfig,
+    partition=st.integers(0, 128),
+    read_only=st.booleans(),
+    options=st.lists(names, max_size=4).map(tuple),
+    filesystem=st.none() | names,
+    ensure_filesystem=st.booleans(),
+    reformat=st.booleans(),
+    block_device=st.booleans(),
+    encryption=st.none() | st.builds(ScratchKey),
+    verity=st.none() | verities,
+)
+slots = st.builds(Slot, st.integers(0, 3), st.integers(0, 63))
+times = st.floats(0, 4e9)
+disks = st.builds(
+    DiskRecord,
+    attachment=names,
+    slot=slots,
+    host_path=names,
+    identity=names,
+    kind=st.sampled_from(AttachmentType),
+    format=st.sampled_from(DiskFormat),
+    access=st.sampled_from(VMAccess),
+    read_only=st.booleans(),
+    size_bytes=numbers,
+    state=names,
+    since=times,
+)
+mounts = st.builds(
+    MountRecord,
+    mount=names,
+    attachment=names,
+    guest_path=names.map(PurePosixPath),
+    config=configs,
+    state=names,
+    since=times,
+)
+holders = st.builds(Holder, name=names, pid=st.none() | numbers, started=st.none() | names)
+reservations = st.builds(
+    ReservationRecord,
+    reservation=names,
+    attachment=names,
+    mount=st.none() | names,
+    holder=holders,
+    state=names,
+    since=times,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(disks | mounts | reservations, max_size=8))
+def test_any_records_come_back(store: Store, records: list[DiskRecord | MountRecord | ReservationRecord]) -> None:
+    vm = store.add("any", uuid="u", config={})
+    try:
+        journal = SqliteJournal(store, vm)
+        journal.write(records)
+        expected = {(type(record), _id(record)): record for record in records}
+        assert {(type(record), _id(record)): record for record in journal.read()} == expected
+    finally:
+        store.remove(vm)
+
+
+def _id(record: DiskRecord | MountRecord | ReservationRecord) -> str:
+    match record:
+        case DiskRecord():
+            return record.attachment
+        case MountRecord():
+            return record.mount
+        case ReservationRecord():
+            return record.reservation
