@@ -18,7 +18,7 @@ import hashlib
 import os
 import stat
 import struct
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
@@ -182,6 +182,12 @@ def lock(fd: int, *, host_path: str, read_only: bool, user: str | None = None) -
                 remedy="attach it read-only, or move it to a local file system",
             ) from error
         _log.warning("no lock on %s: %s", host_path, error.strerror)
+
+
+def unlock(fd: int) -> None:
+    """Give our lock back while somebody else still has the description open."""
+    with suppress(OSError):  # no lock was to be had there: see `lock`
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, LOCK_BYTE, 1, 0))
 
 
 def _pin(path: str) -> int:

@@ -6,6 +6,9 @@ can be gone on with by whoever comes next: `probe` finishes off what is half the
 
 Detaching waits for QEMU's RCU thread, which frees devices in batches every 50 ms, or at once when some 30 are waiting.
 So detaches that run side by side take as long as one.
+
+While the VM is paused QEMU closes no descriptor of an fdset (monitor/misc.c, monitor_fdset_cleanup), and our lock stays
+with it. So nothing can be detached from a paused VM; attaching is fine, which is how a clone gets its disks.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self, TypeAlias
+from typing import Final, Self, TypeAlias
 
 from utilityvm.errors import (
     AccessDenied,
@@ -35,10 +38,10 @@ from utilityvm.errors import (
     VMGone,
 )
 from utilityvm.hosts.qemu import acl, blockdev, console, launch
-from utilityvm.hosts.qemu.disk import QemuDisk, open_disk
+from utilityvm.hosts.qemu.disk import QemuDisk, open_disk, unlock
 from utilityvm.hosts.qemu.launch import QemuConfig, QemuProcess
 from utilityvm.hosts.qemu.lifetime import Watch
-from utilityvm.hosts.qemu.qmp import Answer, Command, Event, Qmp, QmpRefused
+from utilityvm.hosts.qemu.qmp import Answer, Event, Qmp, QmpRefused
 from utilityvm.log import logger
 from utilityvm.process import CommandFailed, find_program, run
 from utilityvm.scsi.ports import DiskRequest, OpenDisk, VMAccess
@@ -50,6 +53,7 @@ VM_GROUP: Final = "utilityvm"
 _DELETED: Final = "DEVICE_DELETED"
 _UNPLUG_FAILED: Final = "DEVICE_UNPLUG_GUEST_ERROR"
 _NOT_FOUND: Final = "DeviceNotFound"
+_RUNS: Final = {"STOP": False, "RESUME": True}
 _LOOK_AGAIN_S: Final = 0.02
 _RESIZABLE: Final = frozenset({"file", "qcow2"})
 _QUIT_S: Final = 2.0
@@ -81,7 +85,10 @@ class QemuHost:
         # Every attachment that QEMU may have anything of: ours from before the first command is sent, others' from
         # `connect`. So what is not here is not there.
         self._numbers: dict[str, int] = {}
-        self._next_number = 0
+        self._next_number = launch.LOG_SET + 1
+        self._running = False
+        self._lingering: set[int] = set()  # sets whose file QEMU keeps open until the VM runs again
+        qmp.on_event = self._on_event
         self._log = _log.bind(vm=process.name)
         # Resolves with the reason when QEMU has ended, or its connection; nothing that waits here waits longer.
         self.gone: asyncio.Future[UtilityVMError] = asyncio.get_running_loop().create_future()
@@ -106,7 +113,11 @@ class QemuHost:
             qmp.close()
             await launch.destroy(process)
             raise
-        host._next_number = launch.LOG_SET + 1
+        try:
+            host._running = await host.status(timeout_s=timeout_s) == "running"
+        except BaseException:
+            await host.stop()
+            raise
         return host
 
     @classmethod
@@ -134,6 +145,7 @@ class QemuHost:
                 raise VMGone(f"QEMU at {process.folder} is VM {found}, not {process.uuid}", vm=process.name)
             host = cls(process, qmp, watch, who_uses=who_uses, vm_group=vm_group)
             await host._read_sets(timeout_s=timeout_s)
+            host._running = await host.status(timeout_s=timeout_s) == "running"
             undo.pop_all()
         return host
 
@@ -185,6 +197,7 @@ class QemuHost:
             if not refusals:
                 return
             await self._undo(attachment, number, answers, timeout_s=timeout_s)
+            unlock(fd)  # a paused VM's QEMU keeps the file open
             if before:
                 acl.restore(fd, before)
         finally:
@@ -197,15 +210,22 @@ class QemuHost:
         Can be called again after any failure, and goes on from what is left.
 
         Raises:
-            HostRefused: QEMU said no; the disk is still attached.
+            HostRefused: QEMU said no, or the VM is paused; the disk is still attached.
             OutcomeUnknown: not done within `timeout_s` seconds; probe, or call again.
             VMGone: the VM died, and the disk is free by that.
         """
+        number = self._numbers.get(attachment)
+        if number is None:
+            return
+        if not self._running:
+            raise HostRefused(
+                f"detach {attachment} at {slot}: the VM is paused, and QEMU closes no file then",
+                vm=self.process.name,
+                slot=slot,
+                remedy="resume the VM first",
+            )
         try:
             async with asyncio.timeout(timeout_s):
-                number = self._numbers.get(attachment)
-                if number is None:
-                    return
                 with self._qmp.expecting(_DELETED, _UNPLUG_FAILED, device=blockdev.device_id(number)) as event:
                     arguments = {"id": blockdev.device_id(number)}
                     (answer,) = await self._qmp.execute_all([("device_del", arguments)], timeout_s=timeout_s)
@@ -288,6 +308,7 @@ class QemuHost:
     async def resume(self, *, timeout_s: float = 5.0) -> None:
         """Let the VM's processors run. Running before is done."""
         await self._qmp.execute("cont", timeout_s=timeout_s)
+        await self._sweep(timeout_s=timeout_s)
 
     def console(self) -> bytes:
         """The end of the VM's log (up to 1 MiB): the guest's console and QEMU's own messages."""
@@ -334,8 +355,7 @@ class QemuHost:
                 if parsed := blockdev.parse_opaque(descriptor.get("opaque", "")):
                     found[one["fdset-id"]] = parsed
         self._numbers = {name: number for number, (name, _) in found.items()}
-        highest = max((one["fdset-id"] for one in sets), default=launch.LOG_SET)
-        self._next_number = max(self._next_number, highest + 1, launch.LOG_SET + 1)
+        self._next_number = max(self._next_number, 1 + max((one["fdset-id"] for one in sets), default=0))
         return found
 
     async def _devices(self, *, timeout_s: float) -> set[str]:
@@ -346,6 +366,8 @@ class QemuHost:
         """Take back what was made of an attachment whose device was refused."""
         set_made, node_made = (not isinstance(answer, QmpRefused) for answer in answers[:2])
         undo = [blockdev.remove_node(number)] * node_made + [blockdev.remove_set(number)] * set_made
+        if set_made and not self._running:
+            self._lingering.add(number)
         for answer in await self._qmp.execute_all(undo, timeout_s=timeout_s):
             if isinstance(answer, QmpRefused):
                 raise OutcomeUnknown(
@@ -353,36 +375,54 @@ class QemuHost:
                     vm=self.process.name,
                     remedy="probe it, which tries again",
                 )
-        del self._numbers[attachment]
+        self._numbers.pop(attachment, None)
 
     async def _remove(
         self, attachment: str, number: int, event: asyncio.Future[Event], slot: Slot, *, timeout_s: float
     ) -> None:
         """Remove node and set, once the device lets go of them. What is gone already is done."""
-        while True:
-            commands = [blockdev.remove_node(number), blockdev.remove_set(number)]
-            answers = await self._qmp.execute_all(commands, timeout_s=timeout_s)
-            refusals = [answer for answer in answers if isinstance(answer, QmpRefused)]
-            if not refusals or not await self._is_left(number, timeout_s=timeout_s):
-                self._numbers.pop(attachment, None)
-                return
+        node, fdset = blockdev.remove_node(number), blockdev.remove_set(number)
+        commands = [node, fdset] if event.done() else [node]
+        answers = await self._qmp.execute_all(commands, timeout_s=timeout_s)
+        while isinstance(answers[0], QmpRefused) and await self._has_node(number, timeout_s=timeout_s):
             # The device went before we listened, or on another connection: QEMU still frees it.
-            self._log.debug("%s is in use: %s", blockdev.node_name(number), refusals[0], slot=slot)
-            if event.done():
-                await asyncio.sleep(_LOOK_AGAIN_S)
-            else:
-                await asyncio.wait([event], timeout=_LOOK_AGAIN_S)
+            self._log.debug("%s is in use: %s", blockdev.node_name(number), answers[0], slot=slot)
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            answers = await self._qmp.execute_all([node], timeout_s=timeout_s)
+        if len(answers) < 2:
+            answers = await self._qmp.execute_all([fdset], timeout_s=timeout_s)
+        if (isinstance(answers[-1], QmpRefused) or not self._running) and await self._has_set(
+            number, timeout_s=timeout_s
+        ):
+            self._lingering.add(number)
+            raise OutcomeUnknown(
+                f"{attachment} is off the bus, and QEMU keeps its file open while the VM is paused",
+                vm=self.process.name,
+                slot=slot,
+                remedy="resume the VM, and ask again",
+            )
+        self._lingering.discard(number)
+        self._numbers.pop(attachment, None)
 
-    async def _is_left(self, number: int, *, timeout_s: float) -> bool:
-        commands: list[Command] = [("query-named-block-nodes", {"flat": True}), ("query-fdsets", {})]
-        answers: list[Any] = await self._qmp.execute_all(commands, timeout_s=timeout_s)
-        for answer in answers:
-            if isinstance(answer, QmpRefused):
-                raise answer
-        nodes, sets = answers
-        return blockdev.node_name(number) in {node["node-name"] for node in nodes} or number in {
-            one["fdset-id"] for one in sets
-        }
+    async def _has_node(self, number: int, *, timeout_s: float) -> bool:
+        nodes = await self._qmp.execute("query-named-block-nodes", {"flat": True}, timeout_s=timeout_s)
+        return any(node["node-name"] == blockdev.node_name(number) for node in nodes)
+
+    async def _has_set(self, number: int, *, timeout_s: float) -> bool:
+        sets = await self._qmp.execute("query-fdsets", timeout_s=timeout_s)
+        return any(one["fdset-id"] == number for one in sets)
+
+    def _on_event(self, event: Event) -> None:
+        if event.name in _RUNS:
+            self._running = _RUNS[event.name]
+        elif event.name == "BLOCK_IO_ERROR":
+            self._log.warning("disk error: %s", event.data)
+
+    async def _sweep(self, *, timeout_s: float) -> None:
+        """Have QEMU close the files that it kept while the VM was paused."""
+        lingering = sorted(self._lingering)
+        await self._qmp.execute_all([blockdev.remove_set(number) for number in lingering], timeout_s=timeout_s)
+        self._lingering.difference_update(lingering)
 
     def _check_slot(self, slot: Slot) -> None:
         Slot.checked(*slot)

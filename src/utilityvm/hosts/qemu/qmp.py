@@ -22,7 +22,7 @@ import json
 import os
 import socket
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -118,6 +118,7 @@ class Qmp:
         self._waiters: list[_Waiter] = []
         self._greeting: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self.last_shutdown: Event | None = None
+        self.on_event: Callable[[Event], None] | None = None  # told of every event, in order
         self.gone: asyncio.Future[UtilityVMError] = self._loop.create_future()
         self.version = ""
         self._loop.add_reader(self._socket, self._readable)
@@ -344,6 +345,8 @@ class Qmp:
     def _take_event(self, event: Event) -> None:
         if event.name == "SHUTDOWN":
             self.last_shutdown = event
+        if self.on_event is not None:
+            self.on_event(event)
         for waiter in self._waiters:
             if event.name in waiter.events and waiter.device in (None, event.device) and not waiter.future.done():
                 waiter.future.set_result(event)
