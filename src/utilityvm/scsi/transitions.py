@@ -140,7 +140,3 @@ def _markdown(table: Mapping[tuple[_S, Event], _S]) -> str:
     lines = ["| in state | when | comes |", "|---|---|---|"]
     lines += [f"| {begin} | {event} | {end} |" for (begin, event), end in table.items()]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(disk_table_markdown(), mount_table_markdown(), sep="\n\n")

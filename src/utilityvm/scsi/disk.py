@@ -1,0 +1,84 @@
+"""A disk: one attachment at one slot, the mounts on it, and who wants it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from utilityvm.errors import ConfigDiffers, UtilityVMError
+from utilityvm.scsi.mount import Mount
+from utilityvm.scsi.ports import DiskRecord, DiskRequest, OpenDisk
+from utilityvm.scsi.reservation import Claim
+from utilityvm.scsi.slot import Slot
+from utilityvm.scsi.transitions import DiskState, Event, next_disk_state
+
+
+@dataclass(eq=False, slots=True)
+class Disk:
+    """One disk of the VM. Its claims are the reservations that want it; `leaving` those that are being given back."""
+
+    id: str  # of this attachment; another attachment of the same disk has another
+    slot: Slot
+    request: DiskRequest
+    identity: str
+    format: str
+    size_bytes: int
+    since: float
+    state: DiskState = DiskState.RESERVED
+    opened: OpenDisk | None = None  # until it is attached
+    mounts: dict[str, Mount] = field(default_factory=dict)
+    claims: set[Claim] = field(default_factory=set)
+    leaving: set[Claim] = field(default_factory=set)
+    force: bool = False  # the next unmount and eject may be forced
+    worker: asyncio.Task[None] | None = None
+    stuck: set[str] = field(default_factory=set)  # mounts whose last step failed; tried again when somebody asks
+    halted: bool = False  # so for the disk itself
+    doubt: UtilityVMError | None = None  # why the last step's outcome is unknown
+    phases: dict[str, float] = field(default_factory=dict)  # seconds of the last step of each kind
+
+    @property
+    def is_wanted(self) -> bool:
+        return bool(self.claims)
+
+    def after(self, event: Event) -> DiskState:
+        return next_disk_state(self.state, event)
+
+    def close_opened(self) -> None:
+        if self.opened is not None:
+            self.opened.close()
+            self.opened = None
+
+    def check_same(self, request: DiskRequest, opened: OpenDisk) -> None:
+        """Refuse a request for this disk that contradicts how it is attached.
+
+        Raises:
+            ConfigDiffers: names both sides.
+        """
+        have = self.request
+        for name, ours, asked in (
+            ("read_only", have.read_only, request.read_only),
+            ("type", have.kind, request.kind),
+            ("format", self.format, request.format or opened.format),
+        ):
+            if ours != asked:
+                raise ConfigDiffers(
+                    f"{request.host_path} is attached at {self.slot} with {name}={ours}; {name}={asked} was asked for",
+                    slot=self.slot,
+                    host_path=request.host_path,
+                    remedy="release it first, or ask for the same",
+                )
+
+    def record(self, state: DiskState | None = None) -> DiskRecord:
+        return DiskRecord(
+            attachment=self.id,
+            slot=self.slot,
+            host_path=self.request.host_path,
+            identity=self.identity,
+            kind=self.request.kind,
+            format=self.format,  # type: ignore[arg-type]
+            access=self.request.access,
+            read_only=self.request.read_only,
+            size_bytes=self.size_bytes,
+            state=state or self.state,
+            since=self.since,
+        )

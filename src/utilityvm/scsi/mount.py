@@ -1,0 +1,140 @@
+"""A mount: one partition of a disk at one guest path, and who shares it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Final
+
+from utilityvm.errors import ConfigDiffers, InvalidRequest
+from utilityvm.scsi.ports import CallerKey, MountConfig, MountRecord, ScratchKey
+from utilityvm.scsi.transitions import Event, MountState, next_mount_state
+
+if TYPE_CHECKING:
+    from utilityvm.scsi.disk import Disk
+    from utilityvm.scsi.reservation import Claim
+
+# What is the system's in every guest. A mount there would hide it, or never come up.
+_FORBIDDEN: Final = ("/proc", "/sys", "/dev", "/run/utilityvm")
+GENERATED_BELOW: Final = PurePosixPath("/run/mounts/scsi")
+
+
+def checked_guest_path(path: PurePosixPath) -> PurePosixPath:
+    """The path in its one spelling.
+
+    Raises:
+        InvalidRequest: relative, with `..`, or the system's own.
+    """
+    text = str(path)
+    if not text.startswith("/") or ".." in path.parts or "\0" in text:
+        raise InvalidRequest(f"guest path {text!r}", remedy="give an absolute path without ..")
+    plain = PurePosixPath("/" + text.lstrip("/"))
+    if str(plain) == "/" or any(str(plain) == top or str(plain).startswith(f"{top}/") for top in _FORBIDDEN):
+        raise InvalidRequest(
+            f"guest path {plain} belongs to the guest's system", remedy="choose another, such as /mnt/data"
+        )
+    return plain
+
+
+def checked_config(config: MountConfig, *, disk_read_only: bool) -> MountConfig:
+    """The config as it will be mounted: read-only on a read-only disk, and free of contradictions.
+
+    Raises:
+        InvalidRequest: it contradicts itself or the disk.
+    """
+    if isinstance(config.options, str) or not all(isinstance(option, str) for option in config.options):
+        raise InvalidRequest("mount options must be a sequence of words")
+    if config.partition < 0:
+        raise InvalidRequest(f"partition {config.partition}", remedy="they count from 1; 0 is the whole disk")
+    if disk_read_only and not config.read_only:
+        config = dataclasses.replace(config, read_only=True)
+    for wrong, what in (
+        (config.reformat and not config.ensure_filesystem, "reformat without ensure_filesystem"),
+        (config.ensure_filesystem and config.read_only, "ensure_filesystem on a read-only disk or mount"),
+        (config.ensure_filesystem and config.block_device, "ensure_filesystem with block_device"),
+        (
+            isinstance(config.encryption, ScratchKey) and config.read_only,
+            "a fresh random key on a read-only disk or mount",
+        ),
+        (config.verity is not None and not config.read_only, "dm-verity on a writable mount"),
+        (config.verity is not None and config.encryption is not None, "dm-verity and encryption on one mount"),
+        (config.block_device and config.filesystem is not None, "a filesystem with block_device"),
+    ):
+        if wrong:
+            raise InvalidRequest(f"{what} makes no sense", remedy="drop one of the two")
+    return dataclasses.replace(config, options=tuple(config.options))
+
+
+def _shared_by(config: MountConfig) -> tuple[object, ...]:
+    """What two requests must agree on to share a mount. Options compare without order."""
+    return (
+        config.partition,
+        config.read_only,
+        frozenset(config.options),
+        config.filesystem,
+        config.ensure_filesystem,
+        config.block_device,
+        config.encryption,
+        config.verity,
+    )
+
+
+def same_mount(one: MountConfig, other: MountConfig) -> bool:
+    """Would one mount serve both? A request to reformat shares with nobody."""
+    return not other.reformat and _shared_by(one) == _shared_by(other)
+
+
+def check_beside(one: MountConfig, other: MountConfig, *, where: str) -> None:
+    """Refuse `other` if it cannot be mounted from the same partition beside `one`.
+
+    Raises:
+        ConfigDiffers: names what they differ in.
+    """
+    if one.partition != other.partition or one.block_device or other.block_device:
+        return
+    for name in ("read_only", "filesystem", "verity"):
+        if getattr(one, name) != getattr(other, name):
+            raise ConfigDiffers(
+                f"{where} is mounted with {name}={getattr(one, name)}, and {name}={getattr(other, name)} was asked for",
+                remedy="release it first, or ask for the same",
+            )
+    if one.encryption is not None or other.encryption is not None:
+        raise ConfigDiffers(
+            f"{where} is encrypted, and has one mount", remedy="ask for the same mount, without another path"
+        )
+    if other.reformat:
+        raise ConfigDiffers(f"{where} is mounted: it was not formatted", remedy="release it first")
+
+
+@dataclass(eq=False, slots=True)
+class Mount:
+    """One mount of one disk. Its claims are the reservations that want it."""
+
+    id: str
+    disk: Disk
+    guest_path: PurePosixPath
+    config: MountConfig
+    since: float
+    state: MountState = MountState.RESERVED
+    claims: set[Claim] = field(default_factory=set)
+
+    @property
+    def is_wanted(self) -> bool:
+        return bool(self.claims)
+
+    def after(self, event: Event) -> MountState:
+        return next_mount_state(self.state, event)
+
+    def record(self, state: MountState | None = None) -> MountRecord:
+        config = self.config
+        if isinstance(config.encryption, CallerKey):
+            config = dataclasses.replace(config, encryption=CallerKey(b""))
+        return MountRecord(
+            mount=self.id,
+            attachment=self.disk.id,
+            guest_path=self.guest_path,
+            config=config,
+            state=state or self.state,
+            since=self.since,
+        )
