@@ -68,7 +68,6 @@ def device(disk: QemuDisk, number: int, slot: Slot) -> dict[str, object]:
 
     A full host disk is an I/O error in the guest: QEMU's default would pause the whole VM, and with it all other disks.
     """
-    block_bytes = disk.logical_block_bytes
     return {
         "driver": "scsi-hd",
         "id": device_id(number),
@@ -79,8 +78,15 @@ def device(disk: QemuDisk, number: int, slot: Slot) -> dict[str, object]:
         "serial": disk.serial,
         "wwn": disk.wwn,
         **({} if disk.request.read_only else {"werror": "report"}),
-        **({"logical_block_size": block_bytes} if block_bytes not in (None, DEFAULT_BLOCK_BYTES) else {}),
+        **_block_sizes(disk.logical_block_bytes),
     }
+
+
+def _block_sizes(logical_bytes: int | None) -> dict[str, object]:
+    """A physical disk of 4096-byte sectors must have them in the guest too."""
+    if logical_bytes in (None, DEFAULT_BLOCK_BYTES):
+        return {}
+    return {"logical_block_size": logical_bytes, "physical_block_size": logical_bytes}
 
 
 def attach(disk: QemuDisk, number: int, slot: Slot, attachment: str) -> list[Command]:

@@ -229,11 +229,15 @@ async def start(config: QemuConfig, *, folder: Path, timeout_s: float = 30.0) ->
     async with AsyncExitStack() as undo:
         undo.callback(clean, folder)
         _make_folder(folder, vm=config.name)
-        process = await _spawn(config, program, accelerator, folder, undo, timeout_s=timeout_s)
+        children = _Children()
+        undo.push_async_callback(children.end)
+        process = await _spawn(config, program, accelerator, folder, children, timeout_s=timeout_s)
         try:
             qmp = await Qmp.connect(folder / QMP_SOCKETS[0], vm=config.name, timeout_s=timeout_s)
         except VMGone as error:
-            raise await _failure(process) from error
+            await children.end()
+            raise _failure(process) from error
+        children.close()
         undo.pop_all()
     _log.info("started QEMU %s as process %d (%s)", qmp.version, process.pid, accelerator.name, vm=config.name)
     return process, qmp
@@ -284,7 +288,7 @@ async def _spawn(
     program: Emulator,
     accelerator: Accelerator,
     folder: Path,
-    undo: AsyncExitStack,
+    children: _Children,
     *,
     timeout_s: float,
 ) -> QemuProcess:
@@ -296,21 +300,20 @@ async def _spawn(
             initramfs = _open_for(who, config.initramfs, opened)
             root = _open(config.root, opened)
             log_pid, log = console.start_writer(folder)
-            undo.push_async_callback(_end, log_pid, kill=False)
+            children.log = Watch.child(log_pid)
             opened.callback(os.close, log)
             fds = Descriptors(qmp=(qmp0, qmp1), agent=agent, log=log, kernel=kernel, initramfs=initramfs, root=root)
             words = privileges.launcher(who, dies_with_us=not config.keep)
             words += command_line(config, program, accelerator, vm_uuid=vm_uuid, fds=fds)
             pid = spawn(words, env=_ENVIRONMENT, stdout=log, stderr=log, pass_fds=fds.all())
-            undo.push_async_callback(_end, pid, kill=True)
-            started = started_at(pid)
+            children.qemu = Watch.child(pid)
             # Nobody tells when setpriv has run; it takes about a millisecond.
             while who.drops and started_at(pid) is not None and not privileges.is_used_by(pid, who):  # noqa: ASYNC110
                 await asyncio.sleep(_LOOK_AGAIN_S)
     return QemuProcess(
         name=config.name,
         pid=pid,
-        started=started or "",
+        started=children.qemu.started if children.qemu else "",
         uuid=vm_uuid,
         folder=folder,
         uid=who.uid,
@@ -321,29 +324,34 @@ async def _spawn(
         qemu_version=program.version,
         machine=program.machine,
         log_pid=log_pid,
-        log_started=started_at(log_pid) or "",
+        log_started=children.log.started if children.log else "",
     )
 
 
-async def _end(pid: int, *, kill: bool) -> None:
-    """See a child of ours to its end."""
-    watch = Watch.child(pid)
-    if watch is None:
-        return
-    if kill:
-        watch.kill()
-    if not await watch.wait(timeout_s=_END_S):
-        _log.warning("process %d did not end within %s s", pid, _END_S)
-        watch.close()
+class _Children:
+    """QEMU and its log's writer while they are being started; None for one that has ended already."""
+
+    def __init__(self) -> None:
+        self.qemu: Watch | None = None
+        self.log: Watch | None = None
+
+    async def end(self) -> None:
+        """Kill QEMU and see both end: the writer does by itself then."""
+        if self.qemu is not None:
+            self.qemu.kill()
+        for watch in (self.qemu, self.log):
+            if watch is not None and not await watch.wait(timeout_s=_END_S):
+                _log.warning("process %d did not end within %s s", watch.pid, _END_S)
+        self.close()
+
+    def close(self) -> None:
+        for watch in (self.qemu, self.log):
+            if watch is not None:
+                watch.close()
 
 
-async def _failure(process: QemuProcess) -> UtilityVMError:
+def _failure(process: QemuProcess) -> UtilityVMError:
     """Why QEMU ended, in its own words."""
-    for pid in (process.pid, process.log_pid):
-        watch = Watch.child(pid) if started_at(pid) is not None else None
-        if watch is not None:
-            await watch.wait(timeout_s=_END_S)
-            watch.close()
     lines = console.read(process.folder).decode(errors="replace").splitlines()
     said = [line.partition(": ")[2] or line for line in lines if line.strip()]
     last = said[-1] if said else "it said nothing"

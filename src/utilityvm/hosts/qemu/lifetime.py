@@ -44,6 +44,7 @@ class Watch:
             self._reap_and_close()
             raise VMGone(f"process {pid} has ended")
         self.pid = pid
+        self.started = started
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._loop.add_reader(self._pidfd, self._on_end)
