@@ -178,7 +178,7 @@ class ScsiManager:
         self._by_identity: dict[str, Disk] = {}
         self._paths: dict[PurePosixPath, Mount] = {}
         self._claims: dict[str, Claim] = {}
-        self._released: OrderedDict[str, None] = OrderedDict()
+        self._released: OrderedDict[str, bool] = OrderedDict()  # False: its caller was told that it failed
         self._workers: set[asyncio.Task[None]] = set()
         self._listeners: set[_Listener] = set()
         self._unwritten: dict[str, tuple[Record, bool]] = {}  # outcomes that the journal lacks; True: forget it
@@ -263,6 +263,9 @@ class ScsiManager:
         id = reservation if isinstance(reservation, str) else reservation.id
         claim = self._claims.get(id)
         if claim is None:
+            if self._released.get(id) is False:
+                self._released[id] = True  # the release that failed before was finished since, and now its caller knows
+                return
             if id in self._released:
                 raise AlreadyReleased(f"reservation {id} was released before", vm=self._vm)
             raise NotAttached(
@@ -642,7 +645,7 @@ class ScsiManager:
         return True
 
     def _remember_released(self, claim: Claim) -> None:
-        self._released[claim.id] = None
+        self._released[claim.id] = claim.waiter is None or not claim.waiter.done()
         if len(self._released) > _REMEMBERED:
             self._released.popitem(last=False)
 
@@ -788,6 +791,9 @@ class ScsiManager:
     def _forget(self, disk: Disk) -> None:
         """Nothing of it is left: the slot is free."""
         disk.close_opened()
+        for mount in list(disk.mounts.values()):  # asked for, and never mounted: the disk did not come so far
+            self._enter_mount(mount, Event.UNUSED)
+            self._forget_mount(mount)
         del self._by_identity[disk.identity]
         self._free.give_back(disk.slot)
         self._write_outcome([], [disk.record()])
@@ -885,11 +891,15 @@ class ScsiManager:
             case MountState.UNMOUNTED if mount.is_wanted:
                 self._enter_mount(mount, Event.WANTED)
             case MountState.UNMOUNTED:
-                del disk.mounts[mount.id]
-                del self._paths[mount.guest_path]
-                self._write_outcome([], [mount.record()])
+                self._forget_mount(mount)
             case MountState.MOUNTING | MountState.UNMOUNTING:
                 raise AssertionError(f"{mount.guest_path} is {mount.state}, and nobody waits for the answer")
+
+    def _forget_mount(self, mount: Mount) -> None:
+        """Nothing of it is left: the guest path is free."""
+        del mount.disk.mounts[mount.id]
+        del self._paths[mount.guest_path]
+        self._write_outcome([], [mount.record()])
 
     async def _mount_step(self, mount: Mount, phase: str, send: Callable[[], Awaitable[None]]) -> None:
         disk = mount.disk
