@@ -27,8 +27,8 @@ class Disk:
     state: DiskState = DiskState.RESERVED
     opened: OpenDisk | None = None  # until it is attached
     mounts: dict[str, Mount] = field(default_factory=dict)
-    claims: set[Claim] = field(default_factory=set)
-    leaving: set[Claim] = field(default_factory=set)
+    claims: dict[str, Claim] = field(default_factory=dict)
+    leaving: dict[str, Claim] = field(default_factory=dict)
     force: bool = False  # the next unmount and eject may be forced
     worker: asyncio.Task[None] | None = None
     stuck: set[str] = field(default_factory=set)  # mounts whose last step failed; tried again when somebody asks

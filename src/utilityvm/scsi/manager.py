@@ -309,7 +309,11 @@ class ScsiManager:
             others: as `release`.
         """
         disk = self._find(host_path, identity)
-        candidates = [claim for claim in (*disk.claims, *disk.leaving) if holder is None or claim.holder.name == holder]
+        candidates = [
+            claim
+            for claim in (*disk.claims.values(), *disk.leaving.values())
+            if holder is None or claim.holder.name == holder
+        ]
         candidates = [claim for claim in candidates if claim.state is not ReservationState.PENDING]
         if not candidates:
             whose = f" of {holder}" if holder else ""
@@ -538,9 +542,9 @@ class ScsiManager:
             opened.close()
         claim = Claim(self._new_id(), disk, mount, holder, now)
         self._claims[claim.id] = claim
-        disk.claims.add(claim)
+        disk.claims[claim.id] = claim
         if mount is not None:
-            mount.claims.add(claim)
+            mount.claims[claim.id] = claim
         return claim
 
     def _new_disk(self, request: DiskRequest, opened: OpenDisk, now: float) -> Disk:
@@ -614,11 +618,11 @@ class ScsiManager:
         disk, mount = claim.disk, claim.mount
         claim.waiter = None
         if claim.state is not ReservationState.RELEASING:
-            disk.claims.discard(claim)
+            disk.claims.pop(claim.id, None)
             if mount is not None:
-                mount.claims.discard(claim)
+                mount.claims.pop(claim.id, None)
             claim.state = ReservationState.RELEASING
-            disk.leaving.add(claim)
+            disk.leaving[claim.id] = claim
             self._write_outcome([claim.record()])
             if disk.worker is None and self._try_settle(claim):
                 self._flush_outcomes()
@@ -637,7 +641,7 @@ class ScsiManager:
                 return False
             if not disk.is_wanted and disk.state is not DiskState.DETACHED:
                 return False
-            disk.leaving.discard(claim)
+            disk.leaving.pop(claim.id, None)
             self._claims.pop(claim.id, None)
             self._remember_released(claim)
             self._write_outcome([], [claim.record()])
@@ -651,9 +655,9 @@ class ScsiManager:
 
     def _drop_claim(self, claim: Claim) -> None:
         """The claim could not be met: it is as if it had never been."""
-        claim.disk.claims.discard(claim)
+        claim.disk.claims.pop(claim.id, None)
         if claim.mount is not None:
-            claim.mount.claims.discard(claim)
+            claim.mount.claims.pop(claim.id, None)
         self._claims.pop(claim.id, None)
 
     # The worker of a disk.
@@ -692,7 +696,7 @@ class ScsiManager:
     def _settle_claims(self, disk: Disk) -> None:
         settled = [
             claim
-            for claim in (*disk.claims, *disk.leaving)
+            for claim in (*disk.claims.values(), *disk.leaving.values())
             if claim.state is not ReservationState.HELD and self._try_settle(claim)
         ]
         if settled:
@@ -704,12 +708,12 @@ class ScsiManager:
         """Tell those who waited for the step. New claims fail, once it is undone; released ones stay to be retried."""
         mount, error = failure.mount, failure.error
         self._emit(disk, mount, "failed", error=str(error))
-        for claim in list(disk.claims):
+        for claim in list(disk.claims.values()):
             if claim.state is ReservationState.PENDING and mount in (None, claim.mount):
                 self._drop_claim(claim)
                 self._write_outcome([], [claim.record()])
                 failed.append((claim, error))
-        for claim in disk.leaving:
+        for claim in disk.leaving.values():
             if mount is None or claim.mount is mount or not disk.is_wanted:
                 _tell(claim, error)
         if not any(claim.waiter is not None for claim, _ in failed) and not disk.leaving:
@@ -785,7 +789,7 @@ class ScsiManager:
         old: list[Record] = [disk.record(), *(mount.record() for mount in disk.mounts.values())]
         disk.id = self._new_id()
         disk.state = disk.after(Event.WANTED)
-        claims = [claim.record() for claim in (*disk.claims, *disk.leaving)]
+        claims = [claim.record() for claim in (*disk.claims.values(), *disk.leaving.values())]
         self._write_outcome([disk.record(), *(mount.record() for mount in disk.mounts.values()), *claims], old[:1])
 
     def _forget(self, disk: Disk) -> None:
@@ -824,15 +828,16 @@ class ScsiManager:
             else:
                 found = await self._host.probe(disk.slot, attachment=disk.id, timeout_s=self._timeouts.probe)
         except Exception as error:
-            raise _StepFailed(self._undecided(disk, disk.state, error)) from error
+            raise _StepFailed(self._undecided(disk, disk, error)) from error
         doubt, disk.doubt = disk.doubt, None
         was_adding = disk.state is DiskState.ATTACH_UNKNOWN
         self._enter_disk(disk, Event.FOUND if found else Event.ABSENT)
         if doubt is not None and found is not was_adding:
             raise _StepFailed(doubt)
 
-    def _undecided(self, disk: Disk, state: str, error: Exception) -> UtilityVMError:
-        doubt = disk.doubt
+    def _undecided(self, disk: Disk, thing: Disk | Mount, error: Exception) -> UtilityVMError:
+        doubt, thing.doubt = thing.doubt, None  # told now; a retry begins without it
+        state = thing.state
         why = f"{doubt}; then {error}" if doubt is not None and str(doubt) != str(error) else str(error)
         kind = DeadlineExceeded if isinstance(doubt or error, DeadlineExceeded) else OutcomeUnknown
         return kind(
@@ -913,7 +918,7 @@ class ScsiManager:
             raise _StepFailed(error, mount) from error
         except Exception as error:
             self._enter_mount(mount, Event.NO_ANSWER)
-            disk.doubt = _as_ours(error, f"{phase} {disk.request.host_path} at {mount.guest_path}")
+            mount.doubt = _as_ours(error, f"{phase} {disk.request.host_path} at {mount.guest_path}")
             return
         disk.phases[phase] = time.perf_counter() - begun
         self._enter_mount(mount, Event.DONE, seconds=disk.phases[phase])
@@ -925,8 +930,8 @@ class ScsiManager:
                 disk.slot, guest_path=mount.guest_path, timeout_s=self._timeouts.probe
             )
         except Exception as error:
-            raise _StepFailed(self._undecided(disk, mount.state, error), mount) from error
-        doubt, disk.doubt = disk.doubt, None
+            raise _StepFailed(self._undecided(disk, mount, error), mount) from error
+        doubt, mount.doubt = mount.doubt, None
         was_adding = mount.state is MountState.MOUNT_UNKNOWN
         self._enter_mount(mount, Event.FOUND if found else Event.ABSENT)
         if doubt is not None and found is not was_adding:
@@ -953,9 +958,11 @@ class ScsiManager:
             if isinstance(record, DiskRecord) and record.state == DiskState.ATTACHING:
                 disk = self._by_identity[record.identity]
                 pending += [m.record() for m in disk.mounts.values()]
-                pending += [claim.record() for claim in disk.claims if claim.state is ReservationState.PENDING]
+                pending += [claim.record() for claim in disk.claims.values() if claim.state is ReservationState.PENDING]
             elif isinstance(record, MountRecord) and record.state == MountState.MOUNTING and mount is not None:
-                pending += [claim.record() for claim in mount.claims if claim.state is ReservationState.PENDING]
+                pending += [
+                    claim.record() for claim in mount.claims.values() if claim.state is ReservationState.PENDING
+                ]
         for record in pending:
             self._unwritten[_key(record)] = (record, False)
         try:
@@ -1051,9 +1058,9 @@ class ScsiManager:
         assert disk is not None
         claim = Claim(record.reservation, disk, mount, record.holder, record.since, ReservationState.HELD)
         self._claims[claim.id] = claim
-        disk.claims.add(claim)
+        disk.claims[claim.id] = claim
         if mount is not None:
-            mount.claims.add(claim)
+            mount.claims[claim.id] = claim
             lost_key = isinstance(mount.config.encryption, CallerKey) and mount.state is not MountState.MOUNTED
             if lost_key:
                 self._drop_claim(claim)
@@ -1153,7 +1160,7 @@ def _slot_view(disk: Disk) -> SlotView:
         state=disk.state,
         guest_paths=tuple(mount.guest_path for mount in disk.mounts.values()),
         references=len(disk.claims),
-        holders=_holders(disk.claims),
+        holders=_holders(disk.claims.values()),
         since=disk.since,
         phases=dict(disk.phases),
     )
@@ -1167,6 +1174,6 @@ def _mount_view(mount: Mount) -> MountView:
         config=mount.config,
         state=mount.state,
         references=len(mount.claims),
-        holders=_holders(mount.claims),
+        holders=_holders(mount.claims.values()),
         since=mount.since,
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
-from utilityvm.errors import ConfigDiffers, InvalidRequest
+from utilityvm.errors import ConfigDiffers, InvalidRequest, UtilityVMError
 from utilityvm.scsi.ports import CallerKey, MountConfig, MountRecord, ScratchKey
 from utilityvm.scsi.transitions import Event, MountState, next_mount_state
 
@@ -117,7 +117,8 @@ class Mount:
     config: MountConfig
     since: float
     state: MountState = MountState.RESERVED
-    claims: set[Claim] = field(default_factory=set)
+    claims: dict[str, Claim] = field(default_factory=dict)
+    doubt: UtilityVMError | None = None  # why the last step's outcome is unknown
 
     @property
     def is_wanted(self) -> bool:
