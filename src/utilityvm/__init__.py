@@ -1,0 +1,162 @@
+"""Hot-pluggable, shared, guest-mounted SCSI disks for running utility VMs.
+
+::
+
+    async with await UtilityVM.start(VMConfig(name="worker")) as vm:
+        async with await vm.add_scsi("tools.vhdx", "/tools", read_only=True) as tools:
+            result = await vm.run(["ls", "/tools"])
+
+Every error is a `UtilityVMError`. After a `RequestError` nothing was sent and nothing changed; after `HostRefused` and
+`GuestRefused` the VM is as it was; after `OutcomeUnknown` the next call finds out first. All may be tried again.
+
+Names are loaded when they are first used, so that `import utilityvm` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from utilityvm import errors as errors
+    from utilityvm.errors import (
+        AccessDenied,
+        AlreadyAttached,
+        AlreadyReleased,
+        ConfigDiffers,
+        DeadlineExceeded,
+        DiskInUse,
+        GuestBusy,
+        GuestPathInUse,
+        GuestRefused,
+        HostRefused,
+        ImageDamaged,
+        ImageError,
+        ImageUnsafe,
+        InvalidRequest,
+        LayerNotSupported,
+        Migrating,
+        NoControllers,
+        NoFreeSlot,
+        NotAttached,
+        NotSupported,
+        OutcomeUnknown,
+        ProtocolError,
+        RequestError,
+        SetupError,
+        StartFailed,
+        StoreDamaged,
+        StoreError,
+        StoreTooNew,
+        TooManyAttachments,
+        UtilityVMError,
+        VMExists,
+        VMGone,
+        VMNotFound,
+        VMNotRunning,
+        VMOwned,
+        WrongState,
+    )
+    from utilityvm.guests.bridge_guest import CommandResult
+    from utilityvm.scsi.manager import MountView, ScsiEvent, SlotView
+    from utilityvm.scsi.ports import (
+        AttachmentType,
+        CallerKey,
+        DiskFormat,
+        MountConfig,
+        ScratchKey,
+        Verity,
+        VMAccess,
+    )
+    from utilityvm.scsi.slot import Slot
+    from utilityvm.vm import GENERATED, DiskSpec, SCSIMount, UtilityVM, VMConfig
+
+__all__ = [
+    "GENERATED",
+    "AccessDenied",
+    "AlreadyAttached",
+    "AlreadyReleased",
+    "AttachmentType",
+    "CallerKey",
+    "CommandResult",
+    "ConfigDiffers",
+    "DeadlineExceeded",
+    "DiskFormat",
+    "DiskInUse",
+    "DiskSpec",
+    "GuestBusy",
+    "GuestPathInUse",
+    "GuestRefused",
+    "HostRefused",
+    "ImageDamaged",
+    "ImageError",
+    "ImageUnsafe",
+    "InvalidRequest",
+    "LayerNotSupported",
+    "Migrating",
+    "MountConfig",
+    "MountView",
+    "NoControllers",
+    "NoFreeSlot",
+    "NotAttached",
+    "NotSupported",
+    "OutcomeUnknown",
+    "ProtocolError",
+    "RequestError",
+    "SCSIMount",
+    "ScratchKey",
+    "ScsiEvent",
+    "SetupError",
+    "Slot",
+    "SlotView",
+    "StartFailed",
+    "StoreDamaged",
+    "StoreError",
+    "StoreTooNew",
+    "TooManyAttachments",
+    "UtilityVM",
+    "UtilityVMError",
+    "VMAccess",
+    "VMConfig",
+    "VMExists",
+    "VMGone",
+    "VMNotFound",
+    "VMNotRunning",
+    "VMOwned",
+    "Verity",
+    "WrongState",
+    "errors",
+]
+
+_MODULES = {
+    "utilityvm.guests.bridge_guest": ("CommandResult",),
+    "utilityvm.scsi.manager": ("MountView", "ScsiEvent", "SlotView"),
+    "utilityvm.scsi.ports": (
+        "AttachmentType",
+        "CallerKey",
+        "DiskFormat",
+        "MountConfig",
+        "ScratchKey",
+        "VMAccess",
+        "Verity",
+    ),
+    "utilityvm.scsi.slot": ("Slot",),
+    "utilityvm.vm": ("GENERATED", "DiskSpec", "SCSIMount", "UtilityVM", "VMConfig"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name.startswith("_") or name not in __all__:
+        raise AttributeError(f"module 'utilityvm' has no attribute {name!r}")
+    value: object
+    if name == "errors":
+        value = importlib.import_module("utilityvm.errors")
+    else:
+        value = getattr(importlib.import_module(_MODULE_OF.get(name, "utilityvm.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,83 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+WAIT_S = 30.0
+
+
+def _complete_vm(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from utilityvm.errors import UtilityVMError
+    from utilityvm.store import Store
+
+    try:
+        with Store.open() as store:
+            return [CompletionItem(vm.name, help=vm.seen_state) for vm in store.vms() if vm.name.startswith(incomplete)]
+    except UtilityVMError:
+        return []
+
+
+def _complete_disk(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from utilityvm.errors import UtilityVMError
+    from utilityvm.store import SqliteJournal, Store
+    from utilityvm.store.view import slots
+
+    try:
+        with Store.open() as store:
+            rows = slots(SqliteJournal(store, store.get(ctx.params["name"])).read())
+    except (UtilityVMError, KeyError):
+        return []
+    return [CompletionItem(row.host_path, help=str(row.slot)) for row in rows if row.host_path.startswith(incomplete)]
+
+
+def vm_argument(command: F) -> F:
+    """NAME: a VM that there is."""
+    return click.argument("name", shell_complete=_complete_vm)(command)
+
+
+def attached_argument(command: F) -> F:
+    """DISK: one that is attached."""
+    return click.argument("disk", shell_complete=_complete_disk)(command)
+
+
+def json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
+
+
+def wait_option(command: F) -> F:
+    return click.option(
+        "--wait",
+        "wait_s",
+        type=click.FloatRange(min=0),
+        default=WAIT_S,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long to stand in the queue while another command uses the VM.",
+    )(command)
+
+
+def timeout_option(default_s: float) -> Callable[[F], F]:
+    return click.option(
+        "--timeout",
+        "timeout_s",
+        type=click.FloatRange(min=0, min_open=True),
+        default=default_s,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long it may take.",
+    )
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a command's work in an event loop. Ctrl-C cancels it, and it cleans up before this returns."""
+    import asyncio  # late: commands that only read the store do without it
+
+    return asyncio.run(work)

@@ -1,0 +1,316 @@
+"""VMs: start, ps, stop, exec, log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import click
+
+from utilityvm.cli import exitcodes
+from utilityvm.cli.group import Failed
+from utilityvm.cli.options import json_option, run, timeout_option, vm_argument, wait_option
+from utilityvm.cli.output import age, print_fields, print_json, print_table, say
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from utilityvm.config import VMConfig
+    from utilityvm.vm import UtilityVM
+
+BOOT_S = 120.0
+
+
+@click.command("start")
+@click.argument("name")
+@click.option("--memory", "memory_mib", type=int, default=256, show_default=True, metavar="MIB", help="Its memory.")
+@click.option("--cpus", type=int, default=1, show_default=True, metavar="N", help="Its processors.")
+@click.option(
+    "--controllers", type=int, default=4, show_default=True, metavar="N", help="Its SCSI controllers, of 64 disks each."
+)
+@click.option(
+    "--keep/--no-keep",
+    default=True,
+    show_default=True,
+    help="Leave it running, for the commands that follow; or stay, and end it with Ctrl-C.",
+)
+@timeout_option(BOOT_S)
+@json_option
+def start_command(
+    name: str, memory_mib: int, cpus: int, controllers: int, keep: bool, timeout_s: float, as_json: bool
+) -> None:
+    """Start a VM named NAME. Builds the guest image first if there is none."""
+    from utilityvm.config import VMConfig
+
+    config = VMConfig(name=name, memory_mib=memory_mib, cpus=cpus, controllers=controllers, keep=keep)
+    run(_start(config, timeout_s=timeout_s, as_json=as_json))
+
+
+async def _start(config: VMConfig, *, timeout_s: float, as_json: bool) -> None:
+    import asyncio
+    import signal
+
+    from utilityvm.cli.image import ensure_image
+    from utilityvm.vm import UtilityVM
+
+    config.check()
+    image = await asyncio.to_thread(ensure_image)
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    begun = time.monotonic()
+    say(f"starting {config.name}…")
+    async with await UtilityVM.start(config, image=image, timeout_s=timeout_s) as vm:
+        seconds = time.monotonic() - begun
+        say(f"{vm.name} is up ({seconds:.1f} s, {vm.process.accelerator})")
+        if as_json:
+            print_json({**_description(vm), "seconds": round(seconds, 3)})
+        elif not sys.stdout.isatty():
+            print_fields({"name": vm.name, "pid": vm.process.pid, "accelerator": vm.process.accelerator})
+        sys.stdout.flush()
+        if config.keep:
+            return
+        say("Ctrl-C ends it")
+        try:
+            raise await vm.wait()
+        except asyncio.CancelledError:
+            await vm.stop()
+            raise
+
+
+def _description(vm: UtilityVM) -> dict[str, object]:
+    process = vm.process
+    return {
+        "name": vm.name,
+        "uuid": vm.uuid,
+        "pid": process.pid,
+        "keep": vm.config.keep,
+        "memory_mib": vm.config.memory_mib,
+        "cpus": vm.config.cpus,
+        "controllers": vm.config.controllers,
+        "accelerator": process.accelerator,
+        "accelerator_reason": process.accelerator_reason,
+    }
+
+
+@click.command("ps")
+@json_option
+def ps_command(as_json: bool) -> None:
+    """List the VMs of this user, and the process that owns each."""
+    from utilityvm import paths
+    from utilityvm.store import SqliteJournal
+    from utilityvm.store.ownership import owner_of
+    from utilityvm.store.recover import open_store
+    from utilityvm.store.view import slots
+
+    now = time.time()
+    with open_store() as store:
+        vms = [(vm, len(slots(SqliteJournal(store, vm).read())), owner_of(paths.vm_dir(vm.name))) for vm in store.vms()]
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": vm.name,
+                    "state": vm.seen_state,
+                    "pid": vm.pid if vm.is_alive() else None,
+                    "uuid": vm.uuid,
+                    "memory_mib": vm.config.get("memory_mib"),
+                    "cpus": vm.config.get("cpus"),
+                    "keep": vm.config.get("keep"),
+                    "accelerator": vm.process.get("accelerator") if vm.process else None,
+                    "disks": disks,
+                    "owner": owner.to_json() if owner else None,
+                    "created": vm.created,
+                    "age_s": round(now - vm.created, 1),
+                }
+                for vm, disks, owner in vms
+            ]
+        )
+        return
+    print_table(
+        ("NAME", "STATE", "PID", "MIB", "CPUS", "DISKS", "AGE", "OWNER"),
+        [
+            (
+                vm.name,
+                vm.seen_state,
+                vm.pid if vm.is_alive() else None,
+                vm.config.get("memory_mib"),
+                vm.config.get("cpus"),
+                disks,
+                age(now - vm.created),
+                f"{owner.pid} {owner.command}" if owner else None,
+            )
+            for vm, disks, owner in vms
+        ],
+    )
+
+
+@click.command("stop")
+@vm_argument
+@click.option("--force", is_flag=True, help="Do not ask the guest to write out and power off.")
+@wait_option
+@json_option
+def stop_command(name: str, force: bool, wait_s: float, as_json: bool) -> None:
+    """End the VM, in whatever state it is, and remove all that is left of it."""
+    from utilityvm.vm import UtilityVM
+
+    begun = time.monotonic()
+    run(UtilityVM.remove(name, wait_s=wait_s, force=force))
+    say(f"{name} is gone ({time.monotonic() - begun:.1f} s)")
+    if as_json:
+        print_json({"name": name, "stopped": True})
+
+
+@click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@vm_argument
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--no-stdin", "-n", is_flag=True, help="Give the program no input.")
+@click.option("--cwd", metavar="PATH", help="The guest's folder to run it in.")
+@click.option("--env", "-e", "variables", multiple=True, metavar="NAME=VALUE", help="A variable for it. Repeatable.")
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Then it is killed."
+)
+@wait_option
+@json_option
+def exec_command(
+    name: str,
+    command: tuple[str, ...],
+    no_stdin: bool,
+    cwd: str | None,
+    variables: tuple[str, ...],
+    timeout_s: float | None,
+    wait_s: float,
+    as_json: bool,
+) -> int:
+    """Run a program in the guest: uvm exec NAME -- CMD...
+
+    Its input, output and errors are ours, and its exit code (128 + N if signal N killed it). Options of uvm come before
+    NAME. The VM is ours while the program runs: other commands wait in the queue.
+    """
+    from utilityvm.errors import GuestRefused, UtilityVMError
+
+    env: dict[str, str] = {}
+    for variable in variables:
+        key, equals, value = variable.partition("=")
+        if not key or not equals:
+            raise click.UsageError(f"{variable!r} is not NAME=VALUE")
+        env[key] = value
+    words = list(command[1:] if command[0] == "--" else command)
+    if not words:
+        raise click.UsageError("Missing argument 'COMMAND...'.")
+    try:
+        code = run(
+            _exec(name, words, stdin=not no_stdin, cwd=cwd, env=env, limits=(timeout_s, wait_s), as_json=as_json)
+        )
+    except UtilityVMError as error:
+        started = not isinstance(error, GuestRefused)
+        raise Failed(error, exitcodes.EXEC_FAILED if started else exitcodes.EXEC_NOT_STARTED) from error
+    return 128 - code if code < 0 else code
+
+
+async def _exec(
+    name: str,
+    command: list[str],
+    *,
+    stdin: bool,
+    cwd: str | None,
+    env: dict[str, str],
+    limits: tuple[float | None, float],
+    as_json: bool,
+) -> int:
+    import base64
+
+    from utilityvm.vm import UtilityVM
+
+    timeout_s, wait_s = limits
+    async with await UtilityVM.open(name, wait_s=wait_s) as vm:
+        given = _own_input() if stdin else None
+        if not as_json:
+            return await vm.run_streaming(
+                command,
+                stdin=given,
+                stdout=lambda data: _pass_on(data, 1),
+                stderr=lambda data: _pass_on(data, 2),
+                env=env,
+                cwd=cwd,
+                timeout_s=timeout_s,
+            )
+        out, err = bytearray(), bytearray()
+        code = await vm.run_streaming(
+            command, stdin=given, stdout=out.extend, stderr=err.extend, env=env, cwd=cwd, timeout_s=timeout_s
+        )
+    document: dict[str, object] = {"exit_code": code}
+    for stream, data in (("stdout", bytes(out)), ("stderr", bytes(err))):
+        try:
+            document[stream] = data.decode()
+        except UnicodeDecodeError:
+            document[f"{stream}_base64"] = base64.b64encode(data).decode()
+    print_json(document)
+    return code
+
+
+def _pass_on(data: bytes, descriptor: int) -> None:
+    import os
+
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+async def _own_input() -> AsyncIterator[bytes]:
+    """What comes on our standard input, without holding up the loop; nothing reads ahead of the program."""
+    import asyncio
+    import os
+
+    loop = asyncio.get_running_loop()
+    while True:
+        ready: asyncio.Future[None] = loop.create_future()
+        try:
+            loop.add_reader(0, _set, ready)
+        except PermissionError:
+            pass  # a file, which is always ready: epoll(7) does not take it
+        except OSError:
+            return  # closed
+        else:
+            try:
+                await ready
+            finally:
+                loop.remove_reader(0)
+        try:
+            data = os.read(0, 32768)
+        except OSError:
+            return
+        if not data:
+            return
+        yield data
+
+
+@click.command("log")
+@vm_argument
+@click.option("--lines", "-n", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
+@json_option
+def log_command(name: str, lines: int | None, as_json: bool) -> None:
+    """Print the VM's console and QEMU's messages: the last 512 KiB at least. Also of a VM that died."""
+    from utilityvm import paths
+    from utilityvm.hosts.qemu import console
+    from utilityvm.store.recover import open_store
+
+    with open_store() as store:
+        store.get(name)
+    text = console.read(paths.vm_dir(name)).decode(errors="replace")
+    kept = text.splitlines()
+    if lines is not None:
+        kept = kept[max(0, len(kept) - lines) :]
+    if as_json:
+        print_json({"name": name, "lines": kept})
+        return
+    for line in kept:
+        # The guest wrote it: what would steer the terminal is not passed on.
+        shown = "".join(character if character.isprintable() or character == "\t" else "" for character in line)
+        click.echo(shown if sys.stdout.isatty() else line)

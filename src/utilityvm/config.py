@@ -1,0 +1,148 @@
+"""What callers ask for: a VM, and disks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from pathlib import PurePosixPath
+from typing import Any, Final, Literal, Self, TypeAlias
+
+from utilityvm.errors import InvalidRequest
+from utilityvm.guestimage.build import GuestImage
+from utilityvm.hostpath import HostPath, absolute
+from utilityvm.hosts.qemu import QemuConfig
+from utilityvm.scsi.manager import AddRequest
+from utilityvm.scsi.mount import checked_config, checked_guest_path
+from utilityvm.scsi.ports import (
+    AttachmentType,
+    CallerKey,
+    DiskFormat,
+    DiskRequest,
+    MountConfig,
+    ScratchKey,
+    Verity,
+    VMAccess,
+)
+
+
+class _Generated(Enum):
+    GENERATED = "generated"
+
+
+GENERATED: Final = _Generated.GENERATED
+"""As a guest path: mount it at a path made up from its slot, or where it is mounted in the same way already."""
+
+GuestPath: TypeAlias = str | PurePosixPath | Literal[_Generated.GENERATED] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VMConfig:
+    """What a VM is started with."""
+
+    name: str
+    memory_mib: int = 256
+    cpus: int = 1
+    controllers: int = 4  # virtual SCSI controllers of 64 disks each; the VM's root disk takes the first slot
+    keep: bool = False  # outlive its owner
+    accelerator: str | None = None  # kvm, hvf or tcg; None: the best that works
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            InvalidRequest: names the value, and what it could be.
+        """
+        self.for_qemu(None, uuid="").check()
+        if not self.controllers:
+            raise InvalidRequest(
+                "a VM without a SCSI controller has no place for its root disk", vm=self.name, remedy="give it 1 to 4"
+            )
+
+    def for_qemu(self, image: GuestImage | None, *, uuid: str) -> QemuConfig:
+        return QemuConfig(
+            name=self.name,
+            kernel=image.kernel if image else None,
+            initramfs=image.initramfs if image else None,
+            root=image.root if image else None,
+            cmdline=image.cmdline if image else "",
+            memory_mib=self.memory_mib,
+            cpus=self.cpus,
+            controllers=self.controllers,
+            keep=self.keep,
+            accelerator=self.accelerator,
+            uuid=uuid,
+        )
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        """The config that `to_json` wrote; members that we do not know are left out."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in document.items() if name in known})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskSpec:
+    """A disk, and how it is mounted. See `UtilityVM.add_scsi`, whose arguments these are."""
+
+    host_path: HostPath
+    guest_path: GuestPath = None  # None: attached only
+    read_only: bool = False
+    options: Sequence[str] = ()
+    access: VMAccess = VMAccess.INDIVIDUAL
+    partition: int = 0
+    format: DiskFormat | str | None = None
+    filesystem: str | None = None
+    ensure_filesystem: bool = False
+    reformat: bool = False
+    block_device: bool = False
+    encryption: ScratchKey | CallerKey | None = None
+    verity: Verity | None = None
+    physical: bool = False
+
+    def request(self) -> AddRequest:
+        """What the manager is asked for.
+
+        Raises:
+            InvalidRequest: a value is wrong by itself.
+        """
+        if isinstance(self.options, str):
+            raise InvalidRequest("options are a list of words", remedy=f"write [{self.options!r}]")
+        try:
+            image_format = None if self.format is None else DiskFormat(self.format)
+        except ValueError as error:
+            known = ", ".join(DiskFormat)
+            raise InvalidRequest(f"there is no image format {self.format!r}", remedy=f"there are {known}") from error
+        disk = DiskRequest(
+            host_path=absolute(self.host_path),
+            read_only=self.read_only,
+            kind=AttachmentType.PASS_THRU if self.physical else AttachmentType.VIRTUAL_DISK,
+            format=image_format,
+            access=VMAccess(self.access),
+        )
+        mount = MountConfig(
+            partition=self.partition,
+            read_only=self.read_only,
+            options=tuple(self.options),
+            filesystem=self.filesystem,
+            ensure_filesystem=self.ensure_filesystem,
+            reformat=self.reformat,
+            block_device=self.block_device,
+            encryption=self.encryption,
+            verity=self.verity,
+        )
+        if self.guest_path is None:
+            if mount != MountConfig(read_only=self.read_only):
+                raise InvalidRequest(
+                    f"{self.host_path}: settings of a mount, and no guest path",
+                    host_path=disk.host_path,
+                    remedy="give a guest path, or let one be made up; without one the disk is attached only",
+                )
+            return AddRequest(disk=disk)
+        mount = checked_config(mount, disk_read_only=self.read_only)
+        if self.guest_path is GENERATED:
+            return AddRequest(disk=disk, mount=mount)
+        return AddRequest(disk=disk, mount=mount, guest_path=checked_guest_path(PurePosixPath(self.guest_path)))

@@ -1,0 +1,80 @@
+"""A journal as people look at it: one row for each slot that is taken. For those who read and do not own the VM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from utilityvm.scsi.ports import DiskRecord, MountRecord, Record, ReservationRecord
+from utilityvm.scsi.slot import Slot
+
+HELD = "held"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReservationRow:
+    id: str
+    holder: str
+    pid: int | None
+    guest_path: PurePosixPath | None
+    since: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotRow:
+    slot: Slot
+    host_path: str
+    identity: str
+    format: str
+    read_only: bool
+    size_bytes: int
+    state: str
+    guest_paths: tuple[PurePosixPath, ...]
+    reservations: tuple[ReservationRow, ...]
+    since: float
+
+    @property
+    def references(self) -> int:
+        return len(self.reservations)
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        return tuple(reservation.holder for reservation in self.reservations)
+
+
+def slots(records: Sequence[Record]) -> list[SlotRow]:
+    """The rows of a journal, in the order of slots."""
+    mounts = {record.mount: record for record in records if isinstance(record, MountRecord)}
+    reservations = [record for record in records if isinstance(record, ReservationRecord) and record.state == HELD]
+    rows: list[SlotRow] = []
+    for disk in records:
+        if not isinstance(disk, DiskRecord):
+            continue
+        own = [one for one in reservations if one.attachment == disk.attachment]
+        paths = [mount.guest_path for mount in mounts.values() if mount.attachment == disk.attachment]
+        rows.append(
+            SlotRow(
+                slot=disk.slot,
+                host_path=disk.host_path,
+                identity=disk.identity,
+                format=disk.format,
+                read_only=disk.read_only,
+                size_bytes=disk.size_bytes,
+                state=disk.state,
+                guest_paths=tuple(paths),
+                reservations=tuple(_reservation(one, mounts.get(one.mount or "")) for one in own),
+                since=disk.since,
+            )
+        )
+    return sorted(rows, key=lambda row: row.slot)
+
+
+def _reservation(record: ReservationRecord, mount: MountRecord | None) -> ReservationRow:
+    return ReservationRow(
+        id=record.reservation,
+        holder=record.holder.name,
+        pid=record.holder.pid,
+        guest_path=mount.guest_path if mount else None,
+        since=record.since,
+    )

@@ -1,0 +1,663 @@
+"""UtilityVM: one VM with its host side, its guest side, its disks and its journal; from its start to its end.
+
+A VM has one owner at a time: the process that started it, or opened it after that one let go or died. The owner's
+object is this. With `keep` the VM outlives it; without, the VM ends with it, however the owner ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path, PurePosixPath
+from typing import Final, Literal, Self
+
+from utilityvm import paths
+from utilityvm.config import GENERATED, DiskSpec, GuestPath, VMConfig
+from utilityvm.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ProtocolError,
+    SetupError,
+    StartFailed,
+    UtilityVMError,
+    VMExists,
+    VMGone,
+    VMNotRunning,
+)
+from utilityvm.guestimage.build import GuestImage
+from utilityvm.guestimage.build import find as find_image
+from utilityvm.guests.bridge_guest import BridgeGuest, CommandResult, OutputSink
+from utilityvm.hostpath import HostPath, absolute, identity_of
+from utilityvm.hosts.qemu import QemuHost, QemuProcess, launch
+from utilityvm.log import logger
+from utilityvm.mounts import SCSIMount
+from utilityvm.pids import is_running, own_start
+from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S, MountView, ScsiEvent, ScsiManager, SlotView
+from utilityvm.scsi.ports import CallerKey, DiskFormat, Holder, ScratchKey, Verity, VMAccess
+from utilityvm.scsi.reservation import Reservation
+from utilityvm.scsi.slot import Slot
+from utilityvm.store import SqliteJournal, Store, StoredVM, VMState
+from utilityvm.store.ownership import Ownership
+from utilityvm.store.recover import open_store
+
+BOOT_S: Final = 120.0  # KVM needs one second, an emulated processor on a busy machine a good part of a minute
+SHUTDOWN_S: Final = 15.0
+CONNECT_S: Final = 10.0
+ROOT_SLOT: Final = Slot(0, 0)
+_CONSOLE_LINES: Final = 12
+
+_log = logger(__name__)
+
+
+class UtilityVM:
+    """A running utility VM that this process owns. Made by `start` and `open`; for the event loop that made it."""
+
+    def __init__(
+        self,
+        config: VMConfig,
+        *,
+        record: StoredVM,
+        store: Store,
+        ownership: Ownership,
+        host: QemuHost,
+        guest: BridgeGuest,
+    ) -> None:
+        """Use `start` or `open`."""
+        self.config = config
+        self.findings: tuple[str, ...] = ()  # what `open` found half done, and did about it: a line each
+        self._record = record
+        self._store = store
+        self._ownership = ownership
+        self._host = host
+        self._guest = guest
+        self._ended: UtilityVMError | None = None
+        self._is_stopping = False
+        self._ending = asyncio.Lock()
+        self._is_closed = False
+        self._log = _log.bind(vm=config.name)
+        self.scsi = ScsiManager(
+            host,
+            guest,
+            SqliteJournal(store, record),
+            controllers=config.controllers,
+            reserved={ROOT_SLOT: "the VM's root disk"} if config.controllers else None,
+            vm=config.name,
+        )
+        host.gone.add_done_callback(lambda gone: self._on_gone(gone.result()))
+
+    @classmethod
+    async def start(
+        cls, config: VMConfig | str, *, image: GuestImage | None = None, timeout_s: float = BOOT_S
+    ) -> UtilityVM:
+        """Start a VM; its guest's agent answers. A name stands for a `VMConfig` of that name.
+
+        Call it on the thread that is to own the VM: without `keep` the VM ends with that thread. If this fails no
+        process, record, folder or lock is left. A dead VM of that name is replaced.
+
+        Raises:
+            InvalidRequest: a value of `config` cannot be.
+            VMExists: the name is taken by a VM that runs.
+            VMOwned: another process is just starting or ending a VM of that name.
+            SetupError: QEMU, the guest image (`uvm image build`), a right or memory is missing.
+            StartFailed: it did not come up within `timeout_s` seconds, or died; the message has its last words.
+        """
+        config = VMConfig(name=config) if isinstance(config, str) else config
+        vm_uuid = str(uuid.uuid4())
+        config.check()
+        image = image or find_image()
+        if image is None:
+            raise SetupError("there is no guest image", vm=config.name, remedy="build it: uvm image build")
+        async with AsyncExitStack() as undo:
+            store = undo.enter_context(open_store())
+            folder = paths.vm_dir(config.name)
+            _refuse_running(store, config.name)
+            ownership = await Ownership.acquire(folder, vm=config.name)
+            undo.callback(ownership.release, remove=True)
+            _refuse_running(store, config.name)
+            if (dead := store.find(config.name)) is not None:
+                await _clear(dead, store)
+            record = store.add(config.name, uuid=vm_uuid, config=config.to_json())
+            undo.callback(store.remove, record)
+            undo.callback(_remove_record, folder)
+            host = await QemuHost.start(
+                config.for_qemu(image, uuid=vm_uuid), folder=folder, who_uses=_who_uses(store, record)
+            )
+            undo.push_async_callback(host.stop)
+            document = host.process.to_json()
+            store.set_process(record, document)
+            _write_record(folder, record, document)
+            guest = await _boot(host, config.name, timeout_s=timeout_s)
+            undo.push_async_callback(guest.close)
+            store.set_state(record, VMState.RUNNING)
+            vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest)
+            undo.pop_all()
+        vm._log.info("started on %s", host.process.accelerator)
+        return vm
+
+    @classmethod
+    async def open(cls, name: str, *, wait_s: float = 0.0) -> UtilityVM:
+        """Own a running VM whose owner let go of it, or died. What an owner left half done is finished or undone.
+
+        Reservations of processes that are dead are given back; those of named holders stay. `findings` says what was
+        found. If this fails nothing changed.
+
+        Raises:
+            VMNotFound: there is no VM of that name.
+            VMNotRunning: its QEMU has ended.
+            VMOwned: another process owns it, also after waiting in the queue for `wait_s` seconds.
+            DeadlineExceeded: QEMU or the agent does not answer.
+        """
+        async with AsyncExitStack() as undo:
+            store = undo.enter_context(open_store())
+            folder = paths.vm_dir(name)
+            _check_running(store.get(name), store)  # before a folder is made for it
+            ownership = await Ownership.acquire(folder, vm=name, wait_s=wait_s)
+            undo.callback(ownership.release)
+            record = store.get(name)
+            _check_running(record, store)
+            assert record.process is not None
+            process = QemuProcess.from_json(record.process)
+            try:
+                host = await QemuHost.connect(process, who_uses=_who_uses(store, record), timeout_s=CONNECT_S)
+            except VMGone as error:
+                raise _not_running(record) from error
+            undo.push_async_callback(host.close)
+            guest = await BridgeGuest.connect(process.agent_socket, timeout_s=CONNECT_S, vm=name)
+            undo.push_async_callback(guest.close)
+            config = VMConfig.from_json(record.config)
+            vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest)
+            vm.findings = tuple(await vm.scsi.restore(is_alive=_is_alive))
+            undo.pop_all()
+        for finding in vm.findings:
+            vm._log.warning("%s", finding)
+        return vm
+
+    @classmethod
+    async def remove(cls, name: str, *, wait_s: float = 0.0, force: bool = False) -> None:
+        """End a VM, whatever state it is in, and remove all that is left of it. `force` does not ask its guest.
+
+        Raises:
+            VMNotFound: there is no VM of that name.
+            VMOwned: another process owns it, also after waiting in the queue for `wait_s` seconds.
+            OutcomeUnknown: the kernel does not let QEMU go; call again.
+        """
+        async with AsyncExitStack() as undo:
+            store = undo.enter_context(open_store())
+            store.get(name)
+            ownership = await Ownership.acquire(paths.vm_dir(name), vm=name, wait_s=wait_s)
+            undo.callback(ownership.release)
+            record = store.get(name)
+            if record.is_alive() and not force:
+                await _shut_down(record)
+            await _clear(record, store)
+            ownership.release(remove=True)
+
+    # What it is.
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def uuid(self) -> str:
+        return self._record.uuid
+
+    @property
+    def process(self) -> QemuProcess:
+        """The QEMU that runs it."""
+        return self._host.process
+
+    @property
+    def accelerator(self) -> str:
+        """What runs its processors, and why."""
+        return f"{self._host.process.accelerator} ({self._host.process.accelerator_reason})"
+
+    @property
+    def is_running(self) -> bool:
+        return self._ended is None
+
+    def console(self) -> str:
+        """The end of its console and of QEMU's own messages."""
+        return self._host.console().decode(errors="replace")
+
+    # Disks.
+
+    async def add_scsi(
+        self,
+        host_path: HostPath,
+        guest_path: GuestPath = None,
+        *,
+        read_only: bool = False,
+        options: Sequence[str] = (),
+        access: VMAccess = VMAccess.INDIVIDUAL,
+        partition: int = 0,
+        format: DiskFormat | str | None = None,
+        filesystem: str | None = None,
+        ensure_filesystem: bool = False,
+        reformat: bool = False,
+        block_device: bool = False,
+        encryption: ScratchKey | CallerKey | None = None,
+        verity: Verity | None = None,
+        holder: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> SCSIMount:
+        """Reserve a disk image: it is attached, and mounted at `guest_path`.
+
+        Without a guest path it is attached only, and nothing is asked of the guest; with `GENERATED` it is mounted at
+        a path that we make up. A disk that is attached already is shared, and so is a mount that is the same. If this
+        fails, what only it needed is undone.
+
+        `holder` names the reservation's holder, and makes it outlive this process; otherwise it is this process, and a
+        later owner of the VM gives the reservation back when this process is dead. `partition` counts from 1; 0 is the
+        whole disk. `format` None: what the image's header says. `options` are those of mount(8).
+
+        Raises:
+            RequestError: it cannot be met; nothing was sent. InvalidRequest, NoFreeSlot, ConfigDiffers, GuestPathInUse,
+                DiskInUse, AccessDenied and others.
+            ImageError: the image is damaged, or would make QEMU open something else.
+            HostRefused, GuestRefused: a step was refused.
+            OutcomeUnknown: a step got no answer, and the truth could not be found out.
+            DeadlineExceeded: it was not done within `timeout_s` seconds; it is undone in the background.
+            VMGone: the VM died. VMNotRunning: it had ended before.
+        """
+        spec = DiskSpec(
+            host_path=host_path,
+            guest_path=guest_path,
+            read_only=read_only,
+            options=options,
+            access=access,
+            partition=partition,
+            format=format,
+            filesystem=filesystem,
+            ensure_filesystem=ensure_filesystem,
+            reformat=reformat,
+            block_device=block_device,
+            encryption=encryption,
+            verity=verity,
+        )
+        return await self.add(spec, holder=holder, timeout_s=timeout_s)
+
+    async def add_scsi_physical_disk(
+        self,
+        host_path: HostPath,
+        guest_path: GuestPath = None,
+        *,
+        read_only: bool = False,
+        options: Sequence[str] = (),
+        partition: int = 0,
+        filesystem: str | None = None,
+        ensure_filesystem: bool = False,
+        reformat: bool = False,
+        block_device: bool = False,
+        encryption: ScratchKey | CallerKey | None = None,
+        verity: Verity | None = None,
+        holder: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> SCSIMount:
+        """Reserve a physical disk, a block device of the host, for this VM alone. Otherwise as `add_scsi`.
+
+        Raises:
+            DiskInUse: the host has it mounted, or uses it otherwise.
+            others: as `add_scsi`.
+        """
+        spec = DiskSpec(
+            host_path=host_path,
+            guest_path=guest_path,
+            read_only=read_only,
+            options=options,
+            partition=partition,
+            filesystem=filesystem,
+            ensure_filesystem=ensure_filesystem,
+            reformat=reformat,
+            block_device=block_device,
+            encryption=encryption,
+            verity=verity,
+            physical=True,
+        )
+        return await self.add(spec, holder=holder, timeout_s=timeout_s)
+
+    async def add(
+        self, disk: DiskSpec, *, holder: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> SCSIMount:
+        """`add_scsi` and `add_scsi_physical_disk` in one, for a disk that is described by a value."""
+        self._check_running()
+        item = disk.request()
+        reservation = await self.scsi.add(
+            item.disk, mount=item.mount, guest_path=item.guest_path, holder=_holder(holder), timeout_s=timeout_s
+        )
+        return SCSIMount(self, reservation)
+
+    async def add_scsi_many(
+        self,
+        disks: Iterable[DiskSpec],
+        *,
+        which: Literal["all", "each"] = "all",
+        holder: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> list[SCSIMount | UtilityVMError]:
+        """Reserve several disks at the same time, in order.
+
+        `all`: if one fails, those that came are given back and its error is raised. `each`: every result stands for
+        itself, errors among them.
+        """
+        self._check_running()
+        requests = [spec.request() for spec in disks]
+        results = await self.scsi.add_many(requests, which=which, holder=_holder(holder), timeout_s=timeout_s)
+        return [result if isinstance(result, UtilityVMError) else SCSIMount(self, result) for result in results]
+
+    async def remove_scsi(
+        self,
+        host_path: HostPath,
+        *,
+        holder: str | None = None,
+        force: bool = False,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        """Drop one reference to the disk: the newest, or the newest of `holder`. The last one detaches it.
+
+        Raises:
+            NotAttached: it is not attached, or `holder` has no reservation on it.
+            others: as `SCSIMount.release`.
+        """
+        self._check_running()
+        path, identity = absolute(host_path), identity_of(host_path)
+        await self.scsi.remove(path, identity=identity, holder=holder, force=force, timeout_s=timeout_s)
+
+    async def remove_scsi_many(
+        self, mounts: Iterable[SCSIMount], *, force: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> list[UtilityVMError | None]:
+        """Give back several reservations at the same time; what became of each, in order. None: it is done."""
+        self._check_running()
+        return await self.scsi.remove_many([mount.id for mount in mounts], force=force, timeout_s=timeout_s)
+
+    async def release(
+        self, reservation: Reservation | str, *, force: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> None:
+        """Give back a reservation, also one that this object did not make. See `SCSIMount.release`."""
+        self._check_running()
+        await self.scsi.release(reservation, force=force, timeout_s=timeout_s)
+
+    async def resize_scsi(self, host_path: HostPath, size_bytes: int) -> None:
+        """Grow the disk, its image, and the file systems that are mounted from all of it.
+
+        Raises:
+            NotAttached: it is not attached.
+            InvalidRequest: it would not be larger, or the size is not a multiple of 512.
+            NotSupported, HostRefused: the image cannot grow; nothing changed.
+            GuestRefused: the disk is larger now, a file system is not; ask again with the same size.
+        """
+        self._check_running()
+        await self.scsi.resize(absolute(host_path), size_bytes, identity=identity_of(host_path))
+
+    def scsi_guest_path(self, host_path: HostPath) -> PurePosixPath | None:
+        """Where the disk is mounted in the guest; None if it is attached only.
+
+        Raises:
+            NotAttached: it is not attached.
+        """
+        self._check_running()
+        return self.scsi.guest_path(absolute(host_path), identity=identity_of(host_path))
+
+    def scsi_slots(self) -> list[SlotView]:
+        """Every slot that a disk has, in order; the VM's own root disk is not among them."""
+        return self.scsi.slots()
+
+    def scsi_mounts(self) -> list[MountView]:
+        """Every mount in the guest, in the order of slots."""
+        return self.scsi.mounts()
+
+    def scsi_reservations(self) -> list[SCSIMount]:
+        """Every reservation that is held, whoever made it; the oldest first."""
+        return [SCSIMount(self, reservation) for reservation in self.scsi.reservations()]
+
+    def scsi_events(self) -> AsyncIterator[ScsiEvent]:
+        """What happens to disks and mounts from now on."""
+        return self.scsi.events()
+
+    # The guest.
+
+    async def run(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: PurePosixPath | str | None = None,
+        timeout_s: float | None = None,
+    ) -> CommandResult:
+        """Run a program in the guest to its end. Cancelled or out of time, it is killed with all that it started.
+
+        Raises:
+            GuestRefused: it could not be started.
+            DeadlineExceeded: it did not end within `timeout_s` seconds.
+            VMGone: the VM died.
+        """
+        self._check_running()
+        return await self._guest.run(_command(command), stdin=stdin, env=env, cwd=cwd, timeout_s=timeout_s)
+
+    async def run_streaming(
+        self,
+        command: Sequence[str],
+        *,
+        stdout: OutputSink,
+        stderr: OutputSink,
+        stdin: AsyncIterator[bytes] | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: PurePosixPath | str | None = None,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Like `run`, with input and output as they come; gives the exit code."""
+        self._check_running()
+        return await self._guest.run_streaming(
+            _command(command), stdin=stdin, stdout=stdout, stderr=stderr, env=env, cwd=cwd, timeout_s=timeout_s
+        )
+
+    async def ping(self, *, timeout_s: float = 10.0) -> None:
+        """Return when the guest's agent has answered.
+
+        Raises:
+            DeadlineExceeded, VMGone: it did not.
+        """
+        self._check_running()
+        await self._guest.ping(timeout_s=timeout_s)
+
+    # Its end.
+
+    async def wait(self) -> UtilityVMError:
+        """Return when the VM has ended, with the reason."""
+        return await asyncio.shield(self._host.gone)
+
+    async def stop(self, *, timeout_s: float = SHUTDOWN_S) -> None:
+        """End the VM: the guest writes out everything and powers off, or is killed after `timeout_s` seconds.
+
+        True on return: no process, socket, lock or record of it is left; its disks are free. Stopped before is done.
+
+        Raises:
+            OutcomeUnknown: the kernel does not let QEMU go; call again.
+        """
+        async with self._ending:
+            if self._is_closed:
+                return
+            if self._ended is None:
+                self._is_stopping = True
+                self._store.set_state(self._record, VMState.STOPPING)
+                with suppress(UtilityVMError):
+                    await self._guest.shutdown(timeout_s=timeout_s)
+                    await asyncio.wait([self._host.gone], timeout=timeout_s)
+                self._end(VMNotRunning(f"VM {self.name} was stopped", vm=self.name))
+            await self._guest.close()
+            await self._host.stop()
+            _remove_record(self._record_folder)
+            self._store.remove(self._record)
+            self._ownership.release(remove=True)
+            self._store.close()
+            self._is_closed = True
+        self._log.info("stopped")
+
+    async def close(self) -> None:
+        """Let go of the VM: with `keep` it runs on, and can be opened by whoever comes next; without, it is stopped.
+
+        Work that goes on in the background is waited for. Closed before is done.
+        """
+        if not self.config.keep or self._ended is not None:
+            await self.stop()
+            return
+        async with self._ending:
+            if self._is_closed:
+                return
+            await self.scsi.settle()
+            self._is_closed = True
+            self._ended = VMNotRunning(f"VM {self.name} was closed here", vm=self.name, remedy="open it again")
+            await self._guest.close()
+            await self._host.close()
+            self._ownership.release()
+            self._store.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<UtilityVM {self.name}: {'running' if self.is_running else 'ended'}>"
+
+    @property
+    def _record_folder(self) -> Path:
+        return self._host.process.folder
+
+    def _check_running(self) -> None:
+        if self._ended is not None:
+            raise self._ended
+
+    def _on_gone(self, reason: UtilityVMError) -> None:
+        if self._ended is not None:
+            return
+        if self._is_stopping:
+            return  # as it should
+        self._end(reason)
+        self._log.error("the VM died: %s", reason)
+        try:
+            self._store.set_dead(self._record)
+        except UtilityVMError as error:
+            self._log.warning("not written down: %s", error)
+
+    def _end(self, reason: UtilityVMError) -> None:
+        """Whoever waits for something of the VM is told now."""
+        self._ended = reason
+        self.scsi.mark_gone(reason)
+
+
+async def _boot(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
+    """Wait until the guest's agent answers."""
+    begun = time.monotonic()
+    try:
+        return await BridgeGuest.connect(host.process.agent_socket, timeout_s=timeout_s, vm=name)
+    except (DeadlineExceeded, ProtocolError, VMGone) as error:
+        lines = [line.strip() for line in host.console().decode(errors="replace").splitlines() if line.strip()]
+        lines = lines[-_CONSOLE_LINES:]
+        said = f"; its console ends with: {' | '.join(lines)}" if lines else "; its console is empty"
+        raise StartFailed(
+            f"VM {name} did not come up within {time.monotonic() - begun:.0f} s: {error}{said}",
+            console=lines,
+            vm=name,
+            remedy="give it more memory or time; `uvm doctor` tells whether this machine can run VMs",
+        ) from error
+
+
+def _refuse_running(store: Store, name: str) -> None:
+    record = store.find(name)
+    if record is not None and record.is_alive():
+        raise VMExists(
+            f"a VM named {name!r} runs already",
+            vm=name,
+            remedy=f"choose another name, open that VM, or end it: uvm stop {name}",
+        )
+
+
+def _check_running(record: StoredVM, store: Store) -> None:
+    if record.is_alive():
+        return
+    if record.state is not VMState.STARTING:
+        store.set_dead(record)
+    raise _not_running(record)
+
+
+def _not_running(record: StoredVM) -> VMNotRunning:
+    if record.state is VMState.STARTING:
+        what, remedy = "has not come up", f"wait for its start to end, or clear it away: uvm stop {record.name}"
+    else:
+        what, remedy = "is dead", f"see why: uvm log {record.name}; clear it away: uvm stop {record.name}"
+    return VMNotRunning(f"VM {record.name} {what}: its QEMU does not run", vm=record.name, remedy=remedy)
+
+
+async def _shut_down(record: StoredVM) -> None:
+    """Have the guest power off; one that does not, or does not answer, is killed by what comes next."""
+    assert record.process is not None
+    process = QemuProcess.from_json(record.process)
+    with suppress(UtilityVMError):
+        host = await QemuHost.connect(process, timeout_s=CONNECT_S)
+        try:
+            guest = await BridgeGuest.connect(process.agent_socket, timeout_s=CONNECT_S, vm=record.name)
+            await guest.shutdown(timeout_s=SHUTDOWN_S)
+            await asyncio.wait([host.gone], timeout=SHUTDOWN_S)
+            await guest.close()
+        finally:
+            await host.close()
+
+
+async def _clear(record: StoredVM, store: Store) -> None:
+    """Remove what is left of a VM: its process if there is one, its runtime folder's files, its record."""
+    if record.process is not None:
+        await launch.destroy(QemuProcess.from_json(record.process))
+    folder = paths.vm_dir(record.name)
+    launch.clean(folder)
+    _remove_record(folder)
+    store.remove(record)
+
+
+def _write_record(folder: Path, record: StoredVM, process: Mapping[str, object]) -> None:
+    """A copy of the VM's record beside its sockets, from which a lost store is made again."""
+    document = {"name": record.name, "uuid": record.uuid, "created": record.created, "config": record.config}
+    path = folder / paths.RECORD_FILE
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps({**document, "process": process}))
+    temporary.replace(path)
+
+
+def _remove_record(folder: Path) -> None:
+    (folder / paths.RECORD_FILE).unlink(missing_ok=True)
+
+
+def _who_uses(store: Store, record: StoredVM) -> Callable[[str], str | None]:
+    def who(identity: str) -> str | None:
+        user = store.user_of(identity, other_than=record)
+        return f"VM {user}" if user else None
+
+    return who
+
+
+def _holder(name: str | None) -> Holder:
+    if name is None:
+        return Holder(name=f"process {os.getpid()}", pid=os.getpid(), started=own_start())
+    if not name or not name.isprintable():
+        raise InvalidRequest(f"{name!r} cannot be a holder's name", remedy="use printable characters")
+    return Holder(name=name)
+
+
+def _is_alive(holder: Holder) -> bool:
+    return holder.pid is None or holder.started is None or is_running(holder.pid, holder.started)
+
+
+def _command(command: Sequence[str]) -> Sequence[str]:
+    if isinstance(command, str) or not command:
+        raise InvalidRequest("a command is a list of words", remedy='such as ["sh", "-c", "ls /data"]')
+    return command
+
+
+__all__ = ["GENERATED", "DiskSpec", "SCSIMount", "UtilityVM", "VMConfig"]
