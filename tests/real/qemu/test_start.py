@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from utilityvm.errors import DeadlineExceeded, SetupError, VMGone
+from utilityvm.errors import DeadlineExceeded, SetupError, VMExists, VMGone
 from utilityvm.hosts.qemu import QemuConfig, QemuHost, QemuProcess, launch
 from utilityvm.hosts.qemu.lifetime import Watch, started_at
 from utilityvm.scsi.ports import DiskRequest
@@ -229,6 +229,14 @@ async def test_a_start_without_time_leaves_nothing(runtime: Path) -> None:
     assert not processes_of(runtime)
 
 
+async def test_a_vm_that_runs_keeps_its_folder(start: Start, runtime: Path) -> None:
+    vm = await start("one")
+    with pytest.raises(VMExists, match="a VM runs in"):
+        await QemuHost.start(QemuConfig(name="one", memory_mib=64), folder=runtime / "one")
+    assert await vm.status() == "running"
+    assert vm.process.agent_socket.is_socket()
+
+
 async def test_what_an_earlier_vm_left_is_no_hindrance(start: Start, runtime: Path) -> None:
     folder = runtime / "one"
     folder.mkdir()
@@ -236,6 +244,49 @@ async def test_what_an_earlier_vm_left_is_no_hindrance(start: Start, runtime: Pa
         (folder / name).write_text("left behind")
     vm = await start("one")
     assert await vm.status() == "running"
+
+
+AS_NOBODY = """
+import asyncio, concurrent.futures.thread, os, tempfile  # all of it now: Python may be where nobody may read
+from pathlib import Path
+from utilityvm.hosts.qemu import QemuConfig, QemuHost
+from utilityvm.scsi.ports import DiskFormat, DiskRequest
+from utilityvm.scsi.slot import Slot
+
+async def main(folder):
+    host = await QemuHost.start(QemuConfig(name="one", memory_mib=64), folder=folder / "one")
+    image = folder / "disk"
+    image.write_bytes(bytes(1 << 20))
+    disk = await host.open(DiskRequest(host_path=str(image), read_only=False, format=DiskFormat.RAW))
+    await host.attach(Slot(0, 1), disk, attachment="a", timeout_s=20)
+    disk.close()
+    print(host.process.uid, Path(f"/proc/{host.process.pid}/status").read_text().split("Uid:")[1].split()[0])
+    await host.detach(Slot(0, 1), attachment="a", timeout_s=20)
+    await host.stop()
+    assert [file.name for file in folder.iterdir()] == ["disk"], list(folder.iterdir())
+
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+with tempfile.TemporaryDirectory() as folder:
+    asyncio.run(main(Path(folder)))
+"""
+
+
+async def test_a_plain_user_starts_vms_too() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("every other test here is run by a plain user already")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        AS_NOBODY,
+        env={"PATH": os.environ["PATH"], "UTILITYVM_ACCEL": "tcg", "UTILITYVM_CACHE_DIR": "/nonexistent"},
+        cwd="/",
+        stdout=asyncio.subprocess.PIPE,
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    assert output.split() == [b"65534", b"65534"]
 
 
 class Owner:

@@ -88,6 +88,7 @@ class QemuHost:
         self._next_number = launch.LOG_SET + 1
         self._running = False
         self._lingering: set[int] = set()  # sets whose file QEMU keeps open until the VM runs again
+        self._failed_nodes: set[str] = set()
         qmp.on_event = self._on_event
         self._log = _log.bind(vm=process.name)
         # Resolves with the reason when QEMU has ended, or its connection; nothing that waits here waits longer.
@@ -415,8 +416,15 @@ class QemuHost:
     def _on_event(self, event: Event) -> None:
         if event.name in _RUNS:
             self._running = _RUNS[event.name]
-        elif event.name == "BLOCK_IO_ERROR":
-            self._log.warning("disk error: %s", event.data)
+        elif event.name == "BLOCK_IO_ERROR" and event.data.get("node-name") not in self._failed_nodes:
+            # Once for each: a guest can cause them as fast as it likes.
+            self._failed_nodes.add(str(event.data.get("node-name")))
+            self._log.warning(
+                "%s of node %s failed: %s",
+                event.data.get("operation"),
+                event.data.get("node-name"),
+                event.data.get("reason"),
+            )
 
     async def _sweep(self, *, timeout_s: float) -> None:
         """Have QEMU close the files that it kept while the VM was paused."""

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from utilityvm.errors import InvalidRequest, OutcomeUnknown, SetupError, UtilityVMError, VMGone
+from utilityvm.errors import InvalidRequest, OutcomeUnknown, SetupError, UtilityVMError, VMExists, VMGone
 from utilityvm.hosts.qemu import accelerator as accelerators
 from utilityvm.hosts.qemu import console, emulator, privileges
 from utilityvm.hosts.qemu.accelerator import Accelerator
@@ -188,7 +188,7 @@ def command_line(
         "-mon",     "chardev=qmp1,mode=control",
         "-device",  "virtio-serial-pci,id=serial0,bus=pcie.0,addr=0x8,max_ports=4",
         "-chardev", f"socket,id=agent,fd={fds.agent},server=on,wait=off",
-        "-device",  f"virtserialport,bus=serial0.0,nr=1,chardev=agent,name={AGENT_PORT}",
+        "-device",  f"virtserialport,id=agent,bus=serial0.0,nr=1,chardev=agent,name={AGENT_PORT}",
         "-device",  "virtio-rng-pci,bus=pcie.0,addr=0x9",
         "-device",  "vmgenid,guid=auto",
     ]
@@ -220,12 +220,14 @@ async def start(config: QemuConfig, *, folder: Path, timeout_s: float = 30.0) ->
 
     Raises:
         InvalidRequest: the configuration cannot be.
+        VMExists: a VM runs in that folder.
         SetupError: QEMU, a file, a right or an id is missing; or QEMU ended at once: the message has its last words.
         OutcomeUnknown: QEMU did not answer within `timeout_s` seconds and was killed.
     """
     config.check()
     program = await emulator.find()
     accelerator = await accelerators.choose(program, wanted=config.accelerator)
+    _check_unused(folder, vm=config.name)
     async with AsyncExitStack() as undo:
         undo.callback(clean, folder)
         _make_folder(folder, vm=config.name)
@@ -402,6 +404,19 @@ def _make_folder(folder: Path, *, vm: str) -> None:
             vm=vm,
             remedy="set UTILITYVM_RUNTIME_DIR to a folder that you may write to",
         ) from error
+
+
+def _check_unused(folder: Path, *, vm: str) -> None:
+    """Sockets that nobody listens at are left from a VM that ended; a VM that runs is not pushed out of its folder."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.setblocking(False)
+        try:
+            sock.connect(str(folder / QMP_SOCKETS[1]))
+        except BlockingIOError:
+            pass  # somebody listens, and is busy
+        except OSError:
+            return
+    raise VMExists(f"a VM runs in {folder}", vm=vm, remedy="stop it first, or start this one under another name")
 
 
 def _listen(path: Path, opened: ExitStack) -> int:
