@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from utilityvm.errors import VMGone
-from utilityvm.hosts.qemu.lifetime import Watch, started_at
+from utilityvm.hosts.qemu.lifetime import Watch
+from utilityvm.pids import started_at
 from utilityvm.process import spawn
 
 

@@ -29,10 +29,11 @@ from utilityvm.hosts.qemu import accelerator as accelerators
 from utilityvm.hosts.qemu import console, emulator, privileges
 from utilityvm.hosts.qemu.accelerator import Accelerator
 from utilityvm.hosts.qemu.emulator import Emulator
-from utilityvm.hosts.qemu.lifetime import Watch, started_at
+from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.privileges import Identity
 from utilityvm.hosts.qemu.qmp import Qmp
 from utilityvm.log import logger
+from utilityvm.pids import is_running, started_at
 from utilityvm.process import spawn
 from utilityvm.scsi.slot import MAX_CONTROLLERS
 
@@ -131,7 +132,7 @@ class QemuProcess:
 
     def is_running(self) -> bool:
         """Is that very process alive? Asks /proc alone, so it is cheap, and QEMU may hang."""
-        return started_at(self.pid) == self.started
+        return is_running(self.pid, self.started)
 
 
 def kernel_cmdline(config: QemuConfig) -> str:

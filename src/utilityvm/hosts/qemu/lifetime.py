@@ -10,23 +10,10 @@ import asyncio
 import os
 import signal
 from contextlib import suppress
-from pathlib import Path
 from typing import Self
 
 from utilityvm.errors import VMGone
-
-
-def started_at(pid: int) -> str | None:
-    """The start time of the process in clock ticks since the boot; None if it ended, reaped or not.
-
-    Source: proc(5), /proc/PID/stat, fields 3 and 22.
-    """
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = text[text.rindex(")") + 2 :].split()  # the name before it may hold blanks and brackets
-    return None if fields[0] in "ZX" else fields[19]
+from utilityvm.pids import started_at
 
 
 class Watch:
