@@ -541,6 +541,17 @@ async def test_an_add_whose_request_was_lost_fails_and_leaves_nothing(bench: Ben
     bench.check_empty()
 
 
+@pytest.mark.parametrize("step", ["unmount", "eject", "detach"])
+async def test_a_release_whose_request_was_lost_fails_and_can_be_repeated(bench: Bench, step: str) -> None:
+    held = await bench.add("a")
+    bench.world.fail_next(step, Break.LOSE_REQUEST)
+    with pytest.raises(OutcomeUnknown, match=step):
+        await bench.manager.release(held)
+    bench.check_promises()
+    await bench.manager.release(held)
+    bench.check_empty()
+
+
 async def test_an_unmount_is_told_all_that_the_mount_was(bench: Bench) -> None:
     told: list[MountConfig] = []
 
@@ -621,6 +632,23 @@ async def test_a_retried_release_does_not_touch_a_new_holder(bench: Bench) -> No
     assert bench.world.mounts[PurePosixPath("/x")][0] == new.slot
     assert bench.manager.references(new) == 1
     bench.check_promises()
+
+
+@pytest.mark.parametrize("step", ["unmount", "eject", "detach"])
+async def test_a_disk_asked_for_while_it_leaves_comes_back(bench: Bench, step: str) -> None:
+    old = await bench.add("a", "/x")
+    reached, go_on = await started(bench, step)
+    leaving = asyncio.create_task(bench.manager.release(old))
+    await reached.wait()
+    coming = asyncio.create_task(bench.add("a", "/x"))
+    await asyncio.sleep(0)
+    go_on.set()
+    await leaving
+    new = await coming
+    assert bench.world.mounts[PurePosixPath("/x")][0] == new.slot
+    assert bench.manager.references(new) == 1
+    await bench.manager.release(new)
+    bench.check_empty()
 
 
 async def test_after_a_failed_attach_the_next_caller_gets_a_fresh_attempt(bench: Bench) -> None:

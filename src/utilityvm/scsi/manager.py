@@ -683,6 +683,11 @@ class ScsiManager:
                 self._settle_claims(disk)
                 if not goes_on:
                     break
+        except Exception as error:  # a mistake of ours: nobody may wait for ever because of it
+            self._log.error("the worker of %s failed: %r", disk.slot, error, host_path=disk.request.host_path)
+            ours = _as_ours(error, f"{disk.request.host_path} at {disk.slot}")
+            for claim in (*disk.claims.values(), *disk.leaving.values()):
+                _tell(claim, ours)
         finally:
             disk.worker = None
             disk.force = False

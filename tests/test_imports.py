@@ -1,0 +1,80 @@
+"""The house's arrows go one way. Source: docs/concepts/house.md; this test is what keeps it so."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src/utilityvm"
+
+# What each room may import of the others. Loose modules are rooms of their own; `errors` and `log` are everybody's.
+EVERYBODY = {"errors", "log"}
+MAY: dict[str, set[str]] = {
+    "errors": {"scsi.slot"},  # for a type in a signature
+    "log": set(),
+    "paths": set(),
+    "pids": set(),
+    "process": set(),
+    "scsi": set(),
+    "bridge": set(),
+    "agent": {"bridge"},
+    "diskimage": {"scsi"},
+    "guestimage": {"paths", "process"},
+    "guests": {"bridge", "scsi"},
+    "hosts": {"scsi", "diskimage", "paths", "pids", "process", "bridge"},
+    "store": {"scsi", "paths", "pids"},
+    "hostpath": set(),
+    "config": {"hostpath", "scsi", "hosts", "guestimage"},  # what callers ask for
+    "mounts": {"scsi", "vm"},  # the VM only for a type
+    "vm": {"config", "hostpath", "mounts", "scsi", "hosts", "guests", "guestimage", "store", "paths", "pids", "process", "diskimage"},
+    "cli": {"vm", "config", "hostpath", "scsi", "hosts", "guests", "guestimage", "store", "paths", "pids", "process", "diskimage", ""},
+    "testing": {"scsi", "process", "hosts"},
+    "": {"vm", "config", "mounts", "scsi", "guests", "hosts", "store"},  # the package itself: the public names
+}
+STANDARD_LIBRARY_ONLY = {"agent", "bridge"}  # they run in the guest, which has nothing else
+
+
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            assert node.module
+            if node.module == "utilityvm":
+                found |= {f"utilityvm.{alias.name}" for alias in node.names}
+            else:
+                found.add(node.module)
+    return found
+
+
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_a_room_imports_only_the_rooms_below_it(path: Path) -> None:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    room = "" if parts == ("__init__",) else parts[0]
+    for module in imports(path):
+        top, _, inner = module.partition(".")
+        if top != "utilityvm":
+            assert room not in STANDARD_LIBRARY_ONLY or top in sys.stdlib_module_names, f"{path} imports {module}"
+            continue
+        target = room_of(inner)
+        allowed = {room_of(one) for one in MAY[room]} | (set() if room in STANDARD_LIBRARY_ONLY else EVERYBODY) | {room}
+        # The package itself gives its public names to those above it.
+        known = {entry.stem for entry in SOURCE.iterdir()}
+        assert (target if target in known else "") in allowed, f"{path} imports {module}"
+
+
+def test_every_room_has_its_rules() -> None:
+    rooms = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in FILES} - {"__init__"}
+    assert rooms <= set(MAY), "a new room: say in MAY what it may import"
