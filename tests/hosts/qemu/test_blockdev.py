@@ -38,7 +38,7 @@ def test_every_layer_names_its_driver_and_the_descriptor(
     assert protocol["driver"] == "file"
     assert protocol["filename"] == "/dev/fdset/7"
     assert node["driver"] == ("file" if image_format is DiskFormat.RAW else image_format.value)
-    assert node["read-only"] is read_only
+    assert node.get("read-only", False) is read_only
     assert node["node-name"] == "n7"
 
 
@@ -57,8 +57,7 @@ def test_the_device_is_at_its_slot_and_has_a_serial_that_fits(make: Callable[...
     device = blockdev.device(disk, 7, Slot(3, 63))
     assert (device["bus"], device["scsi-id"], device["lun"]) == ("scsi3.0", 0, 63)
     assert (device["id"], device["drive"]) == ("d7", "n7")
-    assert 0 < len(disk.serial) <= 36
-    assert 0 < disk.wwn < 1 << 63
+    assert 0 < len(disk.serial) <= 20
 
 
 def test_an_fdset_says_what_it_is_for() -> None:

@@ -47,9 +47,8 @@ def node(disk: QemuDisk, number: int) -> dict[str, object]:
     file = f"/dev/fdset/{number}"
     common = {
         "node-name": node_name(number),
-        "read-only": disk.request.read_only,
-        # What the guest trims is given back to the host's file system.
-        **({} if disk.request.read_only else {"discard": "unmap"}),
+        # Writable is the default; what the guest trims is given back to the host's file system.
+        **({"read-only": True} if disk.request.read_only else {"discard": "unmap"}),
     }
     if disk.request.kind is AttachmentType.PASS_THRU:
         return {"driver": "host_device", **common, "filename": file}
@@ -66,7 +65,9 @@ def node(disk: QemuDisk, number: int) -> dict[str, object]:
 def device(disk: QemuDisk, number: int, slot: Slot) -> dict[str, object]:
     """The arguments of `device_add`.
 
-    A full host disk is an I/O error in the guest: QEMU's default would pause the whole VM, and with it all other disks.
+    The serial is its identity to the guest: in VPD page 0x80, and again in 0x83, so that a world wide name would add
+    nothing but its length. A full host disk is an I/O error in the guest: QEMU's default would pause the whole VM, and
+    with it all other disks.
     """
     return {
         "driver": "scsi-hd",
@@ -76,7 +77,6 @@ def device(disk: QemuDisk, number: int, slot: Slot) -> dict[str, object]:
         "lun": slot.lun,
         "drive": node_name(number),
         "serial": disk.serial,
-        "wwn": disk.wwn,
         **({} if disk.request.read_only else {"werror": "report"}),
         **_block_sizes(disk.logical_block_bytes),
     }

@@ -60,13 +60,11 @@ class QemuDisk:
 
     @property
     def serial(self) -> str:
-        """The same for this disk in every VM and each time: the guest finds it under /dev/disk/by-id."""
-        return self._digest()[:16]
+        """The same for this disk in every VM and each time: the guest finds it under /dev/disk/by-id.
 
-    @property
-    def wwn(self) -> int:
-        """A locally assigned world wide name (NAA 3). Source: SPC-5, 7.7.6.5."""
-        return 0x3 << 60 | int(self._digest()[16:31], 16)
+        No more than 20 characters: what QEMU puts into VPD page 0x83. Source: hw/scsi/scsi-disk.c, scsi_realize.
+        """
+        return hashlib.sha256(self.identity.encode()).hexdigest()[:16]
 
     def open_locked(self, *, user: str | None = None) -> int:
         """A new descriptor of the disk for one attachment, locked; the caller closes it.
@@ -101,9 +99,6 @@ class QemuDisk:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def _digest(self) -> str:
-        return hashlib.sha256(self.identity.encode()).hexdigest()
 
 
 def open_disk(request: DiskRequest) -> QemuDisk:
