@@ -152,7 +152,7 @@ def test_a_writer_is_alone(opened: Callable[..., QemuDisk], first: bool, second:
     before = open_fds()
     other = opened(read_only=second)
     with pytest.raises(DiskInUse, match="the VM called two"):
-        other.open_locked(user="the VM called two")
+        other.open_locked(who_uses={other.identity: "the VM called two"}.get)
     assert open_fds() == before + 1  # `other` itself
     os.close(held)
     os.close(other.open_locked())

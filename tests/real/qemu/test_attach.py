@@ -132,6 +132,22 @@ async def test_a_full_vm(vm: QemuHost, image: Make) -> None:
     assert files(vm) == before
 
 
+async def test_an_open_that_is_cancelled_leaves_nothing_open(vm: QemuHost, image: Make) -> None:
+    before = fds()
+    path = image()
+    for _ in range(10):
+        opening = asyncio.create_task(vm.open(request(path)))
+        await asyncio.sleep(0)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+    disk = await vm.open(request(path))
+    disk.close()
+    async with asyncio.timeout(T):
+        while fds() != before:
+            await asyncio.sleep(0)
+
+
 async def test_a_slot_that_is_taken_is_refused_and_leaves_nothing(vm: QemuHost, image: Make) -> None:
     await attach(vm, image("first"), Slot(0, 1), "first")
     before = await traces(vm)

@@ -18,9 +18,10 @@ import hashlib
 import os
 import stat
 import struct
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from utilityvm.diskimage import blockdev, headers
 from utilityvm.errors import AccessDenied, ConfigDiffers, DiskInUse, InvalidRequest, NotSupported
@@ -36,6 +37,8 @@ _WRONG_KINDS: Final = (
     (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a character device"),
 )
+
+WhoUses: TypeAlias = Callable[[str], str | None]  # a disk's identity -> the VM that has it, if that is known
 
 _log = logger(__name__)
 
@@ -66,13 +69,13 @@ class QemuDisk:
         """
         return hashlib.sha256(self.identity.encode()).hexdigest()[:16]
 
-    def open_locked(self, *, user: str | None = None) -> int:
+    def open_locked(self, *, who_uses: WhoUses | None = None) -> int:
         """A new descriptor of the disk for one attachment, locked; the caller closes it.
 
         Shared for a read-only attachment, else exclusive, on a physical disk also against the host's own use.
 
         Raises:
-            DiskInUse: another attachment, or the host, forbids it; `user` is who, if that is known.
+            DiskInUse: another attachment, or the host, forbids it; `who_uses` is asked for its name.
             AccessDenied: the right to open it was taken away since.
             NotSupported: its file system cannot lock, and it is to be written.
         """
@@ -85,15 +88,25 @@ class QemuDisk:
             fd = os.open(f"/proc/self/fd/{self.fd}", flags)
         except OSError as error:
             if error.errno == errno.EBUSY:
-                raise _in_use(path, user, read_only=read_only) from error
+                raise self._in_use(who_uses) from error
             raise _cannot_open(path, error) from error
         with ExitStack() as undo:
             undo.callback(os.close, fd)
             if self.request.kind is AttachmentType.PASS_THRU:
                 blockdev.check_unused(fd, host_path=path, exclusive=not read_only)
-            lock(fd, host_path=path, read_only=read_only, user=user)
+            if not lock(fd, host_path=path, read_only=read_only):
+                raise self._in_use(who_uses)
             undo.pop_all()
         return fd
+
+    def _in_use(self, who_uses: WhoUses | None) -> DiskInUse:
+        path = self.request.host_path
+        user = (who_uses(self.identity) if who_uses else None) or "another VM"
+        return DiskInUse(
+            f"{path}: {user} {'writes to it' if self.request.read_only else 'has it attached'}",
+            host_path=path,
+            remedy="detach it there first; a disk has one VM that writes, or any number that only read",
+        )
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -130,7 +143,8 @@ def open_disk(request: DiskRequest) -> QemuDisk:
         undo.callback(os.close, pinned)
         status = os.fstat(pinned)
         _check_kind(path, status.st_mode, physical=physical)
-        fd = _reopen(pinned, path, read_only=request.read_only)
+        # A physical disk is only looked at here: opening it for writing, and closing it, makes udev read it anew.
+        fd = _reopen(pinned, path, read_only=request.read_only or physical)
         undo.callback(os.close, fd)
         if physical:
             if not request.read_only and blockdev.is_read_only(fd):
@@ -154,11 +168,12 @@ def open_disk(request: DiskRequest) -> QemuDisk:
     return disk
 
 
-def lock(fd: int, *, host_path: str, read_only: bool, user: str | None = None) -> None:
+def lock(fd: int, *, host_path: str, read_only: bool) -> bool:
     """Take our lock on the description behind `fd`: shared if `read_only`, else exclusive. Its last close frees it.
 
+    False: another attachment of the disk, in whatever VM, holds a lock that forbids this one.
+
     Raises:
-        DiskInUse: another attachment of the disk, in whatever VM, holds a lock that forbids this one.
         NotSupported: the file system cannot lock, and the disk is to be written.
     """
     kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
@@ -166,7 +181,7 @@ def lock(fd: int, *, host_path: str, read_only: bool, user: str | None = None) -
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, LOCK_BYTE, 1, 0))
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise _in_use(host_path, user, read_only=read_only) from error
+            return False
         if error.errno not in _NO_LOCKS:
             raise _cannot_open(host_path, error) from error
         if not read_only:
@@ -177,6 +192,7 @@ def lock(fd: int, *, host_path: str, read_only: bool, user: str | None = None) -
                 remedy="attach it read-only, or move it to a local file system",
             ) from error
         _log.warning("no lock on %s: %s", host_path, error.strerror)
+    return True
 
 
 def unlock(fd: int) -> None:
@@ -215,16 +231,6 @@ def _check_kind(path: str, mode: int, *, physical: bool) -> None:
             host_path=path,
             remedy="attach it as a physical disk: add_scsi_physical_disk",
         )
-
-
-def _in_use(path: str, user: str | None, *, read_only: bool) -> DiskInUse:
-    by = user or "another VM"
-    how = "writes to it" if read_only else "has it attached"
-    return DiskInUse(
-        f"{path}: {by} {how}",
-        host_path=path,
-        remedy="detach it there first; a disk has one VM that writes, or any number that only read",
-    )
 
 
 def _cannot_open(path: str, error: OSError) -> InvalidRequest | AccessDenied | NotSupported:

@@ -16,11 +16,10 @@ from __future__ import annotations
 import asyncio
 import grp
 import os
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self, TypeAlias
+from typing import Final, Self
 
 from utilityvm.errors import (
     AccessDenied,
@@ -38,7 +37,7 @@ from utilityvm.errors import (
     VMGone,
 )
 from utilityvm.hosts.qemu import acl, blockdev, console, launch
-from utilityvm.hosts.qemu.disk import QemuDisk, open_disk, unlock
+from utilityvm.hosts.qemu.disk import QemuDisk, WhoUses, open_disk, unlock
 from utilityvm.hosts.qemu.launch import QemuConfig, QemuProcess
 from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.qmp import Answer, Event, Qmp, QmpRefused
@@ -46,8 +45,6 @@ from utilityvm.log import logger
 from utilityvm.process import CommandFailed, find_program, run
 from utilityvm.scsi.ports import DiskRequest, OpenDisk, VMAccess
 from utilityvm.scsi.slot import Slot
-
-WhoUses: TypeAlias = Callable[[str], str | None]  # a disk's identity -> the VM that has it, if that is known
 
 VM_GROUP: Final = "utilityvm"
 _DELETED: Final = "DEVICE_DELETED"
@@ -161,7 +158,12 @@ class QemuHost:
         """
         if request.access is VMAccess.GROUP:
             self._group()
-        disk = await asyncio.to_thread(open_disk, request)
+        opening = asyncio.ensure_future(asyncio.to_thread(open_disk, request))
+        try:
+            disk = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_opened)  # a thread cannot be cancelled
+            raise
         if request.access is VMAccess.NOOP and self.process.uid != os.geteuid():
             try:
                 await asyncio.to_thread(_check_own_right, request, self.process.uid)
@@ -186,8 +188,7 @@ class QemuHost:
         if attachment in self._numbers:
             raise AlreadyAttached(f"attachment {attachment} exists", vm=self.process.name, slot=slot)
         request = disk.request
-        user = self._who_uses(disk.identity) if self._who_uses else None
-        fd = disk.open_locked(user=user)
+        fd = disk.open_locked(who_uses=self._who_uses)
         try:
             before = self._grant(fd, request) if request.access is VMAccess.GROUP else None
             number, self._next_number = self._next_number, self._next_number + 1
@@ -203,7 +204,7 @@ class QemuHost:
                 acl.restore(fd, before)
         finally:
             os.close(fd)
-        raise self._attach_error(refusals[0], slot, disk, user)
+        raise self._attach_error(refusals[0], slot, disk)
 
     async def detach(self, slot: Slot, *, attachment: str, timeout_s: float) -> None:
         """Take the disk off the bus. True on return: device, node, file and locks are gone. Gone before is done.
@@ -446,11 +447,11 @@ class QemuHost:
     def _refused(self, error: QmpRefused, slot: Slot) -> HostRefused:
         return HostRefused(f"{error.command} at {slot}: {error.description}", vm=self.process.name, slot=slot)
 
-    def _attach_error(self, error: QmpRefused, slot: Slot, disk: QemuDisk, user: str | None) -> UtilityVMError:
+    def _attach_error(self, error: QmpRefused, slot: Slot, disk: QemuDisk) -> UtilityVMError:
         path, vm = disk.request.host_path, self.process.name
         if " lock" in error.description:  # Failed to get "write" lock; Failed to get shared "write" lock
             return DiskInUse(
-                f"attach {path} at {slot}: {user or 'a program outside utilityvm'} uses it: {error.description}",
+                f"attach {path} at {slot}: a program outside utilityvm uses it: {error.description}",
                 vm=vm,
                 slot=slot,
                 host_path=path,
@@ -486,6 +487,11 @@ class QemuHost:
                 host_path=request.host_path,
                 remedy="attach with VMAccess.INDIVIDUAL, which changes no file",
             ) from error
+
+
+def _close_opened(opening: asyncio.Future[QemuDisk]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 def _check_own_right(request: DiskRequest, uid: int) -> None:
