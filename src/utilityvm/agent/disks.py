@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from utilityvm.agent import dm, filesystems, holders, mounting
 from utilityvm.agent.faults import Fault
-from utilityvm.agent.find_disk import Bus, Device, until
+from utilityvm.agent.find_disk import Bus, Device, until, write
 
 _STATE: Final = Path("/run/utilityvm/mounts.json")
 _FORBIDDEN: Final = ("/proc", "/sys", "/dev", "/run/utilityvm")
@@ -56,6 +56,7 @@ class DiskTable:
         self._claimed: set[str] = set()  # paths that a request is working on
         self._slots: dict[tuple[int, int], threading.Lock] = {}
         self._mapping_number = 0
+        state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._load()
 
     def add(self, settings: dict[str, Any], deadline: float) -> None:
@@ -77,7 +78,7 @@ class DiskTable:
         with self._lock:
             entry = self._entries.get(str(path))
         if entry is None:
-            if any(line.path == str(path) for line in holders.mount_lines()):
+            if holders.is_mounted(str(path)):
                 raise Fault(f"{path} holds a mount that is not ours")
             return
         if ("Lun" in settings or "Controller" in settings) and (
@@ -107,13 +108,13 @@ class DiskTable:
             disk = self._bus.disk(controller, lun)
             if disk:
                 numbers = {disk.number, *(part.number for part in self._bus.partitions(disk))}
-                users = holders.of_device(disk.sysfs, numbers)
+                users = holders.of_device(disk.node, disk.sysfs, numbers)
                 if users and not force:
                     raise Fault("the guest still uses the disk", kind="busy", holders=users)
                 _flush(disk)
-            (scsi / "delete").write_text("1")
+            write(f"{scsi}/delete", "1")
             until(
-                lambda: True if not scsi.exists() else None,
+                lambda: True if not os.path.exists(scsi) else None,
                 deadline=deadline,
                 what=f"the kernel did not let go of the disk at {controller}:{lun}",
             )
@@ -152,7 +153,7 @@ class DiskTable:
             scsi, disk = self._bus.scsi_device(controller, lun), self._bus.disk(controller, lun)
             if scsi is None or disk is None:
                 raise Fault(f"there is no disk at {controller}:{lun}", kind="not_found")
-            (scsi / "rescan").write_text("1")
+            write(f"{scsi}/rescan", "1")
             grown, left = [], []
             for entry in self._at(controller, lun):
                 if entry.partition or not entry.filesystem:
@@ -160,7 +161,7 @@ class DiskTable:
                     continue
                 for name in entry.mappings:
                     dm.grow(name, disk.size_bytes)
-                filesystems.grow(Path(entry.node), Path(entry.path), entry.filesystem, deadline)
+                filesystems.grow(entry.node, entry.path, entry.filesystem, deadline)
                 grown.append(entry.path)
             return {"SizeBytes": disk.size_bytes, "Grown": grown, "Left": left}
 
@@ -193,7 +194,7 @@ class DiskTable:
                 raise Fault(f"{name} is in use", kind="busy", holders=[f"a mount at {name}"])
             self._claimed.add(name)
         try:
-            if not known and any(line.path == name for line in holders.mount_lines()):
+            if not known and holders.is_mounted(name):
                 raise Fault(f"{name} holds a mount already", kind="busy", holders=[f"a mount at {name}"])
             yield
         finally:
@@ -242,7 +243,7 @@ class DiskTable:
                 trust_blank=is_scratch,
             )
         made = _make_target(path, undo, as_file=bool(settings.get("BlockDev")))
-        target = Path(path)
+        target = str(path)
         if settings.get("BlockDev"):
             mounting.bind(node, target)
             filesystem = ""
@@ -255,20 +256,20 @@ class DiskTable:
                 )
             mounting.mount(node, target, filesystem, how)
         undo.callback(mounting.unmount, target, lazily=True)
-        return Entry(str(path), controller, lun, partition, filesystem, made, mappings, str(node))
+        return Entry(str(path), controller, lun, partition, filesystem, made, mappings, node)
 
-    def _map(self, undo: ExitStack, mappings: list[str], open_mapping: Any) -> Path:
+    def _map(self, undo: ExitStack, mappings: list[str], open_mapping: Callable[[str], str]) -> str:
         with self._lock:
             self._mapping_number += 1
             name = f"utilityvm-{os.getpid()}-{self._mapping_number}"
-        node: Path = open_mapping(name)
+        node = open_mapping(name)
         undo.callback(dm.close, name)
         mappings.append(name)
         return node
 
     def _unmount(self, entry: Entry, *, force: bool) -> None:
-        target = Path(entry.path)
-        if any(line.path == entry.path for line in holders.mount_lines()):
+        target = entry.path
+        if holders.is_mounted(entry.path):
             number = _device_number(target, entry)
             if entry.filesystem:
                 try:
@@ -303,10 +304,11 @@ class DiskTable:
         self._entries = {entry.path: entry for entry in known if entry.path in mounted}
 
     def _save(self) -> None:
-        self._state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        new = self._state.with_suffix(".new")
-        new.write_text(json.dumps([asdict(entry) for entry in self._entries.values()]))
-        new.replace(self._state)
+        text = json.dumps([asdict(entry) for entry in self._entries.values()])
+        new = f"{self._state}.new"
+        with open(new, "w") as file:
+            file.write(text)
+        os.rename(new, self._state)
 
 
 def _guest_path(settings: dict[str, Any]) -> PurePosixPath:
@@ -373,8 +375,8 @@ def _remove_made(path: Path) -> None:
         pass  # somebody uses it: it is theirs now
 
 
-def _device_number(target: Path, entry: Entry) -> tuple[int, int]:
-    status = target.stat()
+def _device_number(target: str, entry: Entry) -> tuple[int, int]:
+    status = os.stat(target)
     number = status.st_dev if entry.filesystem else status.st_rdev
     return os.major(number), os.minor(number)
 

@@ -29,7 +29,7 @@ _VERITY_SUPERBLOCK: Final = struct.Struct("<8s I I 16s 32s I I Q H 6x 256s 168x"
 _VERITY_SIGNATURE: Final = b"verity\0\0"
 
 
-def open_crypt(name: str, node: Path, size_bytes: int, key: bytes, *, read_only: bool) -> Path:
+def open_crypt(name: str, node: str, size_bytes: int, key: bytes, *, read_only: bool) -> str:
     """Map `node` through aes-xts-plain64 with `key`; give the mapping's device.
 
     Raises:
@@ -44,7 +44,7 @@ def open_crypt(name: str, node: Path, size_bytes: int, key: bytes, *, read_only:
         table[:] = bytes(len(table))
 
 
-def open_verity(name: str, node: Path, size_bytes: int, verity: Mapping[str, Any]) -> Path:
+def open_verity(name: str, node: str, size_bytes: int, verity: Mapping[str, Any]) -> str:
     """Map `node` so that each block must hash up to the root hash; give the mapping's device.
 
     Raises:
@@ -86,7 +86,7 @@ def open_verity(name: str, node: Path, size_bytes: int, verity: Mapping[str, Any
     mapped = _create(name, "verity", data_blocks * block // _SECTOR_BYTES, bytearray(table), read_only=True)
     try:
         # The first read of any block walks up to the root: a wrong root hash shows now and not at the first file.
-        with mapped.open("rb", buffering=0) as device:
+        with open(mapped, "rb", buffering=0) as device:
             os.pread(device.fileno(), block, 0)
             os.pread(device.fileno(), block, (data_blocks - 1) * block)
     except OSError as error:
@@ -97,8 +97,8 @@ def open_verity(name: str, node: Path, size_bytes: int, verity: Mapping[str, Any
     return mapped
 
 
-def _superblock(node: Path, offset: int) -> tuple[int, str, int, int, bytes]:
-    with node.open("rb", buffering=0) as device:
+def _superblock(node: str, offset: int) -> tuple[int, str, int, int, bytes]:
+    with open(node, "rb", buffering=0) as device:
         data = os.pread(device.fileno(), _VERITY_SUPERBLOCK.size, offset)
     if len(data) < _VERITY_SUPERBLOCK.size or not data.startswith(_VERITY_SIGNATURE):
         raise Fault(f"there is no hash tree at byte {offset} of the disk", kind="invalid")
@@ -140,7 +140,7 @@ def close(name: str, *, deferred: bool = False) -> None:
         raise
 
 
-def _create(name: str, kind: str, sectors: int, table: bytearray, *, read_only: bool) -> Path:
+def _create(name: str, kind: str, sectors: int, table: bytearray, *, read_only: bool) -> str:
     _ensure_module()
     try:
         answer = _call(_DEV_CREATE, name)
@@ -154,7 +154,7 @@ def _create(name: str, kind: str, sectors: int, table: bytearray, *, read_only: 
             close(name)
         raise Fault(f"dm-{kind} refused: {error.strerror}") from None
     device = _HEAD.unpack_from(answer)[10]
-    return Path(f"/dev/dm-{os.minor(device)}")
+    return f"/dev/dm-{os.minor(device)}"
 
 
 def _load(name: str, kind: str, sectors: int, table: bytes | bytearray, *, read_only: bool) -> None:
@@ -183,8 +183,8 @@ def _call(command: int, name: str, *, flags: int = 0, payload: bytes = b"", targ
     return buffer
 
 
-def _number(node: Path) -> str:
-    status = node.stat()
+def _number(node: str) -> str:
+    status = os.stat(node)
     return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from pathlib import Path
 from typing import Final
 
 from utilityvm.agent import mounting
@@ -19,9 +18,9 @@ _MAKERS: Final[dict[str, tuple[str, ...]]] = {
 }
 
 
-def is_blank(node: Path, size_bytes: int) -> bool:
+def is_blank(node: str, size_bytes: int) -> bool:
     """Is there nothing but zeros where a file system, a partition table or anything else signs a device?"""
-    with node.open("rb", buffering=0) as device:
+    with open(node, "rb", buffering=0) as device:
         for offset in (0, max(0, size_bytes - _PROBED_BYTES)):
             os.lseek(device.fileno(), offset, os.SEEK_SET)
             if any(os.read(device.fileno(), _PROBED_BYTES)):
@@ -29,7 +28,7 @@ def is_blank(node: Path, size_bytes: int) -> bool:
     return True
 
 
-def ensure(node: Path, size_bytes: int, filesystem: str, *, reformat: bool, deadline: float, trust_blank: bool) -> None:
+def ensure(node: str, size_bytes: int, filesystem: str, *, reformat: bool, deadline: float, trust_blank: bool) -> None:
     """See to it that `node` holds a `filesystem`: one that is there stays, a blank device gets one.
 
     `trust_blank`: what the device holds means nothing (it is seen through a fresh random key).
@@ -46,10 +45,10 @@ def ensure(node: Path, size_bytes: int, filesystem: str, *, reformat: bool, dead
         if found or not is_blank(node, size_bytes):
             what = f"a {found} file system" if found else "something that is not a file system that we know"
             raise Fault(f"the device is not blank: it holds {what}; it was not formatted")
-    _run([*_MAKERS[filesystem], str(node)], deadline)
+    _run([*_MAKERS[filesystem], node], deadline)
 
 
-def grow(node: Path, path: Path, filesystem: str, deadline: float) -> None:
+def grow(node: str, path: str, filesystem: str, deadline: float) -> None:
     """Grow the mounted file system to the size of its device.
 
     Raises:
@@ -57,9 +56,9 @@ def grow(node: Path, path: Path, filesystem: str, deadline: float) -> None:
     """
     match filesystem:
         case "ext4" | "ext3" | "ext2":
-            _run(["resize2fs", str(node)], deadline)
+            _run(["resize2fs", node], deadline)
         case "xfs":
-            _run(["xfs_growfs", "-d", str(path)], deadline)
+            _run(["xfs_growfs", "-d", path], deadline)
         case _:
             raise Fault(f"a {filesystem} file system cannot be grown while it is mounted")
 

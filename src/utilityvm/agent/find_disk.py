@@ -13,8 +13,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Final, NamedTuple, TypeVar
 
 from utilityvm.agent.faults import Fault
@@ -29,13 +28,13 @@ class Device(NamedTuple):
     """A block device of the guest."""
 
     name: str  # sda, sda1: the kernel's, and good only while it is held
-    node: Path
+    node: str
     number: tuple[int, int]  # major and minor
-    sysfs: Path
+    sysfs: str
 
     @property
     def size_bytes(self) -> int:
-        return int((self.sysfs / "size").read_text()) * 512
+        return int(read(f"{self.sysfs}/size")) * 512
 
 
 class Events:
@@ -83,61 +82,73 @@ def until(look: Callable[[], _T | None], *, deadline: float, what: str, nudge: C
 
 
 class Bus:
-    """The SCSI controllers, by index, each known by its PCI address."""
+    """The SCSI controllers, by index, each known by its PCI address.
 
-    def __init__(self, controllers: list[str], *, sysfs: Path = Path("/sys"), dev: Path = Path("/dev")) -> None:
+    Paths are strings and folders are listed, not matched: this is the way of every mount, and Python's path objects would
+    be half of its time.
+    """
+
+    def __init__(self, controllers: list[str], *, sysfs: str = "/sys", dev: str = "/dev") -> None:
         self._controllers = controllers
         self._sysfs = sysfs
         self._dev = dev
+        self._hosts: dict[int, tuple[str, str]] = {}
 
-    def _hosts(self, controller: int) -> Iterator[Path]:
+    def _host(self, controller: int) -> tuple[str, str] | None:
+        """The controller's folder in sysfs and the kernel's number of it, which is by chance and then stays."""
+        if controller in self._hosts:
+            return self._hosts[controller]
         if not 0 <= controller < len(self._controllers):
             raise Fault(
                 f"there is no SCSI controller {controller}: the VM has {len(self._controllers)}", kind="invalid"
             )
-        return (self._sysfs / "bus/pci/devices" / self._controllers[controller]).glob("virtio*/host*")
-
-    def scsi_device(self, controller: int, lun: int) -> Path | None:
-        """The SCSI device at the slot, as its folder in sysfs."""
-        for host in self._hosts(controller):
-            number = host.name.removeprefix("host")
-            path = host / f"target{number}:0:0" / f"{number}:0:0:{lun}"
-            if path.exists():
-                return path
+        device = f"{self._sysfs}/bus/pci/devices/{self._controllers[controller]}"
+        for virtio in _entries(device, "virtio"):
+            for host in _entries(f"{device}/{virtio}", "host"):
+                self._hosts[controller] = f"{device}/{virtio}/{host}", host.removeprefix("host")
+                return self._hosts[controller]
         return None
+
+    def scsi_device(self, controller: int, lun: int) -> str | None:
+        """The SCSI device at the slot, as its folder in sysfs."""
+        if (found := self._host(controller)) is None:
+            return None
+        folder, number = found
+        path = f"{folder}/target{number}:0:0/{number}:0:0:{lun}"
+        return path if os.path.exists(path) else None
 
     def scan(self, controller: int, lun: int) -> None:
         """Have the kernel look at the slot."""
-        for host in self._hosts(controller):
+        if found := self._host(controller):
+            folder, number = found
             with contextlib.suppress(OSError):
-                (host / "scsi_host" / host.name / "scan").write_text(f"0 0 {lun}")
+                write(f"{folder}/scsi_host/host{number}/scan", f"0 0 {lun}")
 
     def disk(self, controller: int, lun: int) -> Device | None:
         """The disk at the slot, if it has come so far that it has a name."""
         path = self.scsi_device(controller, lun)
-        if path is None:
-            return None
-        for entry in (path / "block").glob("*"):
-            return self._device(entry)
+        for name in _entries(f"{path}/block", "") if path else ():
+            return self._device(f"{path}/block/{name}")
         return None
 
     def partition(self, disk: Device, number: int) -> Device | None:
-        for entry in disk.sysfs.glob(f"{disk.name}*/partition"):
+        for device in self.partitions(disk):
             with contextlib.suppress(OSError):
-                if int(entry.read_text()) == number:
-                    return self._device(entry.parent)
+                if int(read(f"{device.sysfs}/partition")) == number:
+                    return device
         return None
 
     def partitions(self, disk: Device) -> list[Device]:
-        found = (self._device(entry.parent) for entry in disk.sysfs.glob(f"{disk.name}*/partition"))
+        found = (self._device(f"{disk.sysfs}/{name}") for name in _entries(disk.sysfs, disk.name))
         return [device for device in found if device]
 
-    def _device(self, sysfs: Path) -> Device | None:
+    def _device(self, sysfs: str) -> Device | None:
         try:
-            major, minor = (sysfs / "dev").read_text().strip().split(":")
+            major, minor = read(f"{sysfs}/dev").split(":")
         except OSError:
             return None  # on its way in or out
-        return Device(sysfs.name, self._dev / sysfs.name, (int(major), int(minor)), sysfs)
+        name = sysfs.rpartition("/")[2]
+        return Device(name, f"{self._dev}/{name}", (int(major), int(minor)), sysfs)
 
     def wait(self, controller: int, lun: int, partition: int, deadline: float) -> Device:
         """The disk, or one of its partitions, once it can be opened.
@@ -165,16 +176,40 @@ class Bus:
 
 
 def _opens(device: Device) -> bool:
+    """Does the device answer, and is the node the device's own?"""
     try:
-        os.close(os.open(device.node, os.O_RDONLY | os.O_CLOEXEC))
+        fd = os.open(device.node, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
-            return False
-        if error.errno == errno.ENOMEDIUM:
+        if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM):
             return False
         raise
     try:
-        status = os.stat(device.node)
+        number = os.fstat(fd).st_rdev
+        return (os.major(number), os.minor(number)) == device.number and os.lseek(fd, 0, os.SEEK_END) > 0
+    finally:
+        os.close(fd)
+
+
+def _entries(folder: str, begin: str) -> list[str]:
+    try:
+        return [name for name in os.listdir(folder) if name.startswith(begin)]
     except OSError:
-        return False
-    return (os.major(status.st_rdev), os.minor(status.st_rdev)) == device.number and device.size_bytes > 0
+        return []
+
+
+def read(path: str) -> str:
+    """A small file of the kernel's."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 4096).decode().strip()
+    finally:
+        os.close(fd)
+
+
+def write(path: str, text: str) -> None:
+    """Write to a file of the kernel's."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)

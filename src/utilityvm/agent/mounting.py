@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final, NamedTuple
 
 from utilityvm.agent.faults import Fault
@@ -107,10 +106,10 @@ def words(options: Sequence[str], *, read_only: bool) -> Words:
     return Words(flags, tuple(propagation), ",".join(data))
 
 
-def detect(node: Path) -> str | None:
+def detect(node: str) -> str | None:
     """The file system on a device, by its signature. None: none that we know."""
-    with node.open("rb", buffering=0) as device:
-        fd = device.fileno()
+    fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
         head = os.pread(fd, 4096, 0)
         for offset, signature, name in _SIGNATURES:
             if offset + len(signature) <= len(head):
@@ -119,10 +118,12 @@ def detect(node: Path) -> str | None:
                 found = os.pread(fd, len(signature), offset)
             if found == signature:
                 return name
+    finally:
+        os.close(fd)
     return None
 
 
-def mount(node: Path, target: Path, filesystem: str, how: Words) -> None:
+def mount(node: str, target: str, filesystem: str, how: Words) -> None:
     """Mount `node` at `target`, and set its propagation. On an error nothing is mounted there.
 
     Raises:
@@ -140,7 +141,7 @@ def mount(node: Path, target: Path, filesystem: str, how: Words) -> None:
         raise
 
 
-def bind(source: Path, target: Path) -> None:
+def bind(source: str, target: str) -> None:
     """Make `source` appear at `target`.
 
     Raises:
@@ -149,7 +150,7 @@ def bind(source: Path, target: Path) -> None:
     _mount(os.fsencode(source), target, None, MS_BIND, None)
 
 
-def _mount(source: bytes, target: Path, kind: bytes | None, flags: int, data: bytes | None) -> None:
+def _mount(source: bytes, target: str, kind: bytes | None, flags: int, data: bytes | None) -> None:
     if _libc.mount(source, os.fsencode(target), kind, ctypes.c_ulong(flags), data):
         number = ctypes.get_errno()
         what = f"mount {source.decode()} at {target}"
@@ -157,7 +158,7 @@ def _mount(source: bytes, target: Path, kind: bytes | None, flags: int, data: by
         raise Fault(f"{text} with {data.decode() if data else 'no options'}: {os.strerror(number)}")
 
 
-def unmount(target: Path, *, lazily: bool = False) -> None:
+def unmount(target: str, *, lazily: bool = False) -> None:
     """Unmount what is at `target`.
 
     Raises:
@@ -166,10 +167,10 @@ def unmount(target: Path, *, lazily: bool = False) -> None:
     flags = UMOUNT_NOFOLLOW | (MNT_DETACH if lazily else 0)
     if _libc.umount2(os.fsencode(target), flags):
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(target))
+        raise OSError(number, os.strerror(number), target)
 
 
-def sync_filesystem(target: Path) -> None:
+def sync_filesystem(target: str) -> None:
     """Write out all that the file system at `target` holds back.
 
     Raises:
@@ -179,6 +180,6 @@ def sync_filesystem(target: Path) -> None:
     try:
         if _libc.syncfs(fd):
             number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), str(target))
+            raise OSError(number, os.strerror(number), target)
     finally:
         os.close(fd)

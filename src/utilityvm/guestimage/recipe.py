@@ -175,6 +175,7 @@ ROOT_LABEL: Final = "utilityvm"
 # `quiet` because each line on an emulated serial port costs time; panic=-1 ends QEMU at once when the kernel dies.
 KERNEL_COMMAND_LINE: Final = (
     "quiet panic=-1 reboot=t random.trust_cpu=on net.ifnames=0 mitigations=auto tsc=reliable raid=noautodetect"
+    " rcupdate.rcu_expedited=1"  # the kernel lets go of a device in 30 ms and not 50
 )
 
 INIT: Final = r"""#!/bin/busybox sh
