@@ -1,0 +1,334 @@
+"""The guest backend over HCS: what is asked of the guest goes through HCS, which hands it on.
+
+So it is for a VM without a connection of ours into the guest; with one, `guests.bridge_guest` asks the guest itself,
+and HCS does only the host's part. What runs in the guest is Windows' guest service or hcsshim's gcs, of today. Neither
+can be asked what is mounted. So this keeps what was answered, waits for what was not, and sends nothing that does harm
+there:
+
+* no second mount at a path in use, and none at all at a path of unknown state (a failed second mount deletes what is
+  on the disk);
+* no unmount after an eject, and no mount without a device (the Linux guest then waits for the device for ever);
+* no eject of a disk that is mounted.
+
+Source: hcsshim internal/uvm/scsi/backend.go; its guest, internal/guest/runtime/hcsv2/uvm.go.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import PurePosixPath
+
+from utilityvm.errors import (
+    GuestBusy,
+    GuestPathInUse,
+    GuestRefused,
+    HostRefused,
+    NotSupported,
+    OutcomeUnknown,
+    UtilityVMError,
+    WrongState,
+)
+from utilityvm.hosts.hcs import winpath
+from utilityvm.hosts.hcs.documents import (
+    GuestMount,
+    GuestOS,
+    GuestRequest,
+    check_expressible,
+    eject_request,
+    encode,
+    forwarded,
+    mount_request,
+    unmount_request,
+)
+from utilityvm.hosts.hcs.system import ComputeSystem, HcsRefused, Operation
+from utilityvm.scsi.ports import DiskRecord, MountConfig, MountRecord, ScratchKey
+from utilityvm.scsi.slot import Slot
+
+REFS = "refs"
+
+
+class _State(StrEnum):
+    MOUNTING = "mounting"  # sent, and not answered
+    MOUNTED = "mounted"
+    UNMOUNTING = "unmounting"  # sent, and not answered
+
+
+@dataclass(slots=True)
+class _Mount:
+    """What the guest may have at a guest path."""
+
+    slot: Slot
+    state: _State = _State.MOUNTING
+    pending: Operation | None = None
+
+
+@dataclass(slots=True)
+class _Eject:
+    """What was asked of the guest about a device."""
+
+    is_done: bool = False
+    pending: Operation | None = None
+
+
+class HcsGuest:
+    """Implements `scsi.ports.GuestBackend` on a running VM of HCS's."""
+
+    def __init__(
+        self,
+        system: ComputeSystem,
+        os: GuestOS,
+        *,
+        is_read_only: Callable[[Slot], bool | None] | None = None,
+    ) -> None:
+        """`is_read_only` says how the disk at a slot is attached, if that is known: `HcsHost.is_read_only`."""
+        self._system = system
+        self._os = os
+        self._is_read_only = is_read_only
+        self._mounts: dict[PurePosixPath, _Mount] = {}
+        self._ejects: dict[Slot, _Eject] = {}
+
+    def adopt(self, disks: Iterable[DiskRecord], mounts: Iterable[MountRecord]) -> None:
+        """Take over what another owner of this VM wrote into its journal.
+
+        What was answered is taken as it was: nobody else mounts in this VM. Of what was not, nobody will ever know.
+        """
+        slots = {disk.attachment: disk.slot for disk in disks}
+        for mount in mounts:
+            if mount.state in ("reserved", "unmounted") or mount.attachment not in slots:
+                continue
+            state = _State.MOUNTED if mount.state == "mounted" else _State.UNMOUNTING
+            self._mounts[mount.guest_path] = _Mount(slots[mount.attachment], state)
+
+    def check(self, slot: Slot | None, config: MountConfig | None) -> None:
+        """Refuse what this guest cannot be told. See `GuestBackend.check`."""
+        if config is not None:
+            check_expressible(self._os, slot, guest_mount(config))
+
+    async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
+        """See `GuestBackend.mount`.
+
+        Raises:
+            GuestPathInUse, WrongState: another disk is there, or may be; nothing was sent.
+            OutcomeUnknown: an eject of the device was not answered; nothing was sent.
+        """
+        self.check(slot, config)
+        if self._os is GuestOS.WINDOWS and config.read_only and self._is_writable(slot):
+            raise NotSupported(
+                "a Windows guest cannot be told to mount a writable disk read-only",
+                vm=self._system.id,
+                slot=slot,
+                remedy="attach the disk read-only",
+            )
+        if there := self._mounts.get(guest_path):
+            if there.slot == slot and there.state is _State.MOUNTED:
+                return
+            kind = WrongState if there.state is not _State.MOUNTED else GuestPathInUse
+            raise kind(
+                f"guest path {guest_path} is {there.state} with the disk at {there.slot}", vm=self._system.id, slot=slot
+            )
+        if (eject := self._ejects.get(slot)) and not eject.is_done:
+            raise self._unknown(f"whether the guest still has the disk at {slot}", slot)
+        request = mount_request(self._os, slot, self._path(guest_path), guest_mount(config))
+        self._ejects.pop(slot, None)  # what was ejected is not there any more; this is a new device
+        mount = self._mounts[guest_path] = _Mount(slot)
+        try:
+            await self._send(mount, request, time.monotonic() + timeout_s)
+        except HostRefused as error:
+            del self._mounts[guest_path]
+            raise self._refused(error, f"mount {guest_path}", slot) from error
+        mount.state = _State.MOUNTED
+
+    async def unmount(
+        self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float, force: bool
+    ) -> None:
+        """See `GuestBackend.unmount`.
+
+        Raises:
+            NotSupported: `force`, which these guests do not know; nothing was sent.
+        """
+        self._check_force(slot, force=force)
+        deadline = time.monotonic() + timeout_s
+        if self._is_ejected(slot):
+            self._mounts.pop(guest_path, None)
+            return
+        mount = self._mounts.setdefault(guest_path, _Mount(slot, _State.MOUNTED))
+        if mount.slot != slot:
+            return  # it is another disk's, so ours is not there
+        await self._settle(guest_path, deadline)
+        if guest_path not in self._mounts:
+            return
+        before, mount.state = mount.state, _State.UNMOUNTING
+        request = unmount_request(self._os, slot, self._path(guest_path), guest_mount(config))
+        try:
+            await self._send(mount, request, deadline)
+        except HostRefused as error:
+            mount.state = before
+            raise self._refused(error, f"unmount {guest_path}", slot) from error
+        del self._mounts[guest_path]
+
+    async def eject(self, slot: Slot, *, timeout_s: float, force: bool) -> None:
+        """See `GuestBackend.eject`. A Windows guest needs no such thing, and is sent nothing.
+
+        Raises:
+            GuestBusy: it is mounted; nothing was sent.
+            NotSupported: `force`, which these guests do not know; nothing was sent.
+        """
+        self._check_force(slot, force=force)
+        if users := [str(path) for path, mount in self._mounts.items() if mount.slot == slot]:
+            raise GuestBusy(
+                f"the disk at {slot} is mounted at {', '.join(users)}", holders=users, vm=self._system.id, slot=slot
+            )
+        request = eject_request(self._os, slot)
+        if request is None:
+            return
+        # Always sent, also if the slot's last device was ejected: this may be another one, and no device is no harm.
+        eject = self._ejects[slot] = _Eject()
+        try:
+            await self._send(eject, request, time.monotonic() + timeout_s)
+        except HostRefused as error:
+            del self._ejects[slot]
+            raise self._refused(error, f"eject {slot}", slot) from error
+        eject.is_done = True
+
+    async def probe_mount(self, slot: Slot, *, guest_path: PurePosixPath, timeout_s: float) -> bool:
+        """See `GuestBackend.probe_mount`.
+
+        Raises:
+            OutcomeUnknown: the last step has no answer, and none will come.
+        """
+        if guest_path in self._mounts:
+            await self._settle(guest_path, time.monotonic() + timeout_s)
+        mount = self._mounts.get(guest_path)
+        if mount is None or mount.slot != slot:
+            return False
+        if mount.state is not _State.MOUNTED:
+            raise self._unknown(f"whether {guest_path} is mounted", slot)
+        return True
+
+    async def probe_device(self, slot: Slot, *, timeout_s: float) -> bool:
+        """See `GuestBackend.probe_device`.
+
+        Raises:
+            OutcomeUnknown: the last eject has no answer, and none will come.
+        """
+        if self._os is GuestOS.WINDOWS:
+            return False  # it lets go by itself
+        eject = self._ejects.get(slot)
+        if eject is None:
+            return True
+        if eject.pending is not None:
+            try:
+                await self._answer(eject, time.monotonic() + timeout_s)
+            except HostRefused:
+                del self._ejects[slot]
+                return True
+            eject.is_done = True
+        if not eject.is_done:
+            raise self._unknown(f"whether the guest has the disk at {slot}", slot)
+        return False
+
+    async def grow(self, slot: Slot, *, mounts: Sequence[tuple[MountConfig, PurePosixPath]], timeout_s: float) -> None:
+        """These guests have no request for this.
+
+        Raises:
+            NotSupported: always.
+        """
+        raise NotSupported("this guest grows no disks", vm=self._system.id, slot=slot, remedy="attach it again")
+
+    # Steps.
+
+    async def _send(self, step: _Mount | _Eject, request: GuestRequest, deadline: float) -> None:
+        document = encode(forwarded(request))
+        step.pending = await self._system.modify(document)
+        await self._answer(step, deadline)
+
+    async def _answer(self, step: _Mount | _Eject, deadline: float) -> None:
+        assert step.pending is not None
+        try:
+            await step.pending.result(timeout_s=max(0.0, deadline - time.monotonic()))
+        except HostRefused:
+            step.pending = None
+            raise
+        except OutcomeUnknown as error:
+            if type(error) is OutcomeUnknown:  # and not DeadlineExceeded: it will not come
+                step.pending = None
+            raise
+        step.pending = None
+
+    async def _settle(self, guest_path: PurePosixPath, deadline: float) -> None:
+        """Take the answer of the step that was sent before, if it may still come."""
+        mount = self._mounts[guest_path]
+        if mount.pending is None:
+            return
+        was_mounting = mount.state is _State.MOUNTING
+        try:
+            await self._answer(mount, deadline)
+        except HostRefused:
+            is_there = not was_mounting
+        except OutcomeUnknown:
+            if mount.pending is not None:
+                raise
+            return
+        else:
+            is_there = was_mounting
+        if is_there:
+            mount.state = _State.MOUNTED
+        else:
+            del self._mounts[guest_path]
+
+    def _is_writable(self, slot: Slot) -> bool:
+        return self._is_read_only is not None and self._is_read_only(slot) is False
+
+    def _is_ejected(self, slot: Slot) -> bool:
+        eject = self._ejects.get(slot)
+        return eject is not None and eject.is_done
+
+    def _path(self, guest_path: PurePosixPath) -> str:
+        return winpath.guest_path(guest_path) if self._os is GuestOS.WINDOWS else str(guest_path)
+
+    def _check_force(self, slot: Slot, *, force: bool) -> None:
+        if force:
+            raise NotSupported("this guest's agent knows no force", vm=self._system.id, slot=slot)
+
+    def _refused(self, error: HostRefused, what: str, slot: Slot) -> UtilityVMError:
+        reason = error.reason if isinstance(error, HcsRefused) else str(error)
+        return GuestRefused(f"{what}: {reason}", vm=self._system.id, slot=slot)
+
+    def _unknown(self, what: str, slot: Slot) -> OutcomeUnknown:
+        return OutcomeUnknown(
+            f"nobody knows {what}: HCS did not answer, and this guest cannot be asked",
+            vm=self._system.id,
+            slot=slot,
+            remedy="end the VM; its disks are free then",
+        )
+
+
+def guest_mount(config: MountConfig) -> GuestMount:
+    """The mount in hcsshim's words.
+
+    A Windows guest formats a container's scratch disk with ReFS whatever is on it, so that takes `reformat`.
+
+    Raises:
+        NotSupported: hcsshim has no words for it.
+    """
+    formats_with_refs = config.ensure_filesystem and config.reformat and config.filesystem == REFS
+    for wanted, what in (
+        (config.encryption is not None and not isinstance(config.encryption, ScratchKey), "a key of the caller's"),
+        (config.verity is not None, "dm-verity"),
+        (config.reformat and not formats_with_refs, "reformatting"),
+    ):
+        if wanted:
+            raise NotSupported(f"this guest's agent knows no {what}", remedy="use utilityvm's guest image")
+    return GuestMount(
+        partition=config.partition,
+        read_only=config.read_only,
+        encrypted=config.encryption is not None,
+        block_dev=config.block_device,
+        options=config.options,
+        ensure_filesystem=config.ensure_filesystem and not formats_with_refs,
+        filesystem="" if formats_with_refs else config.filesystem or "",
+        format_with_refs=formats_with_refs,
+    )
