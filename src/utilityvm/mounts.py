@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from utilityvm.errors import UtilityVMError
+from utilityvm.errors import UtilityVMError, VMGone, VMNotRunning
 from utilityvm.log import logger
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S
 from utilityvm.scsi.reservation import Reservation
@@ -79,7 +79,7 @@ class SCSIMount:
             AlreadyReleased: it was given back before.
             GuestBusy, GuestRefused, HostRefused, OutcomeUnknown: a step failed; nothing after it was done.
             DeadlineExceeded: not done within `timeout_s` seconds; it goes on in the background.
-            VMNotRunning: the VM was stopped, and the disk is free by that.
+            VMGone, VMNotRunning: the VM died, or was stopped; the disk is free by that.
         """
         await self._vm.release(self._reservation, force=force, timeout_s=timeout_s)
         self._released = True
@@ -94,6 +94,8 @@ class SCSIMount:
             return
         try:
             await self.release()
+        except (VMGone, VMNotRunning):
+            return  # the disk is free by that
         except UtilityVMError as failure:
             if error is None:
                 raise

@@ -24,6 +24,7 @@ from utilityvm.errors import (
     ProtocolError,
     SetupError,
     StartFailed,
+    StoreError,
     UtilityVMError,
     VMExists,
     VMGone,
@@ -160,8 +161,7 @@ class UtilityVM:
             undo.callback(ownership.release)
             record = store.get(name)
             _check_running(record, store)
-            assert record.process is not None
-            process = QemuProcess.from_json(record.process)
+            process = _process_of(record)
             try:
                 host = await QemuHost.connect(process, who_uses=_who_uses(store, record), timeout_s=CONNECT_S)
             except VMGone as error:
@@ -596,10 +596,20 @@ def _not_running(record: StoredVM) -> VMNotRunning:
     return VMNotRunning(f"VM {record.name} {what}: its QEMU does not run", vm=record.name, remedy=remedy)
 
 
+def _process_of(record: StoredVM) -> QemuProcess:
+    try:
+        return QemuProcess.from_json(record.process or {})
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"the store's record of VM {record.name} is not one that utilityvm wrote: {error!r}",
+            vm=record.name,
+            remedy=f"end QEMU by hand: kill {record.pid}",
+        ) from error
+
+
 async def _shut_down(record: StoredVM) -> None:
     """Have the guest power off; one that does not, or does not answer, is killed by what comes next."""
-    assert record.process is not None
-    process = QemuProcess.from_json(record.process)
+    process = _process_of(record)
     with suppress(UtilityVMError):
         host = await QemuHost.connect(process, timeout_s=CONNECT_S)
         try:
@@ -614,7 +624,7 @@ async def _shut_down(record: StoredVM) -> None:
 async def _clear(record: StoredVM, store: Store) -> None:
     """Remove what is left of a VM: its process if there is one, its runtime folder's files, its record."""
     if record.process is not None:
-        await launch.destroy(QemuProcess.from_json(record.process))
+        await launch.destroy(_process_of(record))
     folder = paths.vm_dir(record.name)
     launch.clean(folder)
     _remove_record(folder)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -15,6 +17,8 @@ WAIT_S = 30.0
 
 
 def _complete_vm(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
     from utilityvm.errors import UtilityVMError
     from utilityvm.store import Store
 
@@ -26,6 +30,8 @@ def _complete_vm(ctx: click.Context, param: click.Parameter, incomplete: str) ->
 
 
 def _complete_disk(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
     from utilityvm.errors import UtilityVMError
     from utilityvm.store import SqliteJournal, Store
     from utilityvm.store.view import slots

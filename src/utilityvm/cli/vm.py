@@ -163,7 +163,15 @@ def stop_command(name: str, force: bool, wait_s: float, as_json: bool) -> None:
         print_json({"name": name, "stopped": True})
 
 
-@click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+class _ExecCommand(click.Command):
+    """Takes options up to the program's name; up to `--`, where that is."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.allow_interspersed_args = "--" in args
+        return super().parse_args(ctx, args)
+
+
+@click.command("exec", cls=_ExecCommand)
 @vm_argument
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("--no-stdin", "-n", is_flag=True, help="Give the program no input.")
@@ -186,8 +194,8 @@ def exec_command(
 ) -> int:
     """Run a program in the guest: uvm exec NAME -- CMD...
 
-    Its input, output and errors are ours, and its exit code (128 + N if signal N killed it). Options of uvm come before
-    NAME. The VM is ours while the program runs: other commands wait in the queue.
+    Its input, output and errors are ours, and its exit code (128 + N if signal N killed it). The VM is ours while the
+    program runs: other commands wait in the queue.
     """
     from utilityvm.errors import GuestRefused, UtilityVMError
 

@@ -15,11 +15,9 @@ import fcntl
 import os
 import sqlite3
 import stat
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib import resources
 from pathlib import Path
 from typing import Final
 
@@ -109,8 +107,12 @@ def _make_folder(folder: Path) -> None:
 
 
 def _open(path: Path) -> sqlite3.Connection:
+    quoted = str(path.absolute())
+    for mark in "%?#":
+        quoted = quoted.replace(mark, f"%{ord(mark):02x}")
+    # mode=rw: a file that was moved away in between is not made anew here, empty.
     return sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=BUSY_S, check_same_thread=False
+        f"file:{quoted}?mode=rw", uri=True, isolation_level=None, timeout=BUSY_S, check_same_thread=False
     )
 
 
@@ -179,6 +181,9 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 def _create(path: Path) -> None:
     """Make an empty store at `path`, unless another process is first. It appears complete, or not at all."""
+    import tempfile  # late, as it is needed once in the life of a store, and `uvm ls` is to be quick
+    from importlib import resources
+
     schema = resources.files("utilityvm.store").joinpath("schema.sql").read_text()
     try:
         descriptor, name = tempfile.mkstemp(prefix=".new-", suffix=".db", dir=path.parent)  # for its owner alone: 0600

@@ -1,0 +1,37 @@
+"""The command in this process, with folders of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from utilityvm.cli import main
+from utilityvm.store import Store
+
+Uvm = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing of the machine's own VMs is seen or touched."""
+    for what in ("STATE", "RUNTIME", "CACHE"):
+        monkeypatch.setenv(f"UTILITYVM_{what}_DIR", str(tmp_path / what.lower()))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def uvm() -> Uvm:
+    def run(*words: str | Path, input: str | None = None) -> Result:
+        return CliRunner().invoke(main, [os.fspath(word) for word in words], input=input, catch_exceptions=False)
+
+    return run
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store.open()

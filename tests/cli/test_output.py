@@ -1,0 +1,213 @@
+"""Tables for people, tabs for pipes, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utilityvm.cli import COMMANDS, main, output
+from utilityvm.cli.disk import split_disk
+from utilityvm.pids import own_start
+from utilityvm.scsi.ports import (
+    AttachmentType,
+    DiskFormat,
+    DiskRecord,
+    Holder,
+    MountConfig,
+    MountRecord,
+    ReservationRecord,
+    VMAccess,
+)
+from utilityvm.scsi.slot import Slot
+from utilityvm.store import SqliteJournal, Store, VMState
+
+from .conftest import Uvm
+
+
+@pytest.fixture
+def vm(store: Store, folders: Path) -> Path:
+    """A VM with one disk at /data, held twice; its QEMU is this process. Gives the disk."""
+    from pathlib import PurePosixPath
+
+    disk = folders / "disk.qcow2"
+    disk.touch()
+    record = store.add("worker", uuid="u", config={"memory_mib": 256, "cpus": 2, "keep": True})
+    store.set_process(record, {"pid": os.getpid(), "started": own_start(), "accelerator": "tcg"})
+    store.set_state(record, VMState.RUNNING)
+    status, now = disk.stat(), time.time()
+    SqliteJournal(store, record).write(
+        [
+            DiskRecord(
+                attachment="a1",
+                slot=Slot(0, 1),
+                host_path=str(disk),
+                identity=f"file:{status.st_dev}:{status.st_ino}",
+                kind=AttachmentType.VIRTUAL_DISK,
+                format=DiskFormat.QCOW2,
+                access=VMAccess.INDIVIDUAL,
+                read_only=True,
+                size_bytes=1 << 30,
+                state="attached",
+                since=now,
+            ),
+            MountRecord(
+                mount="m1",
+                attachment="a1",
+                guest_path=PurePosixPath("/data"),
+                config=MountConfig(read_only=True),
+                state="mounted",
+                since=now,
+            ),
+            *(
+                ReservationRecord(
+                    reservation=f"r{number}",
+                    attachment="a1",
+                    mount="m1",
+                    holder=Holder(name=name),
+                    state=state,
+                    since=now,
+                )
+                for number, (name, state) in enumerate([("cli", "held"), ("job-17", "held"), ("late", "pending")])
+            ),
+        ]
+    )
+    return disk
+
+
+def test_ls_into_a_pipe_is_one_line_of_tabs_a_disk(uvm: Uvm, vm: Path) -> None:
+    assert uvm("ls", "worker").stdout == f"0:1\t{vm}\tqcow2\tro\tattached\t/data\t2\tcli,job-17\t0s\n"
+
+
+def test_ls_can_show_the_reservations(uvm: Uvm, vm: Path) -> None:
+    lines = uvm("ls", "worker", "--reservations").stdout.splitlines()
+    assert lines == [f"r0\t0:1\t{vm}\t/data\tcli\t0s", f"r1\t0:1\t{vm}\t/data\tjob-17\t0s"]
+
+
+def test_ls_as_json_has_all_of_it(uvm: Uvm, vm: Path) -> None:
+    (row,) = json.loads(uvm("ls", "worker", "--json").stdout)
+    assert (row["slot"], row["host_path"], row["references"], row["size_bytes"]) == ("0:1", str(vm), 2, 1 << 30)
+    assert [one["reservation"] for one in row["reservations"]] == ["r0", "r1"]
+
+
+def test_path_finds_the_disk_by_any_spelling(uvm: Uvm, vm: Path) -> None:
+    vm.with_name("link").symlink_to(vm)
+    for spelling in (vm, vm.name, "link", f"./{vm.name}", f"../{vm.parent.name}/{vm.name}"):
+        assert uvm("path", "worker", spelling).stdout == "/data\n"
+    assert json.loads(uvm("path", "worker", vm, "--json").stdout)["guest_paths"] == ["/data"]
+
+
+def test_path_of_a_file_that_is_gone_goes_by_its_name(uvm: Uvm, vm: Path) -> None:
+    vm.unlink()
+    assert uvm("path", "worker", vm).stdout == "/data\n"
+
+
+def test_ps_shows_the_vm(uvm: Uvm, vm: Path) -> None:
+    assert uvm("ps").stdout == f"worker\trunning\t{os.getpid()}\t256\t2\t1\t0s\t-\n"
+    (row,) = json.loads(uvm("ps", "--json").stdout)
+    assert (row["name"], row["state"], row["disks"], row["owner"]) == ("worker", "running", 1, None)
+
+
+def test_ps_without_vms_prints_nothing(uvm: Uvm) -> None:
+    assert uvm("ps").stdout == ""
+    assert json.loads(uvm("ps", "--json").stdout) == []
+
+
+def test_a_table_on_a_terminal_has_aligned_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    output.print_table(("NAME", "N"), [("long name", 1), ("x", None)])
+    heads, *rows = capsys.readouterr().out.splitlines()
+    assert "NAME       N" in heads
+    assert rows == ["long name  1", "x          -"]
+
+
+def test_a_name_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_table(("NAME",), [("a\x1b[2Jb\nc",)])
+    assert capsys.readouterr().out == "a\ufffd[2Jb\ufffdc\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0s"), (119, "119s"), (120, "2m"), (7200, "2h"), (172800, "2d"), (-5, "0s")]
+)
+def test_ages_have_one_unit(seconds: float, text: str) -> None:
+    assert output.age(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (1 << 30, "1.0 GiB"), (1 << 50, "1024.0 TiB")]
+)
+def test_sizes_are_short(count: int, text: str) -> None:
+    assert output.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "disk", "guest_path"),
+    [
+        ("disk.raw", "disk.raw", None),
+        ("disk.raw:/data", "disk.raw", "/data"),
+        ("a:b:/c:/data", "a:b:/c", "/data"),
+        ("a:b", "a:b", None),
+        ("there:data", "there", "data"),
+        ("there:", "there", ""),
+        ("with:/colon", "with:/colon", None),
+        ("disk.raw:/", "disk.raw", "/"),
+        ("disk.raw://data", "disk.raw", "//data"),
+    ],
+)
+def test_disk_and_guest_path_are_told_apart(folders: Path, text: str, disk: str, guest_path: str | None) -> None:
+    (folders / "there").touch()
+    (folders / "with:").mkdir()
+    (folders / "with:/colon").touch()
+    assert split_disk(text) == (disk, guest_path)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30))
+def test_a_guest_path_given_is_found_whatever_the_disk_is_called(name: str) -> None:
+    disk, guest_path = split_disk(f"{name}:/data")
+    assert f"{disk}:{guest_path}" == f"{name}:/data"
+    assert guest_path == "/data"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_json(uvm: Uvm, name: str) -> None:
+    text = uvm(name, "--help").output
+    assert "Usage: " in text
+    inner = ["image build", "image ls"] if name == "image" else [name]
+    for words in inner:
+        assert ("--json" in uvm(*words.split(), "--help").output) is (name != "completion")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_name_the_command(uvm: Uvm, shell: str) -> None:
+    assert "_UVM_COMPLETE" in uvm("completion", shell).stdout
+
+
+def test_vms_and_their_disks_are_completed(vm: Path) -> None:
+    from click.shell_completion import ShellComplete
+
+    complete = ShellComplete(main, {}, "uvm", "_UVM_COMPLETE")
+    assert [item.value for item in complete.get_completions(["ls"], "wor")] == ["worker"]
+    assert [item.value for item in complete.get_completions(["path", "worker"], "")] == [str(vm)]
+    assert complete.get_completions(["path", "nobody"], "") == []
+
+
+@pytest.mark.parametrize("words", [["ls", "worker"], ["ps"], ["path", "worker", "disk.qcow2"]], ids=" ".join)
+def test_looking_at_the_store_loads_nothing_slow(vm: Path, words: list[str]) -> None:
+    script = (
+        "import sys\nfrom utilityvm.cli import main\n"
+        f"try:\n    main({words!r})\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "slow = {'asyncio', 'rich', 'qemu', 'msgspec', 'subprocess', 'utilityvm.vm'} & set(sys.modules)\n"
+        "assert not slow, slow"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,64 @@
+"""A start that fails leaves nothing: no process, record, folder or lock."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from utilityvm import InvalidRequest, SetupError, StartFailed, UtilityVM, VMConfig
+from utilityvm import paths as places
+from utilityvm.guestimage.build import GuestImage
+from utilityvm.store import Store
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(own_folders: Path) -> object:
+    yield
+    assert not places.vm_dir("failing").exists()
+    with Store.open() as store:
+        assert store.find("failing") is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"memory_mib": 1}, {"cpus": 0}, {"controllers": 5}, {"controllers": 0}, {"name": "../x"}, {"name": ""}],
+    ids=str,
+)
+async def test_what_cannot_be_is_refused_before_anything_is_made(settings: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequest):
+        await UtilityVM.start(VMConfig(**{"name": "failing", **settings}))  # type: ignore[arg-type]
+
+
+async def test_no_qemu(guest_image: GuestImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UTILITYVM_QEMU", "/nonexistent/qemu")
+    with pytest.raises(SetupError, match="UTILITYVM_QEMU"):
+        await UtilityVM.start(VMConfig(name="failing"), image=guest_image)
+
+
+async def test_no_guest_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("UTILITYVM_CACHE_DIR", str(tmp_path))
+    with pytest.raises(SetupError, match="no guest image") as caught:
+        await UtilityVM.start(VMConfig(name="failing"))
+    assert caught.value.remedy == "build it: uvm image build"
+
+
+async def test_a_guest_that_cannot_boot_says_so_with_its_console(guest_image: GuestImage, tmp_path: Path) -> None:
+    blank = tmp_path / "root.ext4"
+    blank.write_bytes(bytes(1 << 20))
+    with pytest.raises(StartFailed, match="no root disk at 0:0") as caught:
+        await UtilityVM.start(VMConfig(name="failing"), image=dataclasses.replace(guest_image, root=blank))
+    assert caught.value.console
+
+
+async def test_an_agent_that_does_not_answer_is_given_up_in_time(guest_image: GuestImage) -> None:
+    with pytest.raises(StartFailed, match="did not come up"):
+        await UtilityVM.start(VMConfig(name="failing"), image=guest_image, timeout_s=0.05)
+
+
+async def test_a_file_of_the_image_that_is_missing(guest_image: GuestImage, tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="none"):
+        await UtilityVM.start(VMConfig(name="failing"), image=dataclasses.replace(guest_image, root=tmp_path / "none"))
