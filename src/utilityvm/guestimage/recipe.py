@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -98,6 +98,7 @@ MODULE_FOLDERS: Final = (
     "fs/xfs/",
     "fs/binfmt_misc",
     "drivers/block/loop",
+    "drivers/block/virtio_blk",
     "drivers/char/hw_random/virtio",
     "drivers/char/virtio_console",
     "drivers/cdrom/",
@@ -107,17 +108,43 @@ MODULE_FOLDERS: Final = (
     "drivers/net/tun",
     "drivers/net/virtio_net",
     "drivers/net/net_failover",
-    "drivers/scsi/",
+    "drivers/scsi/scsi_",
+    "drivers/scsi/sd_mod",
+    "drivers/scsi/sg",
+    "drivers/scsi/sr_mod",
+    "drivers/scsi/virtio_scsi",
+    "drivers/scsi/device_handler/",
     "drivers/virt/",
     "drivers/virtio/",
     "net/core/failover",
     "net/vmw_vsock/",
 )
+MODULES_LEFT_OUT: Final = ("arch/x86/kvm/", "drivers/dax/dax_pmem", "net/vmw_vsock/hv_", "net/vmw_vsock/vmw_vsock_vmci")
 
 # What nobody reads in a VM.
 LEFT_OUT: Final = (
     "boot/System.map",
     "boot/config-",
+    "etc/cron",
+    "etc/init.d/",
+    "etc/rc",
+    "etc/systemd/",
+    "lib/systemd/",
+    "lib/udev/",
+    "packages.list",
+    "usr/bin/perl",
+    "usr/bin/udevadm",
+    "usr/lib/aarch64-linux-gnu/gconv/",
+    "usr/lib/aarch64-linux-gnu/libicu",
+    "usr/lib/aarch64-linux-gnu/libperl",
+    "usr/lib/aarch64-linux-gnu/perl",
+    "usr/lib/klibc/",
+    "usr/lib/systemd/",
+    "usr/lib/udev/",
+    "usr/lib/x86_64-linux-gnu/gconv/",
+    "usr/lib/x86_64-linux-gnu/libicu",  # of xfs_scrub alone
+    "usr/lib/x86_64-linux-gnu/libperl",
+    "usr/lib/x86_64-linux-gnu/perl",
     "usr/share/bash-completion/",
     "usr/share/doc/",
     "usr/share/info/",
@@ -126,50 +153,54 @@ LEFT_OUT: Final = (
     "usr/share/locale/",
     "usr/share/man/",
     "usr/share/perl",
-    "usr/lib/x86_64-linux-gnu/perl",
-    "usr/lib/aarch64-linux-gnu/perl",
     "usr/share/zoneinfo/",
-    "etc/init.d/",
-    "etc/rc",
-    "etc/cron",
-    "etc/systemd/",
-    "lib/systemd/",
 )
 
-# No maintainer script runs, so what those would have made is written here.
-FILES: Final[Mapping[str, str]] = {
-    "etc/passwd": "root:x:0:0:root:/root:/bin/bash\n"
-    "daemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin\n"
-    "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
-    "etc/group": "root:x:0:\ndaemon:x:1:\ntty:x:5:\ndisk:x:6:\nnogroup:x:65534:\n",
-    "etc/shadow": "root:*:19000:0:99999:7:::\n",
-    "etc/hostname": "utilityvm\n",
-    "etc/hosts": "127.0.0.1 localhost utilityvm\n::1 localhost\n",
-    "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
-    "etc/machine-id": "",
-    "etc/fstab": "",
+# Of Python's standard library.
+LIBRARIES_LEFT_OUT: Final = ("ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "turtledemo")
+
+# No package's own script runs, so what those would have made is written here: text and mode.
+FILES: Final[Mapping[str, tuple[str, int]]] = {
+    "etc/passwd": (
+        "root:x:0:0:root:/root:/bin/bash\n"
+        "daemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin\n"
+        "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
+        0o644,
+    ),
+    "etc/group": ("root:x:0:\ndaemon:x:1:\ntty:x:5:\ndisk:x:6:\nnogroup:x:65534:\n", 0o644),
+    "etc/shadow": ("root:*:19000:0:99999:7:::\n", 0o600),
+    "etc/hostname": ("utilityvm\n", 0o644),
+    "etc/hosts": ("127.0.0.1 localhost utilityvm\n::1 localhost\n", 0o644),
+    "etc/nsswitch.conf": ("passwd: files\ngroup: files\nhosts: files dns\n", 0o644),
+    "etc/machine-id": ("", 0o644),
+    "etc/fstab": ("", 0o644),
 }
 LINKS: Final[Mapping[str, str]] = {
     "usr/bin/awk": "mawk",
+    "usr/bin/which": "which.debianutils",
     "etc/mtab": "../proc/self/mounts",
     "var/run": "/run",
 }
-FOLDERS: Final = (
-    "dev",
-    "proc",
-    "sys",
-    "run",
-    "tmp",
-    "root",
-    "mnt",
-    "media",
-    "srv",
-    "opt",
-    "home",
-    "var/tmp",
-    "var/log",
-)
+FOLDERS: Final[Mapping[str, int]] = {
+    "dev": 0o755,
+    "home": 0o755,
+    "media": 0o755,
+    "mnt": 0o755,
+    "opt": 0o755,
+    "proc": 0o755,
+    "root": 0o700,
+    "run": 0o755,
+    "srv": 0o755,
+    "sys": 0o755,
+    "tmp": 0o1777,
+    "var/log": 0o755,
+    "var/tmp": 0o1777,
+}
 
+# Whatever else busybox can do is linked to it, but for the programs that would take the agent's place as init.
+APPLETS_LEFT_OUT: Final = ("halt", "init", "linuxrc", "poweroff", "reboot", "runsvdir", "start-stop-daemon")
+
+TIME: Final = 1_735_689_600  # 2025-01-01: the time of every file, so that the same input makes the same image
 ROOT_LABEL: Final = "utilityvm"
 
 # `quiet` because each line on an emulated serial port costs time; panic=-1 ends QEMU at once when the kernel dies.
@@ -178,7 +209,7 @@ KERNEL_COMMAND_LINE: Final = (
     " rcupdate.rcu_expedited=1"  # the kernel lets go of a device in 30 ms and not 50
 )
 
-INIT: Final = r"""#!/bin/busybox sh
+_INIT: Final = r"""#!/bin/busybox sh
 # Finds the root disk by its address on the bus, and hands over to the agent.
 fail() {
     echo "utilityvm: the guest cannot start: $*" > /dev/console
@@ -196,13 +227,12 @@ for word in $(/bin/busybox cat /proc/cmdline); do
 done
 first="${controllers%%,*}"
 [ -n "$first" ] || fail "no utilityvm.scsi= on the kernel command line"
-tries=0
 while :; do
     for found in /sys/bus/pci/devices/$first/virtio*/host*/target*/*:0:0:0/block/sd*; do
         [ -e "$found" ] && /bin/busybox mount -t ext4 -o ro,noload "/dev/${found##*/}" /lower 2> /mount.log && break 2
     done
-    tries=$((tries + 1))
-    [ $tries -lt 2000 ] || fail "no root disk at 0:0 of $first: $(/bin/busybox cat /mount.log)"
+    read -r up rest < /proc/uptime
+    [ "${up%.*}" -lt 30 ] || fail "no root disk at 0:0 of $first: $(/bin/busybox cat /mount.log)"
     /bin/busybox usleep 5000
 done
 /bin/busybox mount -t tmpfs -o mode=0755 tmpfs /rw || fail "no tmpfs"
@@ -214,3 +244,8 @@ done
 exec /bin/busybox switch_root /root @AGENT@
 fail "no agent"
 """
+
+
+def init_script(modules: Iterable[str], *, agent: str) -> str:
+    """The initramfs's `/init`: loads `modules` in their order, and ends as the command `agent`."""
+    return _INIT.replace("@MODULES@", " ".join(f"{name}.ko" for name in modules)).replace("@AGENT@", agent)
