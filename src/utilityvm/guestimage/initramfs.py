@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from utilityvm.errors import SetupError
@@ -91,10 +91,10 @@ class CpioArchive:
         return bytes(self._data)
 
 
-def build(*, busybox: bytes, modules: Mapping[str, bytes], script: str, folders: Sequence[str]) -> bytes:
+def build(*, busybox: bytes, modules: Mapping[str, bytes], script: str) -> bytes:
     """The initramfs. It is not packed: unpacking costs an emulated CPU more than reading 4 MB."""
     archive = CpioArchive()
-    for folder in ("bin", "dev", "lower", "modules", "proc", "root", "rw", "sys", *folders):
+    for folder in ("bin", "dev", "lower", "modules", "proc", "root", "rw", "sys"):
         archive.folder(folder)
     archive.character_device("dev/console", 5, 1)
     archive.file("bin/busybox", busybox, mode=0o755)
