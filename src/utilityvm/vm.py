@@ -39,7 +39,7 @@ from utilityvm.log import logger
 from utilityvm.mounts import SCSIMount
 from utilityvm.pids import is_running, own_start
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S, MountView, ScsiEvent, ScsiManager, SlotView
-from utilityvm.scsi.ports import CallerKey, DiskFormat, Holder, ScratchKey, Verity, VMAccess
+from utilityvm.scsi.ports import CallerKey, DiskFormat, DiskRecord, Holder, ScratchKey, Verity, VMAccess
 from utilityvm.scsi.reservation import Reservation
 from utilityvm.scsi.slot import Slot
 from utilityvm.store import SqliteJournal, Store, StoredVM, VMState
@@ -50,7 +50,8 @@ BOOT_S: Final = 120.0  # KVM needs one second, an emulated processor on a busy m
 SHUTDOWN_S: Final = 15.0
 CONNECT_S: Final = 10.0
 ROOT_SLOT: Final = Slot(0, 0)
-_CONSOLE_LINES: Final = 12
+_CONSOLE_LINES: Final = 20
+_TELLING: Final = ("utilityvm:", "Kernel panic", "error", "Error")  # what a line has in it that says why
 
 _log = logger(__name__)
 
@@ -67,6 +68,7 @@ class UtilityVM:
         ownership: Ownership,
         host: QemuHost,
         guest: BridgeGuest,
+        strays: Mapping[Slot, str] | None = None,
     ) -> None:
         """Use `start` or `open`."""
         self.config = config
@@ -86,7 +88,7 @@ class UtilityVM:
             guest,
             SqliteJournal(store, record),
             controllers=config.controllers,
-            reserved={ROOT_SLOT: "the VM's root disk"} if config.controllers else None,
+            reserved={ROOT_SLOT: "the VM's root disk", **(strays or {})},
             vm=config.name,
         )
         host.gone.add_done_callback(lambda gone: self._on_gone(gone.result()))
@@ -169,9 +171,11 @@ class UtilityVM:
             undo.push_async_callback(host.close)
             guest = await BridgeGuest.connect(process.agent_socket, timeout_s=CONNECT_S, vm=name)
             undo.push_async_callback(guest.close)
+            strays = await _strays(host, SqliteJournal(store, record))
             config = VMConfig.from_json(record.config)
-            vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest)
-            vm.findings = tuple(await vm.scsi.restore(is_alive=_is_alive))
+            vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest, strays=strays)
+            found = [f"slot {slot} has a disk that is in no journal: it stays taken" for slot in strays]
+            vm.findings = (*found, *await vm.scsi.restore(is_alive=_is_alive))
             undo.pop_all()
         for finding in vm.findings:
             vm._log.warning("%s", finding)
@@ -560,14 +564,20 @@ async def _boot(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
         return await BridgeGuest.connect(host.process.agent_socket, timeout_s=timeout_s, vm=name)
     except (DeadlineExceeded, ProtocolError, VMGone) as error:
         lines = [line.strip() for line in host.console().decode(errors="replace").splitlines() if line.strip()]
-        lines = lines[-_CONSOLE_LINES:]
-        said = f"; its console ends with: {' | '.join(lines)}" if lines else "; its console is empty"
+        told = [line for mark in _TELLING for line in reversed(lines) if mark in line]
+        said = f'its console says "{(told or lines[-1:])[0]}"' if lines else "its console is empty"
         raise StartFailed(
-            f"VM {name} did not come up within {time.monotonic() - begun:.0f} s: {error}{said}",
-            console=lines,
+            f"VM {name} did not come up within {time.monotonic() - begun:.0f} s ({error}); {said}",
+            console=lines[-_CONSOLE_LINES:],
             vm=name,
             remedy="give it more memory or time; `uvm doctor` tells whether this machine can run VMs",
         ) from error
+
+
+async def _strays(host: QemuHost, journal: SqliteJournal) -> dict[Slot, str]:
+    """What QEMU has and the journal has not, as after the store was lost. It may be in use: its slots are kept off."""
+    known = {record.attachment for record in journal.read() if isinstance(record, DiskRecord)}
+    return {one.slot: "a disk that is in no journal" for one in await host.attachments() if one.attachment not in known}
 
 
 def _refuse_running(store: Store, name: str) -> None:

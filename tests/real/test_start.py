@@ -47,10 +47,10 @@ async def test_no_guest_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 async def test_a_guest_that_cannot_boot_says_so_with_its_console(guest_image: GuestImage, tmp_path: Path) -> None:
-    blank = tmp_path / "root.ext4"
-    blank.write_bytes(bytes(1 << 20))
-    with pytest.raises(StartFailed, match="no root disk at 0:0") as caught:
-        await UtilityVM.start(VMConfig(name="failing"), image=dataclasses.replace(guest_image, root=blank))
+    empty = tmp_path / "initramfs"
+    empty.touch()
+    with pytest.raises(StartFailed, match="Kernel panic") as caught:
+        await UtilityVM.start(VMConfig(name="failing"), image=dataclasses.replace(guest_image, initramfs=empty))
     assert caught.value.console
 
 
