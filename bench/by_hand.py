@@ -112,6 +112,12 @@ class HandBridge:
         request = {"RequestType": request_type, "ResourceType": resource, "Settings": settings}
         self.request(MODIFY, {"ContainerId": ZERO, "ActivityId": ZERO, "Request": request})
 
+    def send_raw(self, frame: bytes) -> None:
+        """Send a frame that somebody else made, and read one frame of whatever comes back."""
+        self._socket.sendall(frame)
+        _, size, _ = struct.unpack("<IIQ", self._exactly(16))
+        self._exactly(size - 16)
+
     def close(self) -> None:
         self._socket.close()
 

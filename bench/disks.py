@@ -5,22 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from by_hand import HandVM
 from figures import ext4_images, median_ms, table
-
-from utilityvm import UtilityVM, VMConfig
-from utilityvm.errors import SetupError
+from utilityvm import SCSIMount, UtilityVM, VMConfig
+from utilityvm.bridge import frame, messages
 from utilityvm.guestimage import build
-from utilityvm.hosts.qemu import accelerator
+from utilityvm.hosts.qemu import accelerator as accelerators
+from utilityvm.hosts.qemu import emulator
 from utilityvm.process import find_program, run
 
 ROUNDS = 25
@@ -43,12 +41,13 @@ async def ours(disks: list[Path]) -> dict[str, float]:
             removes.append(time.perf_counter() - middle)
         figures["add"], figures["remove"] = statistics.median(adds), statistics.median(removes)
 
+        mounts: list[SCSIMount] = []
+
         async def add_all() -> None:
             mounts[:] = await asyncio.gather(
                 *(vm.add_scsi(disk, f"/mnt/{i}", read_only=True) for i, disk in enumerate(disks))
             )
 
-        mounts: list = []
         begun = time.perf_counter()
         await add_all()
         middle = time.perf_counter()
@@ -66,10 +65,9 @@ async def ours(disks: list[Path]) -> dict[str, float]:
     return figures
 
 
-def by_hand(disks: list[Path], folder: Path) -> dict[str, float]:
+def by_hand(disks: list[Path], folder: Path, accelerator: str) -> dict[str, float]:
     image = build.find()
     assert image is not None
-    chosen = accelerator.choose()
     vm = HandVM(
         folder=folder,
         kernel=image.kernel,
@@ -78,7 +76,7 @@ def by_hand(disks: list[Path], folder: Path) -> dict[str, float]:
         cmdline=image.cmdline,
         memory_mib=MEMORY_MIB,
         machine="q35",
-        accelerator=chosen.name,
+        accelerator=accelerator,
     )
     try:
         figures = {"boot": vm.boot_s}
@@ -117,3 +115,106 @@ def by_hand(disks: list[Path], folder: Path) -> dict[str, float]:
     finally:
         vm.stop()
     return figures
+
+
+QGA_PACKAGES = ("qemu-guest-agent", "libglib2.0-0", "libnuma1", "libudev1", "liburing2", "libpcre2-8-0")
+QGA_START = """
+port=$(grep -l org.qemu.guest_agent.0 /sys/class/virtio-ports/*/name); port=${port%/name}
+export LD_LIBRARY_PATH=/qga/lib/x86_64-linux-gnu:/qga/usr/lib/x86_64-linux-gnu
+setsid /qga/usr/sbin/qemu-ga -m virtio-serial -p /dev/${port##*/} -t /run > /run/qga.log 2>&1 &
+sleep 1
+"""
+LIBVIRT = """
+mount --bind {folder}/qemu.conf /etc/libvirt/qemu.conf
+libvirtd 2> {folder}/libvirtd.log &
+until virsh -c qemu:///system version > {folder}/virsh.log 2>&1; do sleep 0.1; done
+/usr/bin/python3 {here}/libvirt_side.py
+"""
+
+
+def qga_disk(folder: Path) -> Path:
+    """An ext4 disk with qemu-guest-agent and its libraries, unpacked from Debian's packages."""
+    tree = folder / "qga"
+    downloads = folder / "packages"
+    downloads.mkdir()
+    subprocess.run(["apt-get", "download", *QGA_PACKAGES], cwd=downloads, check=True, capture_output=True)
+    for package in downloads.glob("*.deb"):
+        run(["dpkg-deb", "-x", package, tree])
+    disk = folder / "qga.raw"
+    run([find_program("mkfs.ext4", package="e2fsprogs"), "-q", "-F", "-d", tree, disk, "64M"])
+    return disk
+
+
+def libvirt(disks: list[Path], folder: Path, accelerator: str) -> dict[str, float]:
+    """The work through libvirtd, in a mount and process namespace of its own that ends with it."""
+    image = build.find()
+    assert image is not None
+    (folder / "qemu.conf").write_text(
+        'security_driver = "none"\ncgroup_controllers = [ ]\nuser = "root"\ngroup = "root"\nnamespaces = [ ]\n'
+        'stdio_handler = "file"\n'
+    )
+    start = messages.request(Process=1, Argv=["sh", "-c", QGA_START], Env={}, Cwd="", Stdin=False)
+    job = {
+        "folder": str(folder),
+        "kernel": str(image.kernel),
+        "initramfs": str(image.initramfs),
+        "root": str(image.root),
+        "cmdline": image.cmdline,
+        "memory_mib": MEMORY_MIB,
+        "accelerator": accelerator,
+        "qga_disk": str(qga_disk(folder)),
+        "qga_start": frame.encode(messages.RUN, 7, frame.host_json(start)).hex(),
+        "one": [{"path": str(disks[0]), "format": "qcow2"}] * ROUNDS,
+        "many": [{"path": str(disk), "format": "qcow2"} for disk in disks],
+    }
+    script = LIBVIRT.format(folder=folder, here=Path(__file__).parent)
+    command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "bash", "-e", "-c", script]
+    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        raise SystemExit(f"libvirt's side failed:\n{done.stderr}")
+    raw: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "add": raw["attach"] + raw["mount"],
+        "remove": raw["unmount_eject"] + raw["detach"],
+        "add_many": raw["attach_many"] + raw["mount_many"],
+        "remove_many": raw["unmount_many"] + raw["detach_many"],
+        "attach_many": raw["attach_many"],
+        "detach_many": raw["detach_many"],
+    }
+
+
+ROWS = {
+    "boot": "start to the agent's answer",
+    "ping": "agent round trip",
+    "add": "one disk: attach + mount",
+    "remove": "one disk: unmount + eject + detach",
+    "add_many": f"{MANY} disks: attach + mount",
+    "remove_many": f"{MANY} disks: unmount + eject + detach",
+    "attach_many": f"{MANY} disks: attach",
+    "detach_many": f"{MANY} disks: detach (ours and by hand: with the guest's eject)",
+}
+
+
+async def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="uvm-bench-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        disks = ext4_images(folder, MANY)
+        chosen = (await accelerators.choose(await emulator.find())).name
+        sides = {"by hand": by_hand(disks, folder, chosen), "ours": await ours(disks)}
+        if os.geteuid() == 0 and shutil.which("libvirtd"):
+            sides["libvirt 9 + QGA"] = libvirt(disks, folder, chosen)
+        else:
+            print("libvirt's side is left out: it needs root, libvirt-daemon-system and python3-libvirt\n")
+    rows = []
+    for key, what in ROWS.items():
+        cells: list[object] = [what]
+        for side in ("by hand", "libvirt 9 + QGA", "ours"):
+            figure = sides.get(side, {}).get(key)
+            cells.append("-" if figure is None else f"{figure * 1000:.1f} ms")
+        mine = sides["ours"][key]
+        for side in ("by hand", "libvirt 9 + QGA"):
+            figure = sides.get(side, {}).get(key)
+            cells.append("-" if figure is None else f"{mine / figure:.2f} x")
+        rows.append(cells)
+    table(["work", "by hand", "libvirt 9 + QGA", "ours", "ours / by hand", "ours / libvirt"], rows)

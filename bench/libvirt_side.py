@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 
 import libvirt
 import libvirt_qemu
+
 from by_hand import HandBridge
 
 
@@ -98,30 +99,35 @@ class Guest:
         text = json.dumps({"execute": execute, "arguments": arguments})
         return json.loads(libvirt_qemu.qemuAgentCommand(self._domain, text, 30, 0))["return"]
 
-    def shell(self, script: str) -> str:
-        pid = self.command("guest-exec", path="/bin/sh", arg=["-c", script], **{"capture-output": True})["pid"]
+    def execute(self, *words: str) -> bool:
+        """Run a program to its end; did it end well?"""
+        pid = self.command("guest-exec", path=words[0], arg=list(words[1:]), **{"capture-output": True})["pid"]
         while not (status := self.command("guest-exec-status", pid=pid))["exited"]:
             pass  # each round is a call that takes its time
-        if status["exitcode"]:
-            raise RuntimeError(base64.b64decode(status.get("err-data", "")).decode())
-        return base64.b64decode(status.get("out-data", "")).decode()
+        return bool(status["exitcode"] == 0)
 
     def mount(self, lun: int, path: str) -> None:
-        self.shell(
-            f"until d=$(echo /sys/bus/pci/devices/0000:00:10.0/virtio*/host*/target*/*:0:0:{lun}/block/sd*) &&"
-            f" [ -e $d ]; do :; done; mkdir -p {path}; until mount -o ro /dev/${{d##*/}} {path} 2>/dev/null; do :; done"
-        )
+        """Mount by the name that the kernel gives the disk: they come in order here, which nobody promises."""
+        while not self.execute("/bin/mount", "-o", "ro", f"/dev/{disk_name(lun)}", path):
+            pass  # it has not come yet
 
     def unmount_and_eject(self, lun: int, path: str) -> None:
-        self.shell(
-            f"umount {path} && d=$(echo /sys/bus/pci/devices/0000:00:10.0/virtio*/host*/target*/*:0:0:{lun})"
-            " && echo 1 > $d/delete"
-        )
+        if not self.execute("/bin/umount", path):
+            raise RuntimeError(f"umount {path} failed")
+        handle = self.command("guest-file-open", path=f"/sys/block/{disk_name(lun)}/device/delete", mode="w")
+        self.command("guest-file-write", handle=handle, **{"buf-b64": base64.b64encode(b"1").decode()})
+        self.command("guest-file-close", handle=handle)
 
 
-def timed(work: Callable[[], object]) -> float:
+def disk_name(lun: int) -> str:
+    """The kernel's name of the disk at `lun`, when they were attached in order: sda, sdb, ... sdz, sdaa, ..."""
+    first, second = divmod(lun, 26)
+    return "sd" + (chr(96 + first) if first else "") + chr(97 + second)
+
+
+def timed(work: Callable[..., object], *arguments: object) -> float:
     begun = time.perf_counter()
-    work()
+    work(*arguments)
     return time.perf_counter() - begun
 
 
@@ -152,15 +158,17 @@ def main() -> None:
 
 def measure(domain: Any, guest: Guest, job: Job) -> dict[str, float]:
     attach, mount, release_guest, detach = [], [], [], []
+    guest.execute("/bin/mkdir", "-p", "/mnt/one")
     for disk in job["one"]:
         xml = disk_xml(disk, 2, read_only=True)
-        attach.append(timed(lambda xml=xml: domain.attachDevice(xml)))
-        mount.append(timed(lambda: guest.mount(2, "/mnt/one")))
-        release_guest.append(timed(lambda: guest.unmount_and_eject(2, "/mnt/one")))
-        detach.append(timed(lambda xml=xml: domain.detachDevice(xml)))
+        attach.append(timed(domain.attachDevice, xml))
+        mount.append(timed(guest.mount, 2, "/mnt/one"))
+        release_guest.append(timed(guest.unmount_and_eject, 2, "/mnt/one"))
+        detach.append(timed(domain.detachDevice, xml))
         while "sdac" in domain.XMLDesc():  # detachDevice may return before the device is gone
             time.sleep(0.001)
     numbered = list(enumerate(job["many"], start=2))
+    guest.execute("/bin/mkdir", "-p", *(f"/mnt/{lun}" for lun, _ in numbered))
 
     def attach_many() -> None:
         for lun, disk in numbered:
