@@ -35,6 +35,20 @@ from utilityvm.log import logger
 from utilityvm.scsi.ports import AttachmentType
 from utilityvm.scsi.slot import Slot
 
+__all__ = [
+    "TEMPLATE_VERSION",
+    "Clone",
+    "CloneFiles",
+    "Document",
+    "LocalFiles",
+    "SCSIMount",
+    "TemplateConfig",
+    "clone_disks",
+    "load",
+    "save",
+    "template_config",
+]
+
 TEMPLATE_VERSION: Final = 1
 _COPY_CHUNK_BYTES: Final = 4 << 20
 

@@ -16,7 +16,7 @@ import ctypes
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Self
 
 from utilityvm.errors import AccessDenied, SetupError, UtilityVMError, VMNotFound
 from utilityvm.hosts.hcs.system import (
@@ -56,17 +56,11 @@ SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
 }  # fmt: skip
 
 
-class Library(Protocol):
-    """A loaded DLL: functions by name, which ctypes lets be given their types."""
-
-    def __getattr__(self, name: str) -> Any: ...
-
-
 class ComputeCore:
     """The functions by their names, with their types set. A function that this Windows lacks is named when called."""
 
-    def __init__(self, library: Library, *, free: Callable[[int], object]) -> None:
-        """`free` is given the address of each text that the library returned. Use `load` on Windows."""
+    def __init__(self, library: object, *, free: Callable[[int], object]) -> None:
+        """`library` is what ctypes loads; `free` is given the address of each text that it returned. See `load`."""
         self._library = library
         self._free = free
         self._functions: dict[str, Callable[..., Any]] = {}

@@ -29,6 +29,24 @@ from utilityvm.errors import InvalidRequest, ProtocolError
 from utilityvm.scsi.ports import AttachmentType
 from utilityvm.scsi.slot import LUNS_PER_CONTROLLER, MAX_CONTROLLERS, Slot
 
+__all__ = [
+    "ATTACHMENT_TYPES",
+    "INTERFACE_SLICE_NAME",
+    "REGISTERED_NAME",
+    "SERIAL_VERSION",
+    "Boxed",
+    "Encoded",
+    "Form",
+    "SCSIMount",
+    "Value",
+    "as_mount",
+    "decode",
+    "decode_outer",
+    "decode_value",
+    "encode",
+    "encode_outer",
+]
+
 SERIAL_VERSION: Final = 1
 REGISTERED_NAME: Final = "*uvm.SCSIMount"
 INTERFACE_SLICE_NAME: Final = "[]uvm.Cloneable"

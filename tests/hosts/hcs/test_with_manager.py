@@ -1,0 +1,235 @@
+"""The manager on HCS: what hcsshim's manager and controller were recorded to send, ours sends too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+
+from utilityvm.errors import (
+    AlreadyReleased,
+    ConfigDiffers,
+    DeadlineExceeded,
+    GuestPathInUse,
+    GuestRefused,
+    HostRefused,
+    InvalidRequest,
+    NotSupported,
+    OutcomeUnknown,
+)
+from utilityvm.hosts.hcs.documents import GuestOS
+from utilityvm.hosts.hcs.guest import HcsGuest
+from utilityvm.hosts.hcs.host import GroupAccess, HcsHost
+from utilityvm.scsi.manager import ScsiManager, StepTimeouts
+from utilityvm.scsi.ports import AttachmentType, DiskRequest, Holder, MountConfig, ScratchKey, VMAccess
+from utilityvm.scsi.reservation import Reservation
+from utilityvm.testing.fakes import Break, MemoryJournal
+from utilityvm.testing.hcs import HcsWorld
+
+HEAD = json.loads((Path(__file__).parents[2] / "vectors/hcs_head.json").read_text())
+
+ME = Holder(name="me")
+A = "C:\\a.vhdx"
+
+
+class VM:
+    """A manager on a VM of HCS's."""
+
+    def __init__(self, os: GuestOS = GuestOS.LINUX, **timeouts: float) -> None:
+        self.world = HcsWorld(os=os)
+        host = HcsHost(self.world, disks=self.world.disks, group_access=GroupAccess())
+        guest = HcsGuest(self.world, os, is_read_only=host.is_read_only)
+        self.manager = ScsiManager(
+            host, guest, MemoryJournal(), controllers=4, timeouts=StepTimeouts(**timeouts), vm=self.world.id
+        )
+        for path in (A, "C:\\b.vhdx", "\\\\.\\PHYSICALDRIVE2"):
+            self.world.add_file(path)
+
+    async def add(self, path: str = A, guest_path: str | None = None, **options: Any) -> Reservation:
+        mount: MountConfig | None = options.pop("mount", MountConfig())
+        request = DiskRequest(**{"host_path": path, "read_only": False, "access": VMAccess.INDIVIDUAL, **options})
+        where = None if guest_path is None else PurePosixPath(guest_path)
+        return await self.manager.add(request, mount=mount, guest_path=where, holder=ME, timeout_s=5)
+
+    @property
+    def sent(self) -> list[str]:
+        return [sent.json for sent in self.world.sent]
+
+    def is_as_before(self) -> bool:
+        return not (self.world.bus or self.world.mounts or self.world.harm or any(self.rights()))
+
+    def rights(self) -> list[set[str]]:
+        return [file.rights for file in self.world.files.values()]
+
+
+def recorded(sequence: str, *steps: int) -> list[str]:
+    """What hcsshim's manager sent to HCS in some of the steps of a recorded sequence."""
+    found = next(each for each in HEAD["sequences"] if each["name"] == sequence)
+    return [sent["json"] for step in steps for sent in found["steps"][step]["sent"]]
+
+
+async def test_adding_and_releasing_sends_what_todays_manager_sends() -> None:
+    vm = VM()
+    first = await vm.add(guest_path="/run/mounts/scsi/m0", mount=MountConfig(options=("a", "b")))
+    assert vm.sent == recorded("lcow_add_release_hcs", 0)
+    second = await vm.add(mount=MountConfig(options=("b", "a")))
+    partition = await vm.add(guest_path="/run/mounts/scsi/m1", mount=MountConfig(partition=2))
+    assert vm.sent == recorded("lcow_add_release_hcs", 0, 1, 2)
+    await vm.manager.release(first)
+    await vm.manager.release(partition)
+    assert vm.sent == recorded("lcow_add_release_hcs", 0, 1, 2, 3, 4)
+    await vm.manager.release(second)
+    # But for the unmount, which says again all that the mount said.
+    expected = recorded("lcow_add_release_hcs", 0, 1, 2, 3, 4, 5)
+    expected[-3] = expected[-3].replace('"}}}', '","Options":["a","b"]}}}')
+    assert vm.sent == expected
+    with pytest.raises(AlreadyReleased):
+        await vm.manager.release(second)
+    assert vm.is_as_before()
+
+
+async def test_every_type_of_disk_is_sent_as_todays_manager_sends_it() -> None:
+    vm = VM()
+    a = await vm.add(read_only=True, mount=None)
+    phys = await vm.add(
+        "\\\\.\\PHYSICALDRIVE2",
+        "/phys",
+        kind=AttachmentType.PASS_THRU,
+        mount=MountConfig(encryption=ScratchKey(), ensure_filesystem=True, filesystem="xfs"),
+    )
+    evd = await vm.add(
+        "evd://space/mnt/x",
+        "/run/mounts/scsi/m1",
+        read_only=True,
+        kind=AttachmentType.EXTENSIBLE_VIRTUAL_DISK,
+    )
+    with pytest.raises(InvalidRequest):
+        await vm.add("evd://bad", kind=AttachmentType.EXTENSIBLE_VIRTUAL_DISK)
+    for reservation in (a, phys, evd):
+        await vm.manager.release(reservation)
+    expected = recorded("lcow_attach_only_physical_and_evd", *range(7))
+    # Recorded with a connection to the guest; without one HCS hands the guest's part on.
+    expected = [doc if doc.startswith('{"ResourcePath"') else f'{{"GuestRequest":{doc}}}' for doc in expected]
+    unmount_phys = next(
+        doc for doc in expected if '"Remove","ResourceType":"MappedVirtualDisk"' in doc and "/phys" in doc
+    )
+    again = unmount_phys.replace('"Lun":1', '"Lun":1,"Encrypted":true,"EnsureFilesystem":true,"Filesystem":"xfs"')
+    assert vm.sent == [again if doc == unmount_phys else doc for doc in expected]
+    assert vm.is_as_before()
+
+
+async def test_one_file_by_another_spelling_is_one_attachment() -> None:
+    vm = VM()
+    first = await vm.add()
+    second = await vm.add("\\\\?\\c:\\.\\A.VHDX")
+    assert len(vm.world.bus) == 1
+    await vm.manager.release(first)
+    assert len(vm.world.bus) == 1
+    await vm.manager.release(second)
+    assert vm.is_as_before()
+
+
+async def test_a_conflicting_request_is_refused_and_nothing_is_sent() -> None:
+    vm = VM()
+    await vm.add(guest_path="/mnt1")
+    sent = len(vm.sent)
+    with pytest.raises(ConfigDiffers):
+        await vm.add(read_only=True)
+    with pytest.raises(GuestPathInUse):
+        await vm.add("C:\\b.vhdx", "/mnt1")
+    assert len(vm.sent) == sent
+
+
+@pytest.mark.parametrize(("step", "error"), [("attach", HostRefused), ("mount", GuestRefused)], ids=["attach", "mount"])
+async def test_a_failed_add_leaves_nothing(step: str, error: type[Exception]) -> None:
+    vm = VM()
+    vm.world.fail_next(step)
+    with pytest.raises(error):
+        await vm.add()
+    assert vm.is_as_before()
+    await vm.add()
+    assert len(vm.world.bus) == 1
+
+
+@pytest.mark.parametrize("step", ["unmount", "eject", "detach"])
+async def test_a_failed_release_goes_on_where_it_stopped(step: str) -> None:
+    vm = VM()
+    reservation = await vm.add()
+    vm.world.fail_next(step)
+    with pytest.raises((GuestRefused, HostRefused)):
+        await vm.manager.release(reservation)
+    await vm.manager.release(reservation)
+    assert vm.is_as_before()
+    assert [kind for kind in vm.world.log if kind in ("unmount", "eject", "detach")] == ["unmount", "eject", "detach"]
+
+
+@pytest.mark.parametrize("how", [Break.LOSE_REQUEST, Break.LOSE_ANSWER])
+@pytest.mark.parametrize("step", ["attach", "detach"])
+async def test_a_lost_answer_of_hcs_is_found_out(step: str, how: Break) -> None:
+    vm = VM()
+    vm.world.fail_next(step, how)
+    try:
+        await vm.manager.release(await vm.add())
+    except OutcomeUnknown:
+        assert vm.is_as_before()
+        await vm.manager.release(await vm.add())
+    assert vm.is_as_before()
+
+
+async def test_a_slow_attach_costs_its_slot_only_until_it_is_done() -> None:
+    vm = VM(attach=0.01, probe=0.01)
+    done = vm.world.hold("attach")
+    with pytest.raises((DeadlineExceeded, OutcomeUnknown)):
+        await vm.add()
+    with pytest.raises((DeadlineExceeded, OutcomeUnknown)):
+        await vm.add()
+    done.set()
+    await vm.manager.release(await vm.add())
+    assert vm.is_as_before()
+
+
+async def test_a_windows_guest_gets_its_own_documents_and_no_eject() -> None:
+    vm = VM(GuestOS.WINDOWS)
+    reservation = await vm.add(guest_path="/C:/mounts/scsi/0_0_0")
+    await vm.manager.release(reservation)
+    found = next(
+        each for each in HEAD["controller"]["sequences"] if (each["name"], each["os"]) == ("map_unmap_plain", "windows")
+    )
+    expected = [sent["json"] for step in found["steps"] for sent in step["sent"]]
+    assert vm.sent == [doc if doc.startswith('{"ResourcePath"') else f'{{"GuestRequest":{doc}}}' for doc in expected]
+    assert vm.is_as_before()
+
+
+async def test_what_a_windows_guest_cannot_do_is_refused_before_anything_is_sent() -> None:
+    vm = VM(GuestOS.WINDOWS)
+    for config in (MountConfig(partition=1), MountConfig(options=("ro",)), MountConfig(filesystem="ext4")):
+        with pytest.raises(NotSupported):
+            await vm.add(mount=config)
+    assert (vm.sent, vm.world.log) == ([], [])
+
+
+async def test_a_windows_guest_gets_no_mount_beyond_its_first_controller() -> None:
+    vm = VM(GuestOS.WINDOWS)
+    for number in range(64):
+        vm.world.add_file(f"C:\\{number}.vhdx")
+        await vm.add(f"C:\\{number}.vhdx", mount=None)
+    sent = len(vm.sent)
+    with pytest.raises(NotSupported, match="controller 1"):
+        await vm.add()
+    assert len(vm.sent) == sent
+    reservation = await vm.add(mount=None)
+    assert len(vm.world.bus) == 65
+    await vm.manager.release(reservation)
+
+
+async def test_every_slot_of_four_controllers_is_used() -> None:
+    vm = VM()
+    reservations = []
+    for number in range(256):
+        vm.world.add_file(f"C:\\{number}.vhdx")
+        reservations.append(await vm.add(f"C:\\{number}.vhdx", read_only=True))
+    assert len(vm.world.bus) == 256
+    await vm.manager.remove_many(reservations, timeout_s=20)
+    assert vm.is_as_before()
