@@ -1,6 +1,7 @@
 """The VM's init: prepares the system, starts the agent, reaps what is left, and starts the agent again if it dies.
 
-Two processes, because one cannot both reap every orphan and wait for the programs that it runs itself.
+Two processes, because one cannot both reap every orphan and wait for the programs that it runs itself. The root is a
+writable overlay that the initramfs made, over a root disk that is read-only.
 """
 
 from __future__ import annotations
@@ -12,64 +13,97 @@ import signal
 import socket
 import struct
 import sys
+import time
 from pathlib import Path
 from typing import Final, NoReturn
 
-_RB_POWER_OFF: Final = 0x4321FEDC  # linux/reboot.h, LINUX_REBOOT_CMD_POWER_OFF
-_RB_DISABLE_CAD: Final = 0x00000000
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8  # linux/mount.h
+from utilityvm.agent import power
+
+# linux/mount.h
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_SHARED = 2, 4, 8, 0x4000, 0x100000
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1  # linux/sockios.h, linux/if.h
+_PORT_S: Final = 30.0
+_RESTART_S: Final = 1.0  # an agent that dies is started so often at the most
+
+_SYSTEM_MOUNTS: Final = (
+    ("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""),
+    ("sysfs", "/sys", "sysfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""),
+    ("devtmpfs", "/dev", "devtmpfs", _MS_NOSUID, "mode=0755"),
+    ("devpts", "/dev/pts", "devpts", _MS_NOSUID | _MS_NOEXEC, "gid=5,mode=620,ptmxmode=666"),
+    ("tmpfs", "/dev/shm", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777"),
+    ("tmpfs", "/run", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755"),
+    ("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777"),
+    ("cgroup2", "/sys/fs/cgroup", "cgroup2", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""),
+)
+_DEV_LINKS: Final = (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2"))
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> NoReturn:
     """Run as process 1, or as an ordinary process beside a system that is already up."""
-    if os.getpid() == 1:
-        _prepare()
-        while True:
-            _reap_until_end_of(_start_agent())
-    _serve()
-    sys.exit(0)
+    if os.getpid() != 1:
+        _serve()
+    _prepare()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPWR):
+        signal.signal(number, lambda _number, _frame: power.off())
+    while True:
+        begun = time.monotonic()
+        _reap_until_end_of(_start_agent())
+        # What the agent had started is nobody's now, and would disturb the next one.
+        power.end_programs()
+        time.sleep(max(0.0, begun + _RESTART_S - time.monotonic()))
 
 
 def _prepare() -> None:
     os.environ.clear()
     os.environ["PATH"] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     os.umask(0o022)
-    flags = _MS_NOSUID | _MS_NODEV
-    for source, target, kind, options in (
-        ("tmpfs", "/run", "tmpfs", "mode=0755"),
-        ("tmpfs", "/tmp", "tmpfs", "mode=1777"),
-        ("devpts", "/dev/pts", "devpts", "gid=5,mode=620,ptmxmode=666"),
-        ("tmpfs", "/dev/shm", "tmpfs", "mode=1777"),
-        ("cgroup2", "/sys/fs/cgroup", "cgroup2", ""),
-    ):
-        try:
-            os.makedirs(target, exist_ok=True)
-        except OSError:
-            continue
-        _libc.mount(source.encode(), target.encode(), kind.encode(), flags, options.encode())
+    os.chdir("/")
+    for source, target, kind, flags, options in _SYSTEM_MOUNTS:
+        if not os.path.ismount(target):
+            _mount(source, target, kind, flags, options)
     # Mounts of a program's own namespace must not come back into ours, nor ours be hidden from it.
-    _libc.mount(b"none", b"/", None, 0x4000 | 0x100000, None)  # MS_REC | MS_SHARED
-    for name, target in (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
+    _mount("none", "/", None, _MS_REC | _MS_SHARED, "")
+    for name, link in _DEV_LINKS:
         if not os.path.lexists(f"/dev/{name}"):
-            os.symlink(target, f"/dev/{name}")
-    socket.sethostname(Path("/etc/hostname").read_text().strip() or "utilityvm")
+            os.symlink(link, f"/dev/{name}")
+    try:
+        socket.sethostname(Path("/etc/hostname").read_text().strip() or "utilityvm")
+        _raise_loopback()
+    except OSError as error:
+        _say(f"the network is not as it should be: {error}")
+    power.disable_reboot_key()
+
+
+def _mount(source: str, target: str, kind: str | None, flags: int, options: str) -> None:
+    try:
+        os.makedirs(target, exist_ok=True)
+    except OSError as error:
+        _say(f"cannot make {target}: {error.strerror}")
+        return
+    if _libc.mount(source.encode(), target.encode(), kind and kind.encode(), flags, options.encode()):
+        _say(f"cannot mount {target}: {os.strerror(ctypes.get_errno())}")
+
+
+def _raise_loopback() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         request = struct.pack("16sH14x", b"lo", 0)
         current = struct.unpack("16sH14x", fcntl.ioctl(any_socket, _SIOCGIFFLAGS, request))[1]
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", current | _IFF_UP))
-    _libc.reboot(_RB_DISABLE_CAD)
 
 
 def _start_agent() -> int:
     pid = os.fork()
     if pid:
         return pid
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPWR):
+        signal.signal(number, signal.SIG_DFL)
     os.setsid()
     try:
         _serve()
+    except BaseException as error:
+        _say(f"the agent failed: {type(error).__name__}: {error}")
     finally:
         os._exit(1)
 
@@ -78,18 +112,19 @@ def _reap_until_end_of(agent: int) -> None:
     while True:
         pid, status = os.wait()
         if pid == agent:
-            print(f"utilityvm: the agent ended with {status:#x} and is started again", flush=True)
+            _say(f"the agent ended with {os.waitstatus_to_exitcode(status)} and is started again")
             return
 
 
-def _serve() -> None:
+def _serve() -> NoReturn:
     # Imported here so that process 1 stays small, and the agent is as new after a restart.
     from utilityvm.agent.disks import DiskTable
     from utilityvm.agent.port import Port, find_port
     from utilityvm.agent.serve import Serve
 
-    port = Port(os.open(find_port(), os.O_RDWR | os.O_CLOEXEC))
-    Serve(port, DiskTable(_controllers()), shutdown=_power_off).forever()
+    port = Port(os.open(find_port(timeout_s=_PORT_S), os.O_RDWR | os.O_CLOEXEC))
+    Serve(port, DiskTable(_controllers()), shutdown=power.off).forever()
+    sys.exit("unreachable")
 
 
 def _controllers() -> list[str]:
@@ -99,14 +134,6 @@ def _controllers() -> list[str]:
     return []
 
 
-def _power_off() -> None:
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        for entry in os.listdir("/proc"):
-            if entry.isdigit() and int(entry) not in (1, os.getpid()):
-                try:
-                    # Kernel threads take no signals.
-                    os.kill(int(entry), sign)
-                except OSError:
-                    pass
-    os.sync()
-    _libc.reboot(ctypes.c_uint(_RB_POWER_OFF))
+def _say(text: str) -> None:
+    """To the console."""
+    print(f"utilityvm: {text}", file=sys.stderr, flush=True)

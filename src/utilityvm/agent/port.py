@@ -1,8 +1,13 @@
 """The virtio-serial port: one descriptor, both directions, and a host that comes and goes.
 
-With no host connected it reads as end of file, and poll says HUP for as long: waiting for the level would spin, so we
-wait for the edge. A close and an open by the host can come as one, and then no HUP is seen at all: the session begins
-anew when a negotiate request does (see `Serve`).
+With no host connected the port reads as end of file, and poll(2) says HUP for as long: waiting for that level would
+spin. The driver wakes its waiters when the host comes or goes, so an edge (EPOLLET) is waited for instead. EPOLLOUT is
+among what is asked for because a host that comes and says nothing changes only that.
+
+A close and an open by the host can come as one, and then no HUP is seen at all: what is said to a host carries the
+number of its *session*, and a new one begins with each negotiate request (see `serve`).
+
+Source: Linux drivers/char/virtio_console.c, port_fops_read, port_fops_poll, handle_control_message (PORT_OPEN).
 """
 
 from __future__ import annotations
@@ -10,82 +15,91 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from pathlib import Path
 from typing import Final
 
 PORT_NAME: Final = "org.utilityvm.bridge"
 _READ_BYTES: Final = 65536
+_LOOK_AGAIN_S: Final = 0.02
+_WRITE_LOOK_MS: Final = 1000
 
 
-def find_port(name: str = PORT_NAME, *, sysfs: Path = Path("/sys"), dev: Path = Path("/dev")) -> Path:
-    """The device of the port called `name`.
+def find_port(name: str = PORT_NAME, *, timeout_s: float, sysfs: Path = Path("/sys"), dev: Path = Path("/dev")) -> Path:
+    """The device of the port called `name`. The driver makes it soon after it finds its controller: it is waited for.
 
     Raises:
         FileNotFoundError: the VM has no such port.
     """
-    for entry in (sysfs / "class/virtio-ports").glob("*/name"):
-        if entry.read_text().strip() == name:
-            return dev / entry.parent.name
-    raise FileNotFoundError(f"no virtio-serial port {name}")
+    deadline = time.monotonic() + timeout_s
+    while True:
+        for entry in (sysfs / "class/virtio-ports").glob("*/name"):
+            if entry.read_text().strip() == name:
+                return dev / entry.parent.name
+        if time.monotonic() >= deadline:
+            raise FileNotFoundError(f"no virtio-serial port {name}")
+        time.sleep(_LOOK_AGAIN_S)
 
 
 class Port:
-    """Blocking reads and writes on the port's descriptor (or on a socket, in tests)."""
+    """Blocking reads and writes on the port's descriptor (or on a socket, in tests). One thread reads, any write."""
 
     def __init__(self, fd: int) -> None:
         os.set_blocking(fd, False)
         self._fd = fd
         self._edges = select.epoll()
         self._edges.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLHUP | select.EPOLLET)
-        self._changed = threading.Condition()
+        self._writable = select.poll()
+        self._writable.register(fd, select.POLLOUT)
         self._write_lock = threading.Lock()
-        self.session = 0  # counts the hosts that came
+        self._at_end = False
+        self._hangups = 0
+        self.session = 0  # which host is spoken to
 
     def read(self) -> bytes:
-        """What the host sent; empty means that it hung up, and the next read waits for the next host."""
+        """What the host sent. Empty: it hung up, or there is none; the next read then waits for a change."""
+        if self._at_end:
+            self._edges.poll()
+            self._at_end = False
         while True:
             try:
                 data = os.read(self._fd, _READ_BYTES)
             except BlockingIOError:
-                self._wait_edge()
+                self._edges.poll()
                 continue
+            except OSError:
+                data = b""  # the port was unplugged, or the test's peer reset its connection
             if not data:
-                self._new_session()
+                self._at_end = True
+                self._hangups += 1
+                self.session += 1
             return data
 
-    def wait_host(self) -> None:
-        """Wait for the next edge: after an end of file, that is a host that connects."""
-        self._wait_edge()
-
-    def _wait_edge(self) -> None:
-        self._edges.poll()
-        with self._changed:
-            self._changed.notify_all()
-
-    def _new_session(self) -> None:
-        with self._changed:
-            self.session += 1
-            self._changed.notify_all()
-
     def begin_session(self) -> int:
-        """A host began anew on the same port: what was meant for the one before must not reach it."""
-        self._new_session()
+        """The number of a new session: what was meant for the host before is not sent any more."""
+        self.session += 1
         return self.session
 
     def write(self, data: bytes, *, session: int) -> bool:
-        """Write all of `data` to the host of `session`. False: that host is gone, and the rest was dropped."""
+        """Write all of `data` to the host of `session`, or nothing if another has come. False: that host is gone.
+
+        A host that does not read holds the caller up until it reads or hangs up.
+        """
         with self._write_lock:
+            if session != self.session:
+                return False
+            # From here only a hang-up ends it: half a frame would harm the one who is still there.
+            hangups = self._hangups
             rest = memoryview(data)
             while rest:
-                if session != self.session:
-                    return False
                 try:
                     rest = rest[os.write(self._fd, rest) :]
                 except BlockingIOError:
-                    with self._changed:
-                        if session == self.session:
-                            # The reader's thread sees the edge; the bound covers an edge that came just before.
-                            self._changed.wait(0.02)
+                    for _, events in self._writable.poll(_WRITE_LOOK_MS):
+                        if events & (select.POLLHUP | select.POLLERR):
+                            return False
+                    if hangups != self._hangups:
+                        return False
                 except OSError:
                     return False
             return True

@@ -8,28 +8,51 @@ that the host runs end with the session; mounts stay.
 
 from __future__ import annotations
 
-import base64
-import binascii
+import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from utilityvm.agent.faults import Fault
 from utilityvm.agent.port import Port
-from utilityvm.agent.run import Programs
+from utilityvm.agent.run import Program, Programs
+from utilityvm.agent.watch import Watch
 from utilityvm.agent.workers import Workers
 from utilityvm.bridge import messages
 from utilityvm.bridge.frame import Decoder, Frame, FrameError, encode, guest_json
 
+VERSION: Final = 1  # of what this agent can do beyond GCS
 DEFAULT_DEADLINE_S: Final = 60.0
-MAX_DEADLINE_S: Final = 600.0
+MAX_DEADLINE_S: Final = 3600.0
 MAX_REQUESTS: Final = 512  # under way at once
-_NEGOTIATE_HEAD: Final = messages.NEGOTIATE.to_bytes(4, "little")
+_GRACE_S: Final = 0.5  # after its deadline a request is answered for its handler, which seems stuck
+_MAX_HOLDERS: Final = 50
+_MOUNTS_BYTES: Final = 32768  # of the list of mounts in one answer
+
+# The members of Settings that GCS knows, and what Go would take for each.
+_UINT8: Final = range(256)
+_UINT64: Final = range(1 << 64)
+_SETTINGS: Final[dict[str, range | type]] = {
+    "MountPath": str,
+    "Lun": _UINT8,
+    "Controller": _UINT8,
+    "Partition": _UINT64,
+    "ReadOnly": bool,
+    "Encrypted": bool,
+    "Options": list,
+    "BlockDev": bool,
+    "EnsureFilesystem": bool,
+    "Filesystem": str,
+    messages.EXTENSION: dict,
+}
+
+_KNOWN_NOTIFICATIONS: Final = (messages.RUN_INPUT, messages.RUN_CREDIT, messages.RUN_SIGNAL, messages.RUN_CANCEL)
 
 
 class Disks(Protocol):
-    """The disk side of the agent."""
+    """The disk side of the agent. Called from many threads at once."""
 
     def add(self, settings: dict[str, Any], deadline: float) -> None: ...
     def remove(self, settings: dict[str, Any], deadline: float, *, force: bool = False) -> None: ...
@@ -47,11 +70,48 @@ class Session:
         self.number = number
         self.programs = Programs(self.notify)
 
-    def send(self, kind: int, id: int, body: dict[str, Any]) -> bool:
-        return self._port.write(encode(kind, id, guest_json(body)), session=self.number)
+    def answer(self, request: Frame, body: dict[str, Any]) -> None:
+        """Send the response to `request`. If the host is gone, it is dropped."""
+        kind = messages.response_to(request.kind)
+        try:
+            data = encode(kind, request.id, guest_json(body))
+        except (FrameError, TypeError, ValueError) as error:
+            data = encode(kind, request.id, guest_json(messages.failure(messages.E_FAIL, f"no answer: {error}")))
+        self._port.write(data, session=self.number)
 
-    def notify(self, kind: int, body: dict[str, Any]) -> bool:
-        return self.send(kind, 0, body)
+    def notify(self, kind: int, body: dict[str, Any]) -> None:
+        self._port.write(encode(kind, 0, guest_json(body)), session=self.number)
+
+
+class Call:
+    """A request that a worker has, until it is answered."""
+
+    def __init__(self, session: Session, frame: Frame, body: dict[str, Any]) -> None:
+        activity = body.get("ActivityId")
+        extension = body.get(messages.EXTENSION)
+        self.session = session
+        self.frame = frame
+        self.body = body
+        self.extension: dict[str, Any] = extension if isinstance(extension, dict) else {}
+        self.activity = activity if isinstance(activity, str) and len(activity) <= 64 else messages.NULL_GUID
+        self.seconds = _seconds(self.extension)
+        self.due = time.monotonic() + self.seconds
+        self.deadline = self.due + _GRACE_S  # of the answer, for `Watch`
+        self._answered = threading.Lock()
+
+    def answer(self, fields: dict[str, Any]) -> None:
+        self._send(messages.success(self.activity, **fields))
+
+    def refuse(self, fault: Fault) -> None:
+        extension = {"Kind": fault.kind, "Holders": [str(holder)[:200] for holder in fault.holders[:_MAX_HOLDERS]]}
+        self._send(messages.failure(fault.code, fault.message, activity=self.activity, extension=extension))
+
+    def _send(self, body: dict[str, Any]) -> None:
+        if self._answered.acquire(blocking=False):  # for good: a second answer would break the protocol
+            self.session.answer(self.frame, body)
+
+
+Handler = Callable[[Call], dict[str, Any]]
 
 
 class Serve:
@@ -62,16 +122,16 @@ class Serve:
         self._disks = disks
         self._shutdown = shutdown
         self._workers = Workers(at_most=MAX_REQUESTS)
+        self._watch = Watch(_expire)
         self._decoder = Decoder()
         self._session: Session | None = None
-        self._handlers: dict[int, Callable[[Session, dict[str, Any]], dict[str, Any]]] = {
+        self._at_once: dict[int, Handler] = {messages.PING: lambda _call: {}, messages.INFO: lambda _call: _about()}
+        self._in_a_worker: dict[int, Handler] = {
             messages.MODIFY: self._modify,
-            messages.RUN: self._run,
-            messages.RUN_INPUT: self._run_input,
-            messages.RUN_SIGNAL: self._run_signal,
-            messages.PROBE: self._probe,
-            messages.MOUNTS: lambda _session, _body: {"Mounts": self._disks.mounts()},
-            messages.GROW: self._grow,
+            messages.RUN: lambda _call: {},  # see `_hand_over`
+            messages.PROBE: lambda call: self._disks.probe(*_slot(call.body)),
+            messages.MOUNTS: self._mounts,
+            messages.GROW: lambda call: self._disks.grow(*_slot(call.body), call.due),
             messages.SHUTDOWN: self._power_off,
         }
 
@@ -81,175 +141,225 @@ class Serve:
             self.step()
 
     def step(self) -> bool:
-        """Take what the host sent. False: it hung up; the next step waits for the next."""
+        """Take what the host sends next. False: it hung up, and the next step waits for another."""
         data = self._port.read()
         if not data:
+            self._decoder = Decoder()
             self._end_session()
-            self._port.wait_host()
             return False
-        if not self._decoder.is_between_frames and data.startswith(_NEGOTIATE_HEAD):
-            # A host died in the middle of a frame, and this is the next one's first.
+        while True:
+            broken = None
+            try:
+                for frame in self._decoder.feed(data):
+                    self._take(frame)
+            except FrameError as error:
+                broken = error
+            if not self._decoder.skip_to(messages.NEGOTIATE):
+                break
+            data = b""  # a host died in the middle of a frame, and the next one's first is in what was read already
+        if broken:
+            # The stream has no frames any more. Say so to whoever it is, and wait for a host that negotiates.
             self._decoder = Decoder()
-        try:
-            for frame in self._decoder.feed(data):
-                self._take(frame)
-        except FrameError as error:
-            # The stream has no beginning any more. What the host sends next is lost until it negotiates anew.
-            self._decoder = Decoder()
-            self._refuse_stream(error)
+            self._reply(Frame(messages.NEGOTIATE, 0, b""), messages.E_INVALID_JSON, str(broken))
+            self._end_session()
+            self._port.begin_session()
         return True
 
     def _end_session(self) -> None:
-        self._decoder = Decoder()
         if self._session:
             self._session.programs.end_all()
             self._session = None
 
-    def _refuse_stream(self, error: FrameError) -> None:
+    def _reply(self, frame: Frame, code: int, text: str) -> None:
         session = self._session or Session(self._port, self._port.session)
-        body = messages.failure(messages.E_INVALID_JSON, str(error))
-        session.send(messages.response_to(messages.NEGOTIATE), 0, body)
-        self._end_session()
+        session.answer(frame, messages.failure(code, text))
 
     def _take(self, frame: Frame) -> None:
-        if frame.kind == messages.RUN_CREDIT:
-            self._add_credit(frame)
-            return
-        if frame.kind & messages.KIND_MASK != messages.REQUEST:
-            return  # a response or a notification that we never asked for
-        if frame.kind == messages.NEGOTIATE:
+        if frame.kind in _KNOWN_NOTIFICATIONS:
+            self._tell(frame)
+        elif frame.kind & messages.KIND_MASK != messages.REQUEST:
+            pass  # a response or a notification that nobody waits for
+        elif frame.kind == messages.NEGOTIATE:
             self._negotiate(frame)
-            return
-        session = self._session
-        handler = self._handlers.get(frame.kind) if session else None
-        if frame.kind == messages.PING and session:
-            self._answer(session, frame, lambda _session, _body: self._about())
-        elif session is None or handler is None:
-            reply = session or Session(self._port, self._port.session)
-            text = f"message {frame.kind:#010x} is not supported" + ("" if session else " before a negotiate")
-            body = messages.failure(messages.E_NOT_IMPLEMENTED, text)
-            reply.send(messages.response_to(frame.kind), frame.id, body)
-        elif not self._workers.do(lambda: self._answer(session, frame, handler)):
-            body = messages.failure(messages.E_FAIL, f"{MAX_REQUESTS} requests are under way and none ends")
-            session.send(messages.response_to(frame.kind), frame.id, body)
+        elif self._session is None:
+            text = f"message {frame.kind:#010x} is not supported before a negotiate"
+            body = messages.failure(messages.E_NOT_IMPLEMENTED, text, extension={"Kind": messages.NOT_NEGOTIATED})
+            Session(self._port, self._port.session).answer(frame, body)
+        elif handler := self._at_once.get(frame.kind):
+            if call := self._checked(self._session, frame):
+                call.answer(handler(call))
+        elif handler := self._in_a_worker.get(frame.kind):
+            if call := self._checked(self._session, frame):
+                self._hand_over(call, handler)
+        else:
+            self._reply(frame, messages.E_NOT_IMPLEMENTED, f"message {frame.kind:#010x} is not supported")
 
-    def _answer(
-        self, session: Session, frame: Frame, handler: Callable[[Session, dict[str, Any]], dict[str, Any]]
-    ) -> None:
-        activity = messages.NULL_GUID
+    def _checked(self, session: Session, frame: Frame) -> Call | None:
+        """The request, or None if it was refused already."""
         try:
-            body = _checked(frame)
-            activity = body.get("ActivityId", activity)
-            answer = messages.success(activity, **handler(session, body))
+            body = frame.body()
+        except FrameError as error:
+            self._reply(frame, messages.E_INVALID_JSON, str(error))
+            return None
+        container = body.get("ContainerId", messages.NULL_GUID)
+        if container != messages.NULL_GUID:
+            self._reply(frame, messages.E_NO_SUCH_SYSTEM, f"there is no container {str(container)[:100]!r}")
+            return None
+        return Call(session, frame, body)
+
+    def _hand_over(self, call: Call, handler: Handler) -> None:
+        if call.frame.kind == messages.RUN:
+            # Known at once: what the host says about the program next may come before a worker has begun.
+            try:
+                program = call.session.programs.take(call.body)
+            except Fault as fault:
+                call.refuse(fault)
+                return
+            handler = _starter(program)
+        self._watch.add(call)
+        if not self._workers.do(lambda: self._work(call, handler)):
+            self._watch.remove(call)
+            call.refuse(Fault(f"{MAX_REQUESTS} requests are under way and none ends"))
+
+    def _work(self, call: Call, handler: Handler) -> None:
+        try:
+            call.answer(handler(call))
         except Fault as fault:
-            extension = {"Kind": fault.kind, "Holders": fault.holders}
-            answer = messages.failure(fault.code, fault.message, activity=activity, extension=extension)
+            call.refuse(fault)
         except OSError as error:
-            answer = messages.failure(messages.E_FAIL, str(error), activity=activity)
+            call.refuse(Fault(str(error)))
         except Exception as error:  # whatever it is, the host must hear of it
-            text = f"the agent failed: {type(error).__name__}: {error}"
-            answer = messages.failure(messages.E_FAIL, text, activity=activity, extension={"Kind": "unknown"})
-        session.send(messages.response_to(frame.kind), frame.id, answer)
+            call.refuse(Fault(f"the agent failed: {type(error).__name__}: {error}", kind="unknown"))
+        finally:
+            self._watch.remove(call)
 
     def _negotiate(self, frame: Frame) -> None:
         self._end_session()
         session = Session(self._port, self._port.begin_session())
         try:
             body = frame.body()
-            low, high = int(body.get("MinimumVersion", 0)), int(body.get("MaximumVersion", 0))
-            if not low <= messages.PROTOCOL_VERSION <= high:
-                text = f"protocol versions {low} to {high} are not supported, {messages.PROTOCOL_VERSION} is"
-                raise Fault(text, code=messages.E_UNSUPPORTED_VERSION)
-        except (Fault, FrameError, TypeError, ValueError) as error:
-            code = error.code if isinstance(error, Fault) else messages.E_INVALID_JSON
-            session.send(messages.response_to(frame.kind), frame.id, messages.failure(code, str(error)))
+        except FrameError as error:
+            session.answer(frame, messages.failure(messages.E_INVALID_JSON, str(error)))
             return
-        self._session = session
-        capabilities = {"RuntimeOsType": "linux", messages.EXTENSION: {"Agent": 1, **self._about()}}
-        answer = messages.success(Version=messages.PROTOCOL_VERSION, Capabilities=capabilities)
-        session.send(messages.response_to(frame.kind), frame.id, answer)
+        low, high = body.get("MinimumVersion", 0), body.get("MaximumVersion", 0)
+        if not isinstance(low, int) or not isinstance(high, int):
+            session.answer(frame, messages.failure(messages.E_INVALID_JSON, "the versions are no numbers"))
+        elif not low <= messages.PROTOCOL_VERSION <= high:
+            text = f"protocol versions {low} to {high} are not supported, {messages.PROTOCOL_VERSION} is"
+            session.answer(frame, messages.failure(messages.E_UNSUPPORTED_VERSION, text))
+        else:
+            self._session = session
+            capabilities = {"RuntimeOsType": "linux", messages.EXTENSION: _about()}
+            session.answer(frame, messages.success(Version=messages.PROTOCOL_VERSION, Capabilities=capabilities))
 
-    def _about(self) -> dict[str, Any]:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot_id = file.read().strip()
-        return {"BootId": boot_id, "Kernel": os.uname().release}
-
-    def _add_credit(self, frame: Frame) -> None:
+    def _tell(self, frame: Frame) -> None:
         try:
-            body = frame.body()
             if self._session:
-                self._session.programs.get(body).add_credit(int(body["Bytes"]))
-        except (Fault, FrameError, KeyError, TypeError, ValueError):
-            pass  # the program ended first, or nonsense: there is nobody to answer
+                self._session.programs.tell(frame.kind, frame.body())
+        except (Fault, FrameError, TypeError):
+            pass  # it makes no sense, and nobody waits for an answer
 
-    def _modify(self, session: Session, body: dict[str, Any]) -> dict[str, Any]:
-        request = body.get("Request")
+    def _modify(self, call: Call) -> dict[str, Any]:
+        request = call.body.get("Request")
         if not isinstance(request, dict):
             raise Fault("a ModifySettings without a Request", code=messages.E_INVALID_JSON, kind="invalid")
         what, resource = request.get("RequestType") or "Add", request.get("ResourceType")
-        settings = request.get("Settings") or {}
-        extension = body.get(messages.EXTENSION) or {}
-        if not isinstance(settings, dict) or not isinstance(extension, dict):
-            raise Fault("Settings must be an object", code=messages.E_INVALID_JSON, kind="invalid")
-        for name in ("Lun", "Controller"):
-            value = settings.get(name, 0)
-            if not isinstance(value, int) or not 0 <= value <= 255:
-                raise Fault(f"{name} {value!r} is no number of 0 to 255", code=messages.E_INVALID_JSON, kind="invalid")
-        deadline, force = _deadline(extension), bool(extension.get("Force"))
+        force = call.extension.get("Force") is True
         match what, resource:
             case "Add", "MappedVirtualDisk":
-                self._disks.add(settings, deadline)
+                self._disks.add(_settings(request), call.due)
             case "Remove", "MappedVirtualDisk":
-                self._disks.remove(settings, deadline, force=force)
+                self._disks.remove(_settings(request), call.due, force=force)
             case "Remove", "SCSIDevice":
-                self._disks.eject(settings.get("Controller", 0), settings.get("Lun", 0), deadline, force=force)
+                self._disks.eject(*_slot(_settings(request)), call.due, force=force)
             case _, "MappedVirtualDisk" | "SCSIDevice":
                 raise Fault(f'the RequestType "{what}" is not supported', kind="invalid")
             case _:
                 raise Fault(f'the ResourceType "{resource}" is not supported', kind="invalid")
         return {}
 
-    def _run(self, session: Session, body: dict[str, Any]) -> dict[str, Any]:
-        return session.programs.start(body)
+    def _mounts(self, call: Call) -> dict[str, Any]:
+        """The mounts whose paths come after `After`, as many as fit a frame; `More` says that there are more."""
+        after = call.body.get("After") or ""
+        if not isinstance(after, str):
+            raise Fault("After must be a guest path", kind="invalid")
+        entries = sorted((entry for entry in self._disks.mounts() if entry["MountPath"] > after), key=_path_of)
+        size = taken = 0
+        for entry in entries:
+            size += len(json.dumps(entry))
+            if taken and size > _MOUNTS_BYTES:
+                break
+            taken += 1
+        return {"Mounts": entries[:taken], "More": taken < len(entries)}
 
-    def _run_input(self, session: Session, body: dict[str, Any]) -> dict[str, Any]:
-        try:
-            data = base64.b64decode(body.get("Data", ""), validate=True)
-        except (binascii.Error, TypeError, ValueError) as error:
-            raise Fault(f"Data is not base64: {error}", kind="invalid") from None
-        session.programs.get(body).write(data, last=bool(body.get("Eof")))
-        return {}
-
-    def _run_signal(self, session: Session, body: dict[str, Any]) -> dict[str, Any]:
-        session.programs.get(body).signal(int(body.get("Signal", 9)))
-        return {}
-
-    def _probe(self, session: Session, body: dict[str, Any]) -> dict[str, Any]:
-        return self._disks.probe(int(body.get("Controller", 0)), int(body.get("Lun", 0)))
-
-    def _grow(self, session: Session, body: dict[str, Any]) -> dict[str, Any]:
-        deadline = _deadline(body.get(messages.EXTENSION) or {})
-        return self._disks.grow(int(body.get("Controller", 0)), int(body.get("Lun", 0)), deadline)
-
-    def _power_off(self, session: Session, body: dict[str, Any]) -> dict[str, Any]:
+    def _power_off(self, call: Call) -> dict[str, Any]:
+        call.answer({})
         self._shutdown()
         return {}
 
 
-def _checked(frame: Frame) -> dict[str, Any]:
-    try:
-        body = frame.body()
-    except FrameError as error:
-        raise Fault(str(error), code=messages.E_INVALID_JSON, kind="invalid") from None
-    container = body.get("ContainerId", messages.NULL_GUID)
-    if container != messages.NULL_GUID:
-        raise Fault(f"there is no container {container!r}", code=messages.E_NO_SUCH_SYSTEM, kind="not_found")
-    return body
+def _starter(program: Program) -> Handler:
+    def start(_call: Call) -> dict[str, Any]:
+        program.start()
+        return {}
+
+    return start
 
 
-def _deadline(extension: dict[str, Any]) -> float:
-    try:
-        seconds = float(extension.get("TimeoutMs", DEFAULT_DEADLINE_S * 1000)) / 1000
-    except (TypeError, ValueError):
-        raise Fault("TimeoutMs is no number", kind="invalid") from None
-    return time.monotonic() + min(max(seconds, 0.0), MAX_DEADLINE_S)
+def _expire(call: Call) -> None:
+    text = f"it was not done within {call.seconds:g} s, and its end is not in sight"
+    call.refuse(Fault(text, kind="timeout"))
+
+
+def _about() -> dict[str, Any]:
+    with open("/proc/sys/kernel/random/boot_id") as boot_id, open("/proc/uptime") as uptime:
+        return {
+            "Agent": VERSION,
+            "Kernel": os.uname().release,
+            "BootId": boot_id.read().strip(),
+            "UptimeMs": int(float(uptime.read().split()[0]) * 1000),
+        }
+
+
+def _path_of(entry: dict[str, Any]) -> str:
+    return str(entry["MountPath"])
+
+
+def _settings(request: dict[str, Any]) -> dict[str, Any]:
+    """The Settings, each member of the type that GCS gives it.
+
+    Raises:
+        Fault: one is not.
+    """
+    settings = request.get("Settings") or {}
+    if not isinstance(settings, dict):
+        raise Fault("Settings must be an object", code=messages.E_INVALID_JSON, kind="invalid")
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name, value in given.items():
+        wanted = _SETTINGS.get(name, object)
+        if isinstance(wanted, range):
+            is_right = isinstance(value, int) and not isinstance(value, bool) and value in wanted
+        elif wanted is list:
+            is_right = isinstance(value, list) and all(isinstance(word, str) for word in value)
+        else:
+            is_right = isinstance(value, wanted)
+        if not is_right:
+            what = f"a number of 0 to {wanted[-1]}" if isinstance(wanted, range) else f"a {wanted.__name__}"
+            text = f"{name} must be {what}, and is {str(value)[:100]!r}"
+            raise Fault(text, code=messages.E_INVALID_JSON, kind="invalid")
+    return given
+
+
+def _slot(body: dict[str, Any]) -> tuple[int, int]:
+    controller, lun = body.get("Controller", 0), body.get("Lun", 0)
+    if not isinstance(controller, int) or not isinstance(lun, int):
+        raise Fault("Controller and Lun must be numbers", code=messages.E_INVALID_JSON, kind="invalid")
+    return controller, lun
+
+
+def _seconds(extension: dict[str, Any]) -> float:
+    """The time that a request was given: its own, or ours if it says nothing that makes sense."""
+    milliseconds = extension.get("TimeoutMs")
+    if not isinstance(milliseconds, int | float) or isinstance(milliseconds, bool):
+        return DEFAULT_DEADLINE_S
+    return min(max(milliseconds / 1000, 0.0), MAX_DEADLINE_S)

@@ -14,15 +14,20 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple, NoReturn
 
 HEADER: Final = struct.Struct("<IIQ")
 MIN_SIZE: Final = HEADER.size
 MAX_SIZE: Final = 65536
+_ID_OFFSET: Final = 8
 
 
 class FrameError(ValueError):
-    """The peer sent what is no frame, or we were asked to send what fits none. The connection cannot go on."""
+    """The peer sent what is no frame, or we were asked to send what fits none.
+
+    From a `Decoder`: the stream cannot go on, for nobody knows where its next frame begins.
+    """
 
 
 class Frame(NamedTuple):
@@ -34,15 +39,19 @@ class Frame(NamedTuple):
         """The payload as a JSON object.
 
         Raises:
-            FrameError: it is something else.
+            FrameError: it is something else. The frame's neighbours are not harmed.
         """
         try:
-            body = json.loads(self.payload)
+            body = json.loads(self.payload.decode(), parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise FrameError(f"message {self.kind:#010x} is not JSON: {error}") from None
         if not isinstance(body, dict):
             raise FrameError(f"message {self.kind:#010x} is not a JSON object")
         return body
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")  # Python's reader takes NaN and Infinity
 
 
 def encode(kind: int, id: int, payload: bytes) -> bytes:
@@ -58,51 +67,82 @@ def encode(kind: int, id: int, payload: bytes) -> bytes:
 
 
 def host_json(body: dict[str, Any]) -> bytes:
-    """JSON as the host writes it: Go's encoder without HTML escaping, with its newline."""
-    return _json(body).encode() + b"\n"
+    """JSON as the host writes it: Go's encoder without HTML escaping, with its newline.
+
+    Raises:
+        FrameError: it holds what is no text (half a surrogate pair) or no number (NaN).
+    """
+    try:
+        return _json(body).encode() + b"\n"
+    except ValueError as error:
+        raise FrameError(f"this cannot be sent: {error}") from None
 
 
 def guest_json(body: dict[str, Any]) -> bytes:
-    """JSON as the guest writes it: Go's Marshal, which escapes `& < >`."""
+    """JSON as the guest writes it: Go's Marshal, which escapes `& < >`, and puts U+FFFD for what is no text."""
     text = _json(body)
     for sign in "&<>":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text.encode()
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def _json(body: dict[str, Any]) -> str:
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     # Go escapes these two always: they end a line in JavaScript.
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 class Decoder:
-    """Cuts a stream of bytes into frames. Holds at most one unfinished frame."""
+    """Cuts a stream of bytes into frames. Holds no more than one unfinished frame and what it was fed last."""
 
     def __init__(self) -> None:
         self._pending = bytearray()
 
     @property
     def is_between_frames(self) -> bool:
+        """Has every frame that began been given? Only there may a stream end."""
         return not self._pending
 
-    def feed(self, data: bytes) -> list[Frame]:
-        """The frames that `data` completes.
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """The frames that `data` completes. Take them all before feeding more.
 
         Raises:
-            FrameError: a size below 16 or above 65536. What came before it in `data` is lost with it.
+            FrameError: (while iterating, after the frames before it) a size below 16 or above 65536. Nothing more is
+                given then, unless `skip_to` finds a frame further on.
         """
         self._pending += data
-        frames = []
+        return self._complete()
+
+    def skip_to(self, kind: int) -> bool:
+        """Drop what is unfinished or broken, if a frame of type `kind` seems to begin after it. Feed, to go on.
+
+        For a port on which one host's last bytes and the next one's first can blend. JSON holds no byte below 0x20, so
+        that a type, which has one, cannot be part of a payload; the eight bytes of an id could hold it.
+        """
+        head = kind.to_bytes(4, "little")
         begin = 0
-        while len(self._pending) - begin >= MIN_SIZE:
-            kind, size, id = HEADER.unpack_from(self._pending, begin)
-            if not MIN_SIZE <= size <= MAX_SIZE:
-                self._pending.clear()
-                raise FrameError(f"message {kind:#010x} says it has {size} bytes: {MIN_SIZE} to {MAX_SIZE} are allowed")
-            if len(self._pending) - begin < size:
-                break
-            frames.append(Frame(kind, id, bytes(self._pending[begin + MIN_SIZE : begin + size])))
-            begin += size
-        del self._pending[:begin]
-        return frames
+        while (begin := self._pending.find(head, begin + 1)) > 0:
+            if not _ID_OFFSET <= begin <= MIN_SIZE - len(head):
+                del self._pending[:begin]
+                return True
+        return False
+
+    def _complete(self) -> Iterator[Frame]:
+        begin = 0
+        try:
+            while len(self._pending) - begin >= MIN_SIZE:
+                kind, size, id = HEADER.unpack_from(self._pending, begin)
+                if not MIN_SIZE <= size <= MAX_SIZE:
+                    raise FrameError(
+                        f"message {kind:#010x} says it has {size} bytes: {MIN_SIZE} to {MAX_SIZE} are allowed"
+                    )
+                if len(self._pending) - begin < size:
+                    break
+                payload = bytes(self._pending[begin + MIN_SIZE : begin + size])
+                begin += size
+                yield Frame(kind, id, payload)
+        finally:
+            del self._pending[:begin]

@@ -1,4 +1,24 @@
-"""What the frames mean: GCS's own messages as recorded, and ours beside them in a category of their own."""
+"""What the frames mean: GCS's own messages as recorded, and ours beside them in a category of their own.
+
+A message's type is `0xKCCNNNVV`: kind (request, response, notification), category, number, version. GCS's category is
+001, the compute system; ours is 0F0. The real guest answers ours with NOT_IMPLEMENTED, and is never sent them.
+
+Running a program takes one request and a stream of notifications, with a window in each direction, so that neither
+side holds more than a window's bytes for a slow reader::
+
+    host                                     guest
+    RUN {Process, Argv, ...}          ->
+                                      <-     response
+    RUN_INPUT {Process, Data, Eof}    ->                            at most INPUT_WINDOW_BYTES not yet
+                                      <-     RUN_CREDIT {Bytes}     taken by the program
+                                      <-     RUN_OUTPUT {Data}      at most OUTPUT_WINDOW_BYTES not yet
+    RUN_CREDIT {Process, Bytes}       ->                            taken by the host
+    RUN_SIGNAL {Process, Signal}      ->
+    RUN_CANCEL {Process}              ->                            kill it with all that it started; no more is said
+                                      <-     RUN_EXIT {ExitCode}    the last of it
+
+The host chooses the number of a process, a new one each time, so that it can speak of it before it was answered.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +32,46 @@ RESPONSE: Final = 0x20000000
 NOTIFICATION: Final = 0x30000000
 KIND_MASK: Final = 0xF0000000
 
-# GCS: category 0x001, the compute system.
+# GCS's.
 NEGOTIATE: Final = 0x10100B01
 MODIFY: Final = 0x10100A01
+CONTAINER_NOTIFICATION: Final = 0x30100101  # a container ended; we have none
 
-# Ours: category 0x0F0. The real guest answers them with NOT_IMPLEMENTED; we never send them there.
+# Ours. Requests of the host:
 PING: Final = 0x10F00101
-RUN: Final = 0x10F00201  # start a program
-RUN_INPUT: Final = 0x10F00301  # bytes for its standard input; answered when they were taken
-RUN_SIGNAL: Final = 0x10F00401
-RUN_OUTPUT: Final = 0x30F00501  # guest to host: bytes of its standard output or error
-RUN_CREDIT: Final = 0x30F00601  # host to guest: so many of them were taken
-RUN_EXIT: Final = 0x30F00701  # guest to host: it ended; no output comes after this
+RUN: Final = 0x10F00201
 PROBE: Final = 0x10F00801
 MOUNTS: Final = 0x10F00901
 GROW: Final = 0x10F00A01
 SHUTDOWN: Final = 0x10F00B01
+INFO: Final = 0x10F00C01
+# Notifications of the host:
+RUN_INPUT: Final = 0x30F00301
+RUN_SIGNAL: Final = 0x30F00401
+RUN_CANCEL: Final = 0x30F00D01
+# Notifications of the guest:
+RUN_OUTPUT: Final = 0x30F00501
+RUN_EXIT: Final = 0x30F00701
+# Notifications of both:
+RUN_CREDIT: Final = 0x30F00601
 
-OUTPUT_WINDOW_BYTES: Final = 262144  # of a program's output may be under way before the host takes some
-OUTPUT_CHUNK_BYTES: Final = 32768  # base64 of it fits a frame
+INPUT_WINDOW_BYTES: Final = 262144
+OUTPUT_WINDOW_BYTES: Final = 262144
+CHUNK_BYTES: Final = 32768  # of input or output in one message; in base64 it fits a frame
 
 # The member that carries what GCS has no word for; only our agent is ever sent it.
 EXTENSION: Final = "Utilityvm"
+
+NOT_NEGOTIATED: Final = "not_negotiated"  # the Kind of a refusal to a host that did not begin with a negotiate
+
+E_FAIL: Final = 0x80004005
+E_NOT_IMPLEMENTED: Final = 0x80004001
+E_UNSUPPORTED_VERSION: Final = 0xC037010C
+E_INVALID_JSON: Final = 0xC037010D
+E_NO_SUCH_SYSTEM: Final = 0xC037010E
+
+_NO_LINE: Final = 0xFFFFFFFF  # what the real guest says when it does not know
+_MAX_TEXT: Final = 4096  # characters of an error message
 
 
 def response_to(kind: int) -> int:
@@ -46,14 +84,8 @@ def signed(code: int) -> int:
     return code - (1 << 32) if code & 0x80000000 else code
 
 
-E_FAIL: Final = 0x80004005
-E_NOT_IMPLEMENTED: Final = 0x80004001
-E_UNSUPPORTED_VERSION: Final = 0xC037010C
-E_INVALID_JSON: Final = 0xC037010D
-E_NO_SUCH_SYSTEM: Final = 0xC037010E
-
-
 def negotiate_request() -> dict[str, Any]:
+    """The body of the first message on a connection."""
     return {
         "ContainerId": "",
         "ActivityId": NULL_GUID,
@@ -79,20 +111,20 @@ def modify_request(
 
 
 def success(activity: str = NULL_GUID, **fields: Any) -> dict[str, Any]:
+    """The body of a response that says yes."""
     return {"Result": 0, "ActivityId": activity, **fields}
 
 
 def failure(
     code: int, message: str, *, activity: str = NULL_GUID, extension: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The body of a response that says no."""
-    record = {"Result": signed(code), "Message": message, "ModuleName": "utilityvm", "FileName": "", "Line": 0}
-    body: dict[str, Any] = {
-        "Result": signed(code),
-        "ActivityId": activity,
-        "ErrorMessage": message,
-        "ErrorRecords": [record],
-    }
+    """The body of a response that says no, as GCS's; a long `message` is cut so that it fits a frame."""
+    if len(message) > _MAX_TEXT:
+        message = message[:_MAX_TEXT] + "..."
+    body: dict[str, Any] = {"Result": signed(code), "ActivityId": activity, "ErrorMessage": message}
+    body["ErrorRecords"] = [
+        {"Result": signed(code), "Message": message, "ModuleName": "gcs", "FileName": "", "Line": _NO_LINE}
+    ]
     if extension:
         body[EXTENSION] = extension
     return body

@@ -2,182 +2,235 @@
 
 Right after connecting, the stream may begin with the rest of what the guest had meant for the host before us. So
 nothing is believed until the answer to our negotiate is found in it; from there on every byte counts. A negotiate that
-is sent before the guest has opened its port is lost: it is sent again until it is answered.
+is sent before the guest has opened its port may be lost: it is sent again until it is answered.
+
+A guest's agent that is started again is not seen as an end of the connection, for QEMU holds that. It shows as a
+request that is refused because nobody negotiated; while something is waited for and nothing is heard, one is sent to
+find out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
 from utilityvm.bridge import messages
 from utilityvm.bridge.frame import HEADER, MAX_SIZE, Decoder, Frame, FrameError, encode, host_json
-from utilityvm.errors import DeadlineExceeded, OutcomeUnknown, ProtocolError, VMGone
+from utilityvm.errors import (
+    DeadlineExceeded,
+    GuestRefused,
+    InvalidRequest,
+    OutcomeUnknown,
+    ProtocolError,
+    UtilityVMError,
+    VMGone,
+)
+from utilityvm.guests.connection import Streams
 from utilityvm.log import logger
 
 _log = logger(__name__)
 
 _READ_BYTES: Final = 65536
-_NEGOTIATE_AGAIN_S: Final = 0.5
-_SECRETS: Final = ("Key",)
+_NEGOTIATE_AGAIN_S: Final = (0.05, 0.1, 0.2, 0.4, 0.5)  # then the last of them each time
+_DOUBT_S: Final = 2.0
+_MAX_UNSENT_BYTES: Final = 8 << 20
+_FLUSH_S: Final = 1.0
+_SHOWN_BYTES: Final = 200
+_SECRETS: Final = frozenset(("Key", "Env", "Data"))  # Data is what programs read and write
+_NOT_IMPLEMENTED: Final = messages.signed(messages.E_NOT_IMPLEMENTED)
 
 Notified = Callable[[int, dict[str, Any]], None]
 
 
-class BridgeClient:
-    """A connection to the guest that was negotiated. Use `connect`."""
+class NotNegotiated(OutcomeUnknown):
+    """The guest's agent was started again and does not know us. It did not look at the request that met this."""
 
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, vm: str | None, on_notify: Notified | None
-    ) -> None:
-        self._reader = reader
-        self._writer = writer
+
+class BridgeClient:
+    """A connection to the guest that was negotiated. Use `over`."""
+
+    def __init__(self, streams: Streams, *, vm: str | None, on_notify: Notified | None) -> None:
+        self._reader, self._writer = streams
         self._vm = vm
         self._on_notify = on_notify
         self._next_id = 0
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._given_up: set[int] = set()  # their answers may come late
-        self._reading: asyncio.Task[None] | None = None
+        self._negotiates: set[int] = set()  # and of these, those of a host before us too
+        self._rest = b""
+        self._heard_at = 0.0
+        self._tasks: list[asyncio.Task[None]] = []
         self.capabilities: dict[str, Any] = {}
+        self.was_negotiated_before = False  # by somebody, with a guest that takes only one negotiate
+        self.is_watched = False  # something is waited for that is no request: look whether the agent is still there
         # Resolves with the reason when the connection is over; every request that waits ends with it.
-        self.gone: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
-
-    @classmethod
-    async def connect(
-        cls, path: Path, *, timeout_s: float, vm: str | None = None, on_notify: Notified | None = None
-    ) -> BridgeClient:
-        """Connect to the guest's end at the Unix socket `path`, and negotiate.
-
-        Raises:
-            VMGone: nobody listens there.
-            DeadlineExceeded: the guest did not answer within `timeout_s` seconds.
-            ProtocolError: it answered what is no answer, or speaks another version.
-        """
-        try:
-            reader, writer = await asyncio.open_unix_connection(str(path))
-        except OSError as error:
-            raise VMGone(f"nobody answers at {path}: {error.strerror}", vm=vm) from error
-        return await cls.over(reader, writer, timeout_s=timeout_s, vm=vm, on_notify=on_notify)
+        self.gone: asyncio.Future[UtilityVMError] = asyncio.get_running_loop().create_future()
 
     @classmethod
     async def over(
-        cls,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        *,
-        timeout_s: float,
-        vm: str | None = None,
-        on_notify: Notified | None = None,
+        cls, streams: Streams, *, timeout_s: float, vm: str | None = None, on_notify: Notified | None = None
     ) -> BridgeClient:
-        """Negotiate over streams that are connected already, such as those of a guest that dialled us."""
-        client = cls(reader, writer, vm=vm, on_notify=on_notify)
+        """Negotiate over `streams`, which are closed if that fails.
+
+        `on_notify` gets the type and the body of each notification. It may raise ProtocolError, which ends the
+        connection; without it every notification does.
+
+        Raises:
+            VMGone: the guest hung up.
+            DeadlineExceeded: it did not answer within `timeout_s` seconds.
+            ProtocolError: it answered what is no answer, or speaks another version.
+        """
+        client = cls(streams, vm=vm, on_notify=on_notify)
         try:
             await client._negotiate(timeout_s)
         except BaseException:
-            writer.close()
+            streams[1].close()
             raise
-        client._reading = asyncio.create_task(client._read())
+        client._tasks = [asyncio.create_task(client._read()), asyncio.create_task(client._doubt())]
         return client
+
+    @property
+    def is_ours(self) -> bool:
+        """Does our own agent answer, and not another guest of the same protocol?"""
+        return messages.EXTENSION in self.capabilities
 
     async def request(self, kind: int, body: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
         """Send a request and give the body of its response, whatever its Result.
 
         Raises:
+            InvalidRequest: it does not fit a frame, or is no text; nothing was sent.
+            GuestRefused: the guest has stopped taking what we send; nothing was sent.
             DeadlineExceeded: no answer came in time. The connection lives on; the answer is dropped when it comes.
-            VMGone: the connection ended first.
-            OutcomeUnknown: the request does not fit a frame; nothing was sent.
+            VMGone, ProtocolError, OutcomeUnknown: the connection ended first; `gone` has the reason.
+            NotNegotiated: the agent is a new one, and did not look at this request; negotiate and send it again.
         """
         if self.gone.done():
-            raise VMGone(f"the guest's connection is closed: {self.gone.result()}", vm=self._vm)
+            raise again(self.gone.result())
         id, self._next_id = self._next_id, self._next_id + 1
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._send(kind, id, body)
         self._waiting[id] = answer
         try:
             async with asyncio.timeout(timeout_s):
-                return await answer
+                either: list[asyncio.Future[Any]] = [answer, self.gone]
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
             raise DeadlineExceeded(f"the guest did not answer within {timeout_s:g} s", vm=self._vm) from None
         finally:
-            if self._waiting.pop(id, None) is not None and not answer.done():
+            del self._waiting[id]
+            if not answer.done():
                 self._given_up.add(id)
+        if not answer.done():
+            raise again(self.gone.result())
+        body = answer.result()
+        if self.is_ours and _kind_of(body) == messages.NOT_NEGOTIATED:
+            raise NotNegotiated("the guest's agent was started again", vm=self._vm)
+        return body
 
     def notify(self, kind: int, body: dict[str, Any]) -> None:
-        """Send a notification, which nobody answers."""
+        """Send a notification, which nobody answers. To a connection that is over nothing is sent."""
         if not self.gone.done():
             self._send(kind, 0, body)
 
+    def end(self, reason: UtilityVMError) -> None:
+        """End the connection: everyone who waits gets `reason`. Twice is once."""
+        if not self.gone.done():
+            _log.debug("the connection is over: %s", reason, vm=self._vm)
+            self.gone.set_result(reason)
+            # Not close(), which waits until the peer has taken what was written: it may never do so.
+            self._writer.transport.abort()
+
     async def close(self) -> None:
-        """Hang up. Requests that wait end with VMGone. Twice is once."""
-        self._end(VMGone("the connection was closed", vm=self._vm))
-        if self._reading:
-            self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+        """Send what was not sent yet, for a second at the most, and hang up. Requests that wait end with VMGone."""
+        closing = asyncio.ensure_future(self._writer.wait_closed())
+        try:
+            if not self.gone.done():
+                self.gone.set_result(VMGone("the connection was closed", vm=self._vm))
+                self._writer.close()
+                await asyncio.wait([closing], timeout=_FLUSH_S)
+        finally:
+            self._writer.transport.abort()
+            for task in self._tasks:
+                task.cancel()
+        await asyncio.gather(closing, *self._tasks, return_exceptions=True)
 
     def _send(self, kind: int, id: int, body: dict[str, Any]) -> None:
         try:
             data = encode(kind, id, host_json(body))
-        except (FrameError, UnicodeEncodeError) as error:
-            raise OutcomeUnknown(f"nothing was sent: {error}", vm=self._vm) from None
-        if _log.is_enabled_for(10):
+        except FrameError as error:
+            raise InvalidRequest(str(error), vm=self._vm) from None
+        if self._writer.transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
+            raise GuestRefused("the guest has stopped taking what is sent to it", vm=self._vm)
+        if _log.is_enabled_for(logging.DEBUG):
             _log.debug("--> %#010x %d %s", kind, id, _shown(body), vm=self._vm)
         self._writer.write(data)
+
+    # The beginning.
 
     async def _negotiate(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         pending = bytearray()
-        head = messages.response_to(messages.NEGOTIATE).to_bytes(4, "little")
-        sent: set[int] = set()
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise DeadlineExceeded(
-                    f"the guest's agent did not answer within {timeout_s:g} s",
-                    vm=self._vm,
-                    remedy="look at the VM's console: uvm log NAME",
-                )
+        strange = b""
+        attempt = 0
+        while (left := deadline - time.monotonic()) > 0:
             id, self._next_id = self._next_id, self._next_id + 1
-            sent.add(id)
+            self._negotiates.add(id)
             self._send(messages.NEGOTIATE, id, messages.negotiate_request())
+            pause = _NEGOTIATE_AGAIN_S[min(attempt, len(_NEGOTIATE_AGAIN_S) - 1)]
+            attempt += 1
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(left, _NEGOTIATE_AGAIN_S)):
-                    while True:
-                        data = await self._reader.read(_READ_BYTES)
-                        if not data:
-                            raise VMGone("the guest hung up before it answered", vm=self._vm)
-                        pending += data
-                        if frame := self._find_answer(pending, head, sent):
-                            self._take_negotiated(frame)
-                            self._given_up = sent - {frame.id}
-                            self._rest = bytes(pending)
-                            return
+                async with asyncio.timeout(min(left, pause)):
+                    while not (frame := self._find_answer(pending)):
+                        strange = strange or bytes(pending[:_SHOWN_BYTES])
+                        # No answer begins before here: it would have been found, or it would be longer than a frame.
+                        del pending[: max(len(pending) - MAX_SIZE, 0)]
+                        pending += await self._receive()
+                    self._take_negotiated(frame)
+                    self._rest = bytes(pending)
+                    return
+        if strange:
+            raise ProtocolError(
+                f"what the guest sent in {timeout_s:g} s holds no answer to a negotiate", message=strange, vm=self._vm
+            )
+        raise DeadlineExceeded(
+            f"the guest's agent did not answer within {timeout_s:g} s",
+            vm=self._vm,
+            remedy="look at the VM's console: uvm log NAME",
+        )
 
-    def _find_answer(self, pending: bytearray, head: bytes, sent: set[int]) -> Frame | None:
+    async def _receive(self) -> bytes:
+        try:
+            data = await self._reader.read(_READ_BYTES)
+        except OSError as error:
+            raise VMGone(f"the guest's connection broke: {error}", vm=self._vm) from error
+        if not data:
+            raise VMGone("the guest hung up", vm=self._vm)
+        self._heard_at = time.monotonic()
+        return data
+
+    def _find_answer(self, pending: bytearray) -> Frame | None:
         """The response to one of our negotiates, cut out of `pending` with all that came before it."""
+        head = messages.response_to(messages.NEGOTIATE).to_bytes(4, "little")
         begin = -1
-        while (begin := pending.find(head, begin + 1)) >= 0:
-            if len(pending) - begin < HEADER.size:
-                return None
+        while (begin := pending.find(head, begin + 1)) >= 0 and len(pending) - begin >= HEADER.size:
             kind, size, id = HEADER.unpack_from(pending, begin)
-            if id not in sent or not HEADER.size < size <= MAX_SIZE:
-                continue
-            if len(pending) - begin < size:
-                return None
-            frame = Frame(kind, id, bytes(pending[begin + HEADER.size : begin + size]))
-            del pending[: begin + size]
-            return frame
-        if len(pending) > 4 * MAX_SIZE:
-            raise ProtocolError("the guest sends what is no answer", message=bytes(pending[:64]), vm=self._vm)
+            if id in self._negotiates and HEADER.size < size <= MAX_SIZE and len(pending) - begin >= size:
+                frame = Frame(kind, id, bytes(pending[begin + HEADER.size : begin + size]))
+                del pending[: begin + size]
+                return frame
         return None
 
     def _take_negotiated(self, frame: Frame) -> None:
         body = self._body(frame)
+        if body.get("Result") == _NOT_IMPLEMENTED:
+            # What hcsshim's gcs says to a second negotiate. Behind a virtio-serial port, which stays open when its host
+            # goes, the first one may have been that of a host before us; there is only the one version.
+            self.was_negotiated_before = True
+            return
         if body.get("Result", 0):
             raise ProtocolError(
                 f"the guest refused to negotiate: {body.get('ErrorMessage')}", message=body, vm=self._vm
@@ -188,13 +241,10 @@ class BridgeClient:
                 message=body,
                 vm=self._vm,
             )
-        self.capabilities = body.get("Capabilities") or {}
+        capabilities = body.get("Capabilities")
+        self.capabilities = capabilities if isinstance(capabilities, dict) else {}
 
-    def _body(self, frame: Frame) -> dict[str, Any]:
-        try:
-            return frame.body()
-        except FrameError as error:
-            raise ProtocolError(str(error), message=frame.payload[:200], vm=self._vm) from None
+    # What comes in.
 
     async def _read(self) -> None:
         decoder = Decoder()
@@ -203,43 +253,72 @@ class BridgeClient:
             while True:
                 for frame in decoder.feed(data):
                     self._take(frame)
-                data = await self._reader.read(_READ_BYTES)
-                if not data:
-                    raise VMGone("the guest hung up", vm=self._vm)
+                    if self.gone.done():
+                        return
+                data = await self._receive()
         except FrameError as error:
-            self._end(ProtocolError(f"the guest broke the bridge's rules: {error}", vm=self._vm))
-        except (ProtocolError, VMGone) as error:
-            self._end(error)
-        except OSError as error:
-            self._end(VMGone(f"the guest's connection broke: {error}", vm=self._vm))
+            self.end(ProtocolError(f"the guest broke the bridge's rules: {error}", vm=self._vm))
+        except VMGone as error:
+            text = str(error) if decoder.is_between_frames else f"{error} in the middle of a message"
+            self.end(VMGone(text, vm=self._vm))
+        except UtilityVMError as error:
+            self.end(error)
+        except Exception as error:  # a message that our own code did not foresee
+            text = f"the guest sent what cannot be dealt with: {type(error).__name__}: {error}"
+            self.end(ProtocolError(text, vm=self._vm))
+
+    async def _doubt(self) -> None:
+        """While something is waited for and nothing is heard: is the agent still the one that we spoke to?"""
+        while self.is_ours and not self.gone.done():
+            await asyncio.sleep(_DOUBT_S)
+            if (self._waiting or self.is_watched) and time.monotonic() - self._heard_at >= _DOUBT_S:
+                with contextlib.suppress(UtilityVMError):
+                    await self.request(messages.PING, messages.request(), timeout_s=_DOUBT_S)
+
+    def _body(self, frame: Frame) -> dict[str, Any]:
+        try:
+            return frame.body()
+        except FrameError as error:
+            raise ProtocolError(str(error), message=frame.payload[:_SHOWN_BYTES], vm=self._vm) from None
 
     def _take(self, frame: Frame) -> None:
         body = self._body(frame)
-        if _log.is_enabled_for(10):
+        if _log.is_enabled_for(logging.DEBUG):
             _log.debug("<-- %#010x %d %s", frame.kind, frame.id, _shown(body), vm=self._vm)
         kind = frame.kind & messages.KIND_MASK
         if kind == messages.RESPONSE:
-            answer = self._waiting.get(frame.id)
-            if answer is not None and not answer.done():
-                answer.set_result(body)
-            elif frame.id in self._given_up:
-                self._given_up.discard(frame.id)
-            else:
-                raise ProtocolError(f"the guest answered request {frame.id}, which waits for none", message=body)
-        elif kind == messages.NOTIFICATION:
-            if self._on_notify:
-                self._on_notify(frame.kind, body)
+            self._take_response(frame, body)
+        elif kind == messages.NOTIFICATION and self._on_notify:
+            self._on_notify(frame.kind, body)
         else:
-            raise ProtocolError(f"the guest sent {frame.kind:#010x}, which is no answer", message=body, vm=self._vm)
+            raise ProtocolError(f"the guest sent {frame.kind:#010x}, which nobody waits for", message=body, vm=self._vm)
 
-    def _end(self, reason: Exception) -> None:
-        if self.gone.done():
-            return
-        self.gone.set_result(reason)
-        self._writer.close()
-        for answer in self._waiting.values():
-            if not answer.done():
-                answer.set_exception(reason)
+    def _take_response(self, frame: Frame, body: dict[str, Any]) -> None:
+        if self.is_ours and _kind_of(body) == messages.NOT_NEGOTIATED:
+            # What the others had asked may have been done by the agent before: only this one knows that it was not.
+            self.end(OutcomeUnknown("the guest's agent was started again before it answered", vm=self._vm))
+        answer = self._waiting.get(frame.id)
+        if answer is not None and not answer.done():
+            answer.set_result(body)
+        elif frame.id in self._given_up:
+            self._given_up.discard(frame.id)
+        elif frame.id not in self._negotiates:
+            text = f"the guest answered request {frame.id}, which waits for no answer"
+            raise ProtocolError(text, message=body, vm=self._vm)
+
+
+def _kind_of(body: dict[str, Any]) -> object:
+    extension = body.get(messages.EXTENSION)
+    return extension.get("Kind") if isinstance(extension, dict) else None
+
+
+def again(reason: UtilityVMError) -> UtilityVMError:
+    """The same error for one more who waits: each raises one of his own, with his own traceback."""
+    kind = type(reason)
+    error = kind.__new__(kind, *reason.args)
+    error.__dict__.update(reason.__dict__)
+    error.__cause__ = reason.__cause__
+    return error
 
 
 def _shown(body: object) -> object:

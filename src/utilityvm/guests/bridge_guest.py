@@ -1,18 +1,20 @@
 """The guest backend over the bridge: mounts, unmounts and ejects through our agent, or through hcsshim's gcs.
 
-Our agent says so when it negotiates. To any other guest nothing is sent but the recorded messages, and what those
-cannot say is refused beforehand: a key, a verity tree, force, a deadline, a probe.
+Our agent says so when it negotiates. To any other guest nothing is sent but the recorded messages. What those cannot
+say is refused beforehand (a key, a verity tree, force), what would do harm is not sent, and what such a guest cannot be
+asked is answered from what it has said before, or not at all (`ledger`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import itertools
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, Final, TypeAlias
+from pathlib import PurePosixPath
+from typing import Any, Final
 
 from utilityvm.bridge import messages
 from utilityvm.errors import (
@@ -23,19 +25,31 @@ from utilityvm.errors import (
     NotSupported,
     OutcomeUnknown,
     ProtocolError,
+    RequestError,
+    UtilityVMError,
     VMGone,
 )
-from utilityvm.guests.bridge_client import BridgeClient
-from utilityvm.log import logger
-from utilityvm.scsi.ports import CallerKey, MountConfig, ScratchKey
-from utilityvm.scsi.slot import MAX_CONTROLLERS, Slot
+from utilityvm.guests.bridge_client import BridgeClient, NotNegotiated, again
+from utilityvm.guests.connection import Address, Dial, Given, Listen, Source
+from utilityvm.guests.ledger import Fact, Ledger
+from utilityvm.guests.mount_settings import (
+    check_config,
+    check_path,
+    check_plain,
+    disk_extension,
+    disk_settings,
+    nonzero,
+)
+from utilityvm.guests.program import GuestProgram, OutputSink
+from utilityvm.scsi.ports import MountConfig
+from utilityvm.scsi.slot import Slot
 
-_log = logger(__name__)
+__all__ = ["BridgeGuest", "CommandResult", "OutputSink"]
 
-_ANSWER_S: Final = 2.0  # the agent keeps the caller's deadline itself; this long we wait for it to say so
-_INPUT_CHUNK_BYTES: Final = 32768
-
-OutputSink: TypeAlias = Callable[[bytes], object]
+_ANSWER_S: Final = 2.0  # our agent keeps the caller's deadline itself; this long we wait for it to say so
+_START_S: Final = 30.0  # for a program to be started
+_MAX_OUTPUT_BYTES: Final = 64 << 20
+_BUSY: Final = "device or resource busy"  # Go's text of EBUSY, which is all that gcs says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,117 +61,153 @@ class CommandResult:
     stderr: bytes
 
 
-class _Program:
-    """A program that runs in the guest, as seen from here."""
-
-    def __init__(self, stdout: OutputSink, stderr: OutputSink) -> None:
-        self._sinks = {"out": stdout, "err": stderr}
-        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-
-    def take(self, stream: str, data: bytes) -> None:
-        self._sinks[stream](data)
-
-
 class BridgeGuest:
-    """Implements `scsi.ports.GuestBackend` on one VM. Use `connect`."""
+    """Implements `scsi.ports.GuestBackend` on one VM. Use `connect`, `listen` or `over`.
 
-    def __init__(self, path: Path | None, *, vm: str | None = None) -> None:
-        self._path = path
+    When the connection or the agent ends, whoever waits hears of it at once, and the next request connects anew.
+    """
+
+    def __init__(self, source: Source, *, vm: str | None = None) -> None:
+        self._source = source
         self._vm = vm
         self._client: BridgeClient | None = None
         self._connecting = asyncio.Lock()
-        self._programs: dict[int, _Program] = {}
-        self._early: dict[int, list[tuple[int, dict[str, Any]]]] = {}  # of programs whose number is under way to us
+        self._closed = False
+        self._ledger = Ledger()
+        self._numbers = itertools.count(1)
+        self._last_number = 0
+        self._programs: dict[int, GuestProgram] = {}
 
     @classmethod
-    async def connect(cls, path: Path, *, timeout_s: float, vm: str | None = None) -> BridgeGuest:
-        """A backend on the guest behind the Unix socket `path`, which has answered.
+    async def connect(cls, address: Address, *, timeout_s: float, vm: str | None = None) -> BridgeGuest:
+        """A backend on the guest behind the Unix socket or vsock port `address`, which has answered.
 
         Raises:
             DeadlineExceeded: it did not answer within `timeout_s` seconds.
             VMGone: nobody listens there.
             ProtocolError: what answers does not speak our protocol.
         """
-        guest = cls(path, vm=vm)
-        await guest._connected(timeout_s)
-        return guest
+        return await cls._begin(Dial(address), timeout_s=timeout_s, vm=vm)
+
+    @classmethod
+    async def listen(cls, address: Address, *, timeout_s: float, vm: str | None = None) -> BridgeGuest:
+        """A backend on a guest that dials us at `address` within `timeout_s` seconds, and again when it restarts.
+
+        Raises:
+            As `connect`, and OSError: we may not listen there.
+        """
+        return await cls._begin(Listen(address), timeout_s=timeout_s, vm=vm)
 
     @classmethod
     async def over(
         cls, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, timeout_s: float, vm: str | None = None
     ) -> BridgeGuest:
-        """A backend on a guest that is connected already, such as one that dialled us."""
-        guest = cls(None, vm=vm)
-        guest._client = await BridgeClient.over(
-            reader, writer, timeout_s=timeout_s, vm=vm, on_notify=guest._take_notification
-        )
+        """A backend on a guest that is connected already. When that connection ends there is no other."""
+        return await cls._begin(Given((reader, writer)), timeout_s=timeout_s, vm=vm)
+
+    @classmethod
+    async def _begin(cls, source: Source, *, timeout_s: float, vm: str | None) -> BridgeGuest:
+        guest = cls(source, vm=vm)
+        try:
+            await guest._connected(time.monotonic() + timeout_s)
+        except BaseException:
+            await guest.close()
+            raise
         return guest
 
     async def close(self) -> None:
-        """Hang up. Programs that we run in the guest end; mounts stay."""
+        """Hang up. Programs that we run in the guest end; mounts stay. Twice is once."""
+        self._closed = True
+        self._source.close()
         if self._client:
             await self._client.close()
 
     @property
     def has_our_agent(self) -> bool:
         """Does our own agent answer, and not another guest of the same protocol?"""
-        return self._client is not None and messages.EXTENSION in self._client.capabilities
+        return self._client is not None and self._client.is_ours
 
     @property
     def boot_id(self) -> str | None:
-        """The kernel's id of this boot of the guest, as it was when we connected."""
-        about = self._client.capabilities.get(messages.EXTENSION, {}) if self._client else {}
-        return about.get("BootId")
+        """The kernel's id of this boot of the guest, as it was when we connected; None if it is not our agent."""
+        about = self._client.capabilities.get(messages.EXTENSION) if self._client else None
+        return about.get("BootId") if isinstance(about, dict) else None
 
     # The GuestBackend protocol.
 
     def check(self, slot: Slot | None, config: MountConfig | None) -> None:
-        """Refuse what this guest cannot be told. See `GuestBackend.check`."""
-        if slot is not None and not 0 <= slot.controller < MAX_CONTROLLERS:
-            raise NotSupported(f"a guest knows controllers 0 to {MAX_CONTROLLERS - 1}", vm=self._vm, slot=slot)
-        if config is None or self.has_our_agent:
-            return
-        for wanted, what in (
-            (isinstance(config.encryption, CallerKey), "a key of the caller's"),
-            (config.verity, "dm-verity"),
-            (config.reformat, "reformatting"),
-        ):
-            if wanted:
-                raise NotSupported(
-                    f"this guest's agent knows no {what}", vm=self._vm, remedy="use utilityvm's guest image"
-                )
+        """Refuse what is wrong by itself, or what this guest cannot be told. See `GuestBackend.check`.
+
+        Raises:
+            InvalidRequest, NotSupported: nothing was sent.
+        """
+        if slot is not None:
+            Slot.checked(*slot)
+        if config is not None:
+            check_config(config)
+            if not self.has_our_agent:
+                check_plain(config)
 
     async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
         """See `GuestBackend.mount`."""
         self.check(slot, config)
-        await self._modify("Add", "MappedVirtualDisk", _settings(slot, config, guest_path, add=True), slot, timeout_s)
+        check_path(guest_path)
+        settings = disk_settings(slot, config, guest_path)
+        if self.has_our_agent:
+            settings |= disk_extension(config)
+            await self._modify("Add", "MappedVirtualDisk", settings, _Where(slot, guest_path), timeout_s)
+            return
+        self._ledger.before_mount(slot, guest_path)
+        with self._learning(slot, guest_path, Fact.MOUNTED):
+            await self._modify("Add", "MappedVirtualDisk", settings, _Where(slot, guest_path), timeout_s)
 
     async def unmount(
         self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float, force: bool
     ) -> None:
         """See `GuestBackend.unmount`."""
-        settings = _settings(slot, config, guest_path, add=False)
-        await self._modify("Remove", "MappedVirtualDisk", settings, slot, timeout_s, force=force)
+        self.check(slot, None)
+        check_path(guest_path)
+        settings = disk_settings(slot, config, guest_path)
+        where = _Where(slot, guest_path)
+        if self.has_our_agent:
+            await self._modify("Remove", "MappedVirtualDisk", settings, where, timeout_s, force=force)
+            return
+        self._refuse_force(slot, force)
+        if self._ledger.before_unmount(slot, guest_path):
+            with self._learning(slot, guest_path, Fact.NOT_MOUNTED):
+                await self._modify("Remove", "MappedVirtualDisk", settings, where, timeout_s)
 
     async def eject(self, slot: Slot, *, timeout_s: float, force: bool) -> None:
         """See `GuestBackend.eject`."""
-        settings = _nonzero({"Controller": slot.controller, "Lun": slot.lun})
-        await self._modify("Remove", "SCSIDevice", settings, slot, timeout_s, force=force)
+        self.check(slot, None)
+        settings = nonzero(Controller=slot.controller, Lun=slot.lun)
+        if self.has_our_agent:
+            await self._modify("Remove", "SCSIDevice", settings, _Where(slot), timeout_s, force=force)
+            return
+        self._refuse_force(slot, force)
+        self._ledger.before_eject(slot)
+        await self._modify("Remove", "SCSIDevice", settings, _Where(slot), timeout_s)
+        self._ledger.learn_ejected(slot)
 
     async def probe_mount(self, slot: Slot, *, guest_path: PurePosixPath, timeout_s: float) -> bool:
         """See `GuestBackend.probe_mount`."""
-        return str(guest_path) in (await self._probe(slot, timeout_s))["MountPaths"]
+        if not self.has_our_agent:
+            return self._ledger.is_mounted(slot, guest_path)
+        return str(guest_path) in (await self._probe(slot, timeout_s)).get("MountPaths", ())
 
     async def probe_device(self, slot: Slot, *, timeout_s: float) -> bool:
         """See `GuestBackend.probe_device`."""
-        return bool((await self._probe(slot, timeout_s))["Present"])
+        if not self.has_our_agent:
+            return self._ledger.is_present(slot)
+        return (await self._probe(slot, timeout_s)).get("Present") is True
 
     async def grow(self, slot: Slot, *, mounts: Sequence[tuple[MountConfig, PurePosixPath]], timeout_s: float) -> None:
-        """See `GuestBackend.grow`."""
+        """See `GuestBackend.grow`. Our agent knows its mounts itself."""
+        self._need_our_agent("grow a file system", slot)
         body = messages.request(Controller=slot.controller, Lun=slot.lun)
-        await self._ask(messages.GROW, body, slot, timeout_s)
+        await self._ask(messages.GROW, body, timeout_s, _Where(slot))
 
-    # What else the agent does.
+    # What else our agent does.
 
     async def ping(self, *, timeout_s: float = 10.0) -> None:
         """Return when the agent has answered.
@@ -165,18 +215,39 @@ class BridgeGuest:
         Raises:
             DeadlineExceeded, VMGone: it did not.
         """
-        await self._ask(messages.PING, messages.request(), None, timeout_s)
+        self._need_our_agent("answer a ping")
+        await self._ask(messages.PING, messages.request(), timeout_s)
+
+    async def info(self, *, timeout_s: float = 10.0) -> dict[str, Any]:
+        """What the agent says of itself and its kernel: `Agent` (a number), `Kernel`, `BootId`, `UptimeMs`."""
+        self._need_our_agent("tell about itself")
+        answer = await self._ask(messages.INFO, messages.request(), timeout_s)
+        return {name: answer.get(name) for name in ("Agent", "Kernel", "BootId", "UptimeMs")}
 
     async def mounts(self, *, timeout_s: float = 10.0) -> list[dict[str, Any]]:
-        """What the agent has mounted, as it tells it."""
-        answer = await self._ask(messages.MOUNTS, messages.request(), None, timeout_s)
-        mounts: list[dict[str, Any]] = answer["Mounts"]
-        return mounts
+        """What the agent has mounted, as it tells it, in the order of guest paths."""
+        self._need_our_agent("list its mounts")
+        deadline = time.monotonic() + timeout_s
+        mounts: list[dict[str, Any]] = []
+        while True:
+            after = nonzero(After=mounts[-1]["MountPath"] if mounts else "")
+            left = max(deadline - time.monotonic(), 0.0)
+            answer = await self._ask(messages.MOUNTS, messages.request(**after), left)
+            try:
+                mounts += answer["Mounts"]
+                if not answer["More"] or not answer["Mounts"]:
+                    return mounts
+            except (KeyError, TypeError):
+                raise ProtocolError("the guest's list of mounts makes no sense", message=answer, vm=self._vm) from None
 
     async def shutdown(self, *, timeout_s: float = 10.0) -> None:
-        """Have the guest write out everything and power off. It may be gone before it answers: that is no error."""
+        """Have the guest end its programs, unmount everything and power off. Returns when it has begun.
+
+        It may be gone before it answers: that is no error.
+        """
+        self._need_our_agent("power off")
         with contextlib.suppress(VMGone):
-            await self._ask(messages.SHUTDOWN, messages.request(), None, timeout_s)
+            await self._ask(messages.SHUTDOWN, messages.request(), timeout_s)
 
     async def run(
         self,
@@ -186,30 +257,41 @@ class BridgeGuest:
         env: Mapping[str, str] | None = None,
         cwd: PurePosixPath | str | None = None,
         timeout_s: float | None = None,
+        max_output_bytes: int = _MAX_OUTPUT_BYTES,
     ) -> CommandResult:
         """Run a program to its end. Cancelled or out of time, it is killed with all that it started.
 
-        Raises:
-            GuestRefused: it could not be started.
-            DeadlineExceeded: it did not end within `timeout_s` seconds.
-            VMGone: the guest went first.
-        """
-        stdout, stderr = bytearray(), bytearray()
+        It has ended when it, and all that shares its output, have: redirect the output of what shall go on running.
 
-        async def given() -> AsyncIterator[bytes]:
-            if stdin:
-                yield stdin
+        Raises:
+            GuestRefused: it could not be started, or wrote more than `max_output_bytes` and was killed.
+            DeadlineExceeded: it did not end within `timeout_s` seconds.
+            VMGone, OutcomeUnknown: the guest, or its agent, went first.
+        """
+        outputs = bytearray(), bytearray()
+
+        def collect(output: bytearray, data: bytes) -> None:
+            output.extend(data)
+            if sum(map(len, outputs)) > max_output_bytes:
+                raise GuestRefused(
+                    f"{command[0]} wrote more than {max_output_bytes} bytes and was killed",
+                    vm=self._vm,
+                    remedy="take its output as it comes, with run_streaming",
+                )
+
+        async def given(data: bytes) -> AsyncIterator[bytes]:
+            yield data
 
         exit_code = await self.run_streaming(
             command,
-            stdin=None if stdin is None else given(),
-            stdout=stdout.extend,
-            stderr=stderr.extend,
+            stdin=None if stdin is None else given(stdin),
+            stdout=lambda data: collect(outputs[0], data),
+            stderr=lambda data: collect(outputs[1], data),
             env=env,
             cwd=cwd,
             timeout_s=timeout_s,
         )
-        return CommandResult(exit_code=exit_code, stdout=bytes(stdout), stderr=bytes(stderr))
+        return CommandResult(exit_code=exit_code, stdout=bytes(outputs[0]), stderr=bytes(outputs[1]))
 
     async def run_streaming(
         self,
@@ -222,171 +304,228 @@ class BridgeGuest:
         cwd: PurePosixPath | str | None = None,
         timeout_s: float | None = None,
     ) -> int:
-        """Like `run`, with input and output as they come; gives the exit code."""
-        body = messages.request(Argv=list(command), Env=dict(env or {}), Cwd=str(cwd or ""), Stdin=stdin is not None)
-        number: int = (await self._ask(messages.RUN, body, None, 30.0))["Process"]
-        program = _Program(stdout, stderr)
-        self._programs[number] = program
-        for kind, notification in self._early.pop(number, []):
-            self._take_notification(kind, notification)
-        client = self._client
-        assert client is not None
-        feeding = asyncio.create_task(self._feed(number, stdin)) if stdin is not None else None
-        try:
-            async with asyncio.timeout(timeout_s):
-                await asyncio.wait({program.ended, client.gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not program.ended.done():
-                raise VMGone(f"the guest went while {command[0]} ran: {client.gone.result()}", vm=self._vm)
-            return program.ended.result()
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"{command[0]} did not end within {timeout_s} s and was killed", vm=self._vm
-            ) from None
-        finally:
-            self._programs.pop(number, None)
-            if feeding:
-                feeding.cancel()
-                await asyncio.gather(feeding, return_exceptions=True)
-            if not program.ended.done() and not client.gone.done():
-                with contextlib.suppress(Exception):
-                    await asyncio.shield(
-                        self._ask(messages.RUN_SIGNAL, messages.request(Process=number, Signal=9), None, 5)
-                    )
+        """Like `run`, with input and output as they come; gives the exit code.
 
-    async def _feed(self, number: int, stdin: AsyncIterator[bytes]) -> None:
+        Output that a sink does not take holds the program back; so does a sink that gives something to await, until
+        that is done. What a sink or `stdin` raises kills the program and is raised here.
+        """
+        if not command:
+            raise InvalidRequest("a command without words", vm=self._vm)
+        self._need_our_agent(f"run {command[0]}")
+        body = messages.request(Argv=list(command), Env=dict(env or {}), Cwd=str(cwd or ""), Stdin=stdin is not None)
+        limit = asyncio.timeout(timeout_s)
         try:
-            async for data in stdin:
-                for begin in range(0, len(data), _INPUT_CHUNK_BYTES):
-                    chunk = base64.b64encode(data[begin : begin + _INPUT_CHUNK_BYTES]).decode()
-                    await self._ask(messages.RUN_INPUT, messages.request(Process=number, Data=chunk), None, 3600)
-            await self._ask(messages.RUN_INPUT, messages.request(Process=number, Data="", Eof=True), None, 3600)
-        except GuestRefused:
-            pass  # it ended without reading on
+            async with limit:
+                while True:
+                    client = await self._connected(time.monotonic() + (_START_S if timeout_s is None else timeout_s))
+                    body["Process"] = self._new_number()
+                    try:
+                        return await self._follow(client, body, stdin, stdout=stdout, stderr=stderr)
+                    except NotNegotiated:
+                        continue  # it was not started: a new agent does not know us yet
+        except TimeoutError:
+            if not limit.expired():
+                raise  # it is the caller's own
+            raise DeadlineExceeded(
+                f"{command[0]} did not end within {timeout_s:g} s and was killed", vm=self._vm
+            ) from None
+
+    async def _follow(
+        self,
+        client: BridgeClient,
+        body: dict[str, Any],
+        stdin: AsyncIterator[bytes] | None,
+        *,
+        stdout: OutputSink,
+        stderr: OutputSink,
+    ) -> int:
+        program = GuestProgram(body["Process"], client.notify, stdout=stdout, stderr=stderr)
+        self._programs[program.number] = program
+        tasks: set[asyncio.Task[Any]] = set()
+        has_ended = False
+        try:
+            self._checked(await client.request(messages.RUN, body, timeout_s=_START_S + _ANSWER_S), None)
+            client.is_watched = True
+            ending = asyncio.create_task(program.deliver())
+            tasks = {ending} if stdin is None else {ending, asyncio.create_task(program.feed(stdin))}
+            waiting: set[asyncio.Future[Any]] = {*tasks, client.gone}
+            while not ending.done():
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done & tasks:
+                    task.result()  # what a sink or `stdin` raised
+                if client.gone in done and not program.has_ended:
+                    raise again(client.gone.result())
+            has_ended = True
+            return ending.result()
+        finally:
+            del self._programs[program.number]
+            client.is_watched = bool(self._programs)
+            if not has_ended:
+                with contextlib.suppress(UtilityVMError):
+                    program.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _new_number(self) -> int:
+        self._last_number = next(self._numbers)
+        return self._last_number
 
     def _take_notification(self, kind: int, body: dict[str, Any]) -> None:
-        number = body.get("Process", 0)
-        program = self._programs.get(number)
-        if program is None:
-            self._early.setdefault(number, []).append((kind, body))
-            while len(self._early) > 64:  # of programs that we gave up
-                self._early.pop(next(iter(self._early)))
-            return
-        if kind == messages.RUN_OUTPUT:
-            data = base64.b64decode(body["Data"])
-            program.take(body["Stream"], data)
-            assert self._client is not None
-            self._client.notify(messages.RUN_CREDIT, {"Process": number, "Bytes": len(data)})
-        elif kind == messages.RUN_EXIT and not program.ended.done():
-            program.ended.set_result(int(body["ExitCode"]))
+        if kind == messages.CONTAINER_NOTIFICATION:
+            return  # hcsshim's gcs tells of its containers; we have none
+        number = body.get("Process")
+        if kind not in (messages.RUN_OUTPUT, messages.RUN_CREDIT, messages.RUN_EXIT) or not isinstance(number, int):
+            raise ProtocolError(f"the guest sent {kind:#010x}, which we do not know", message=body, vm=self._vm)
+        if program := self._programs.get(number):
+            program.take(kind, body)
+        elif not 0 < number <= self._last_number:
+            raise ProtocolError(f"the guest speaks of process {number}, which we never started", vm=self._vm)
 
-    async def _connected(self, timeout_s: float) -> BridgeClient:
-        """The connection; made anew if the agent was restarted."""
-        async with self._connecting:
-            if self._client is not None and not self._client.gone.done():
-                return self._client
-            if self._path is None:
-                raise VMGone("the guest hung up", vm=self._vm)
-            if self._client is not None:
-                await self._client.close()
-            self._client = await BridgeClient.connect(
-                self._path, timeout_s=timeout_s, vm=self._vm, on_notify=self._take_notification
-            )
+    # One request.
+
+    async def _connected(self, deadline: float) -> BridgeClient:
+        """The connection; made anew if it, or the agent, ended."""
+        if self._client and not self._client.gone.done():
             return self._client
+        left = max(deadline - time.monotonic(), 0.0)
+        try:
+            async with asyncio.timeout(left):
+                await self._connecting.acquire()
+        except TimeoutError:
+            raise DeadlineExceeded(f"no connection to the guest within {left:g} s", vm=self._vm) from None
+        try:
+            return await self._connect(deadline)
+        finally:
+            self._connecting.release()
 
-    async def _probe(self, slot: Slot, timeout_s: float) -> dict[str, Any]:
-        if not self.has_our_agent:
-            raise OutcomeUnknown("this guest's agent cannot be asked what it has mounted", vm=self._vm, slot=slot)
-        body = messages.request(Controller=slot.controller, Lun=slot.lun)
-        return await self._ask(messages.PROBE, body, slot, timeout_s)
+    async def _connect(self, deadline: float) -> BridgeClient:
+        if self._client and not self._client.gone.done():
+            return self._client  # another was quicker
+        if self._closed:
+            raise VMGone("the connection was closed", vm=self._vm)
+        if self._client:
+            await self._client.close()
+        streams = await self._source.open(timeout_s=max(deadline - time.monotonic(), 0.0), vm=self._vm)
+        self._client = await BridgeClient.over(
+            streams,
+            timeout_s=max(deadline - time.monotonic(), 0.0),
+            vm=self._vm,
+            on_notify=self._take_notification,
+        )
+        return self._client
 
     async def _modify(
         self,
         request_type: str,
         resource_type: str,
         settings: dict[str, Any],
-        slot: Slot,
+        where: _Where,
         timeout_s: float,
         *,
         force: bool = False,
     ) -> None:
-        if force and not self.has_our_agent:
-            raise NotSupported("this guest's agent knows no force", vm=self._vm, slot=slot)
-        extension: dict[str, Any] = {}
-        if self.has_our_agent:
-            extension = {"TimeoutMs": int(timeout_s * 1000), **({"Force": True} if force else {})}
-        body = messages.modify_request(request_type, resource_type, settings, extension=extension)
-        await self._ask(messages.MODIFY, body, slot, timeout_s)
+        body = messages.modify_request(request_type, resource_type, settings)
+        await self._ask(messages.MODIFY, body, timeout_s, where, force=force)
 
-    async def _ask(self, kind: int, body: dict[str, Any], slot: Slot | None, timeout_s: float) -> dict[str, Any]:
-        client = await self._connected(timeout_s)
-        answer = await client.request(kind, body, timeout_s=timeout_s + _ANSWER_S)
-        if not answer.get("Result", 0):
+    async def _probe(self, slot: Slot, timeout_s: float) -> dict[str, Any]:
+        body = messages.request(Controller=slot.controller, Lun=slot.lun)
+        return await self._ask(messages.PROBE, body, timeout_s, _Where(slot))
+
+    async def _ask(
+        self,
+        kind: int,
+        body: dict[str, Any],
+        timeout_s: float,
+        where: _Where | None = None,
+        *,
+        force: bool = False,
+    ) -> dict[str, Any]:
+        """The answer to a request; sent again only if it met an agent that had not looked at it."""
+        deadline = time.monotonic() + timeout_s
+        was_ours = self.has_our_agent
+        while True:
+            client = await self._connected(deadline)
+            left = max(deadline - time.monotonic(), 0.0)
+            if client.is_ours:
+                body[messages.EXTENSION] = {"TimeoutMs": int(left * 1000), **nonzero(Force=force)}
+            elif was_ours:
+                raise GuestRefused("another agent answers than before", vm=self._vm, remedy="close, and connect again")
+            try:
+                answer = await client.request(kind, body, timeout_s=left + (_ANSWER_S if client.is_ours else 0.0))
+            except NotNegotiated:
+                if time.monotonic() >= deadline:
+                    raise
+                continue
+            return self._checked(answer, where)
+
+    def _checked(self, answer: dict[str, Any], where: _Where | None) -> dict[str, Any]:
+        """The answer, if it is a yes.
+
+        Raises:
+            InvalidRequest, GuestBusy, GuestRefused: it is a no, and nothing was changed.
+            DeadlineExceeded, OutcomeUnknown: the guest itself does not know how it ended.
+        """
+        result = answer.get("Result", 0)
+        if result == 0:
             return answer
-        text = str(answer.get("ErrorMessage") or f"HRESULT {answer['Result'] & 0xFFFFFFFF:#010x}")
+        if not isinstance(result, int):
+            raise ProtocolError(f"an answer whose Result is {result!r}", message=answer, vm=self._vm)
+        said = str(answer.get("ErrorMessage") or f"HRESULT {result & 0xFFFFFFFF:#010x}")
+        text = f"{where}: {said}" if where else said
+        slot = where.slot if where else None
         extension = answer.get(messages.EXTENSION)
-        fault = extension if isinstance(extension, dict) else {}
-        where = f"{slot}: {text}" if slot else text
-        match fault.get("Kind"):
+        extension = extension if isinstance(extension, dict) else {}
+        holders = extension.get("Holders")
+        holders = [str(holder) for holder in holders] if isinstance(holders, list) else []
+        match extension.get("Kind"):
             case "busy":
-                raise GuestBusy(
-                    where,
-                    holders=[str(holder) for holder in fault.get("Holders", [])],
-                    vm=self._vm,
-                    slot=slot,
-                    remedy="end what uses it, or force it",
-                )
-            case "timeout":
-                raise DeadlineExceeded(where, vm=self._vm, slot=slot)
-            case "unknown":
-                raise ProtocolError(where, message=answer, vm=self._vm)
+                remedy = "end what uses it, or force it"
+                raise GuestBusy(text, holders=holders, vm=self._vm, slot=slot, remedy=remedy)
             case "invalid":
-                raise GuestRefused(where, vm=self._vm, slot=slot)
-            case _:
-                raise GuestRefused(where, vm=self._vm, slot=slot)
+                raise InvalidRequest(text, vm=self._vm, slot=slot)
+            case "timeout":
+                raise DeadlineExceeded(text, vm=self._vm, slot=slot)
+            case "unknown":
+                raise OutcomeUnknown(text, vm=self._vm, slot=slot)
+            case None if said.endswith(_BUSY):
+                raise GuestBusy(text, vm=self._vm, slot=slot, remedy="end what uses it")
+            case None if "context deadline exceeded" in said:
+                # Go's text: gcs gave up in the middle, and does not say where.
+                raise DeadlineExceeded(text, vm=self._vm, slot=slot)
+        raise GuestRefused(text, vm=self._vm, slot=slot)
 
+    # A guest that is not ours.
 
-def _nonzero(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value}
+    @contextlib.contextmanager
+    def _learning(self, slot: Slot, path: PurePosixPath, done: Fact) -> Iterator[None]:
+        """Remember how a mount or an unmount ended; while it is under way, and without an answer, nothing is known."""
+        before = self._ledger.fact(path)
+        self._ledger.learn(slot, path, Fact.UNKNOWN)
+        try:
+            yield
+        except (GuestRefused, RequestError):
+            self._ledger.learn(slot, path, Fact.NOT_MOUNTED if done is Fact.MOUNTED else before)
+            raise
+        self._ledger.learn(slot, path, done)
 
+    def _refuse_force(self, slot: Slot, force: bool) -> None:
+        if force:
+            raise NotSupported("this guest's agent knows no force", vm=self._vm, slot=slot)
 
-def _settings(slot: Slot, config: MountConfig, guest_path: PurePosixPath, *, add: bool) -> dict[str, Any]:
-    """The settings of a MappedVirtualDisk, in GCS's order and without its zeros."""
-    settings = _nonzero(
-        {
-            "MountPath": str(guest_path),
-            "Lun": slot.lun,
-            "Controller": slot.controller,
-            "Partition": config.partition,
-            "ReadOnly": config.read_only,
-            "Encrypted": isinstance(config.encryption, ScratchKey),
-            "Options": list(config.options) if add else [],
-            "BlockDev": config.block_device,
-            "EnsureFilesystem": config.ensure_filesystem if add else False,
-            "Filesystem": config.filesystem if add else None,
-        }
-    )
-    if add and (extension := _extension(config)):
-        settings[messages.EXTENSION] = extension
-    return settings
-
-
-def _extension(config: MountConfig) -> dict[str, Any]:
-    extension: dict[str, Any] = {}
-    if isinstance(config.encryption, CallerKey):
-        if len(config.encryption.key) not in (32, 64):
-            raise InvalidRequest(
-                f"an encryption key of {len(config.encryption.key)} bytes", remedy="aes-xts takes 32 or 64"
+    def _need_our_agent(self, what: str, slot: Slot | None = None) -> None:
+        if self._client and not self.has_our_agent:
+            raise NotSupported(
+                f"this guest's agent cannot {what}", vm=self._vm, slot=slot, remedy="use utilityvm's guest image"
             )
-        extension["Key"] = base64.b64encode(config.encryption.key).decode()
-    if config.reformat:
-        extension["Reformat"] = True
-    if verity := config.verity:
-        extension["Verity"] = {
-            "RootHash": verity.root_hash.hex(),
-            "HashOffset": verity.hash_offset_bytes,
-            **({"DataBlocks": verity.data_blocks} if verity.data_blocks is not None else {}),
-            **({"Salt": verity.salt.hex()} if verity.salt is not None else {}),
-            **({"Algorithm": verity.algorithm} if verity.algorithm is not None else {}),
-            **({"BlockSize": verity.block_size_bytes} if verity.block_size_bytes is not None else {}),
-        }
-    return extension
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """What a request is about, for its error."""
+
+    slot: Slot
+    guest_path: PurePosixPath | None = None
+
+    def __str__(self) -> str:
+        return f"{self.slot} at {self.guest_path}" if self.guest_path else str(self.slot)

@@ -1,0 +1,119 @@
+"""What a guest that cannot be asked has mounted, as far as its answers tell.
+
+hcsshim's gcs has no question for it, and does harm when it is told the wrong thing: a second Add at a path makes it
+delete every file of the disk that is mounted there, a Remove of a disk that is gone never ends, and it ejects a
+disk that is mounted. So before a message is sent to it, this says whether it may be. Our own agent needs none of it.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from utilityvm.errors import GuestBusy, GuestPathInUse, GuestRefused, OutcomeUnknown
+from utilityvm.scsi.slot import Slot
+
+
+class Fact(StrEnum):
+    """What is known of a guest path."""
+
+    MOUNTED = "mounted"  # the guest said so
+    NOT_MOUNTED = "not mounted"  # the guest said so
+    UNKNOWN = "unknown"  # a message was sent and not answered
+
+
+class _Path(NamedTuple):
+    slot: Slot
+    fact: Fact
+
+
+class Ledger:
+    """The paths and slots of one guest."""
+
+    def __init__(self) -> None:
+        self._paths: dict[PurePosixPath, _Path] = {}
+        self._ejected: set[Slot] = set()
+
+    def fact(self, path: PurePosixPath) -> Fact:
+        """What is known of `path`."""
+        known = self._paths.get(path)
+        return known.fact if known else Fact.UNKNOWN
+
+    def before_mount(self, slot: Slot, path: PurePosixPath) -> None:
+        """May it be told to mount?
+
+        Raises:
+            GuestPathInUse: something is mounted there.
+            OutcomeUnknown: something may be; unmount it first.
+        """
+        known = self._paths.get(path)
+        if known and known.fact is Fact.MOUNTED:
+            raise GuestPathInUse(f"{path} holds the disk at {known.slot} already", slot=slot)
+        if known and known.fact is Fact.UNKNOWN:
+            raise OutcomeUnknown(
+                f"{path} may hold the disk at {known.slot}: this guest did not say, and cannot be asked",
+                slot=slot,
+                remedy="unmount it first",
+            )
+        self._ejected.discard(slot)
+
+    def before_unmount(self, slot: Slot, path: PurePosixPath) -> bool:
+        """May it be told to unmount? False: it need not be, for the disk is gone.
+
+        Raises:
+            GuestRefused: another disk is mounted there.
+        """
+        known = self._paths.get(path)
+        if known and known.fact is Fact.MOUNTED and known.slot != slot:
+            raise GuestRefused(f"{path} holds the disk at {known.slot}, not the one at {slot}", slot=slot)
+        is_there = known is not None and known.fact is not Fact.NOT_MOUNTED
+        return is_there or slot not in self._ejected
+
+    def before_eject(self, slot: Slot) -> None:
+        """May it be told to eject?
+
+        Raises:
+            GuestBusy: the disk is, or may be, mounted.
+        """
+        holders = [
+            f"{'mounted' if known.fact is Fact.MOUNTED else 'perhaps mounted'} at {path}"
+            for path, known in self._paths.items()
+            if known.slot == slot and known.fact is not Fact.NOT_MOUNTED
+        ]
+        if holders:
+            raise GuestBusy(f"{slot}: the disk is {', '.join(holders)}", holders=holders, slot=slot)
+
+    def learn(self, slot: Slot, path: PurePosixPath, fact: Fact) -> None:
+        """The outcome of a mount or an unmount."""
+        self._paths[path] = _Path(slot, fact)
+
+    def learn_ejected(self, slot: Slot) -> None:
+        """The guest let go of the disk."""
+        self._ejected.add(slot)
+        self._paths = {path: known for path, known in self._paths.items() if known.slot != slot}
+
+    def is_mounted(self, slot: Slot, path: PurePosixPath) -> bool:
+        """Is the disk mounted there?
+
+        Raises:
+            OutcomeUnknown: this guest never said.
+        """
+        known = self._paths.get(path)
+        if known and known.fact is not Fact.UNKNOWN:
+            return known.fact is Fact.MOUNTED and known.slot == slot
+        if slot in self._ejected:
+            return False
+        raise OutcomeUnknown(f"whether {path} holds the disk at {slot}, this guest cannot be asked", slot=slot)
+
+    def is_present(self, slot: Slot) -> bool:
+        """Does the guest have the device?
+
+        Raises:
+            OutcomeUnknown: this guest never said.
+        """
+        if slot in self._ejected:
+            return False
+        if any(known.slot == slot and known.fact is Fact.MOUNTED for known in self._paths.values()):
+            return True
+        raise OutcomeUnknown(f"whether it has a disk at {slot}, this guest cannot be asked", slot=slot)

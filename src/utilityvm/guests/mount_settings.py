@@ -1,0 +1,145 @@
+"""A mount as the bridge's messages say it, and what they cannot say."""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import PurePosixPath
+from typing import Any, Final
+
+from utilityvm.bridge import messages
+from utilityvm.errors import InvalidRequest, NotSupported
+from utilityvm.scsi.ports import CallerKey, MountConfig, ScratchKey
+from utilityvm.scsi.slot import Slot
+
+_KEY_BYTES: Final = (32, 64)
+_DEFAULT_FILESYSTEM: Final = "ext4"
+_MAX_PATH_BYTES: Final = 4095  # linux/limits.h, PATH_MAX with its NUL
+_MAX_NAME_BYTES: Final = 255
+_MAX_PARTITION: Final = 255
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SECTOR_BYTES: Final = 512
+
+
+def check_config(config: MountConfig) -> None:
+    """Refuse what is wrong by itself.
+
+    Raises:
+        InvalidRequest: names the value.
+    """
+    if not 0 <= config.partition <= _MAX_PARTITION:
+        raise InvalidRequest(f"partition {config.partition}", remedy="they count from 1; 0 is the whole disk")
+    for option in config.options:
+        if not option or any(sign in option for sign in "\0\n"):
+            raise InvalidRequest(f"{option!r} is no mount option")
+    if config.filesystem is not None and not _NAME.fullmatch(config.filesystem):
+        raise InvalidRequest(f"{config.filesystem!r} is no file system", remedy="name it as mount(8) does: ext4, xfs")
+    if config.ensure_filesystem and config.read_only:
+        raise InvalidRequest("a file system cannot be made on a read-only disk")
+    if config.reformat and not config.ensure_filesystem:
+        raise InvalidRequest("reformat without ensure_filesystem", remedy="set both")
+    if config.block_device and config.options:
+        raise InvalidRequest("a published device takes no mount options")
+    match config.encryption:
+        case CallerKey(key) if len(key) not in _KEY_BYTES:
+            raise InvalidRequest(f"an encryption key of {len(key)} bytes", remedy="aes-xts takes 32 or 64")
+    if verity := config.verity:
+        if not config.read_only:
+            raise InvalidRequest("dm-verity with a writable mount", remedy="mount it read-only")
+        if not verity.root_hash:
+            raise InvalidRequest("dm-verity without a root hash")
+        if verity.hash_offset_bytes <= 0 or verity.hash_offset_bytes % _SECTOR_BYTES:
+            raise InvalidRequest(
+                f"a hash tree at byte {verity.hash_offset_bytes}", remedy=f"it begins at a multiple of {_SECTOR_BYTES}"
+            )
+
+
+def check_path(guest_path: PurePosixPath) -> None:
+    """Refuse what is no place to mount at.
+
+    Raises:
+        InvalidRequest: it is relative, the root, has `..` in it, is too long, or is no text.
+    """
+    text = str(guest_path)
+    why = None
+    if not text.startswith("/") or text.startswith("//"):
+        why = "it must be absolute"
+    elif text == "/":
+        why = "the root cannot be mounted over"
+    elif ".." in guest_path.parts:
+        why = "it must be without .."
+    else:
+        try:
+            names = [part.encode() for part in guest_path.parts]
+        except UnicodeEncodeError:
+            why = "it is no text"
+        else:
+            if len(text.encode()) > _MAX_PATH_BYTES or any(len(name) > _MAX_NAME_BYTES for name in names):
+                why = f"at most {_MAX_PATH_BYTES} bytes, and {_MAX_NAME_BYTES} each name, are possible"
+            elif "\0" in text or "\n" in text:
+                why = "it holds a line's or a text's end"
+    if why:
+        raise InvalidRequest(f"the guest path {text!r}: {why}")
+
+
+def check_plain(config: MountConfig) -> None:
+    """Refuse what a guest that is not ours cannot be told.
+
+    Raises:
+        NotSupported: names it.
+    """
+    for is_wanted, what in (
+        (isinstance(config.encryption, CallerKey), "key of the caller's"),
+        (config.verity is not None, "dm-verity tree of the caller's"),
+        (config.reformat, "reformatting"),
+    ):
+        if is_wanted:
+            raise NotSupported(f"this guest's agent knows no {what}", remedy="use utilityvm's guest image")
+
+
+def disk_settings(slot: Slot, config: MountConfig, guest_path: PurePosixPath) -> dict[str, Any]:
+    """The settings of a MappedVirtualDisk, in GCS's order and without its zeros: for a mount, and for its unmount.
+
+    That an unmount repeats them all is as hcsshim's newest does it: without `Encrypted` its guest leaves the
+    encrypted mapping behind. Source: tests/vectors/gcs.json.
+    """
+    filesystem = config.filesystem or (_DEFAULT_FILESYSTEM if config.ensure_filesystem else None)
+    return nonzero(
+        MountPath=str(guest_path),
+        Lun=slot.lun,
+        Controller=slot.controller,
+        Partition=config.partition,
+        ReadOnly=config.read_only,
+        Encrypted=isinstance(config.encryption, ScratchKey),
+        Options=list(config.options),
+        BlockDev=config.block_device,
+        EnsureFilesystem=config.ensure_filesystem,
+        Filesystem=filesystem,
+    )
+
+
+def disk_extension(config: MountConfig) -> dict[str, Any]:
+    """What a mount needs that GCS has no word for; only for our agent. Holds the caller's key."""
+    extension: dict[str, Any] = {}
+    if isinstance(config.encryption, CallerKey):
+        extension["Key"] = base64.b64encode(config.encryption.key).decode()
+    if config.reformat:
+        extension["Reformat"] = True
+    if verity := config.verity:
+        optional = {
+            "DataBlocks": verity.data_blocks,
+            "Salt": None if verity.salt is None else verity.salt.hex(),
+            "Algorithm": verity.algorithm,
+            "BlockSize": verity.block_size_bytes,
+        }
+        extension["Verity"] = {
+            "RootHash": verity.root_hash.hex(),
+            "HashOffset": verity.hash_offset_bytes,
+            **{name: value for name, value in optional.items() if value is not None},
+        }
+    return {messages.EXTENSION: extension} if extension else {}
+
+
+def nonzero(**fields: Any) -> dict[str, Any]:
+    """The fields that are not zero, empty, false or None, as Go's omitempty."""
+    return {name: value for name, value in fields.items() if value}
