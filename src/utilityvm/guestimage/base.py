@@ -78,10 +78,11 @@ def compile_ahead(root: Path, arch: Architecture, folder: Path) -> None:
     libraries = [root / "lib" / loader.parent.name, root / "usr/lib" / loader.parent.name]
     python = root / "usr/bin" / library(root).name
     command: list[str | Path] = [loader, "--library-path", ":".join(map(str, libraries)), python]
+    # -B: what it imports itself would be cached by time, be taken for done, and be stale in the guest.
     # Unchecked: nobody edits a source on a read-only disk, so none need be looked at.
-    command += ["-I", "-S", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash"]
+    command += ["-B", "-S", "-s", "-P", "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash"]
     command += ["-s", root, "-p", "/", folder]
-    run(command, env={"PATH": "/usr/bin:/bin"})
+    run(command, env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"})
 
 
 def _fetch(folder: Path, *, arch: Architecture, suite: str) -> None:

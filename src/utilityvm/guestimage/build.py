@@ -233,7 +233,10 @@ def _make_image(base_folder: Path, folder: Path, *, arch: Architecture, suite: s
         path.write_bytes(data)
     base.compile_ahead(root, arch, library / "utilityvm")
     report("writing the initramfs", 0.88)
-    modules = initramfs.in_load_order(recipe.BOOT_MODULES, initramfs.module_files(base.modules(root)))
+    tree = base.modules(root)
+    modules = initramfs.in_load_order(
+        recipe.BOOT_MODULES, initramfs.module_files(tree), initramfs.builtin_modules(tree)
+    )
     # -I -S: nothing but the standard library; -B: a cache of bytecode would be memory, and it is all compiled.
     script = recipe.init_script(modules, agent=f"/usr/bin/{library.name} -I -S -B -m utilityvm.agent")
     archive = initramfs.build(busybox=base.busybox(root).read_bytes(), modules=modules, script=script)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable, Mapping
+import lzma
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 from utilityvm.errors import SetupError
@@ -24,8 +25,6 @@ def module_bytes(path: Path) -> bytes:
     if path.suffix == ".ko":
         return data
     if path.suffix == ".xz":
-        import lzma  # rarely needed: Debian 13 packs its modules
-
         return lzma.decompress(data)
     if path.suffix == ".gz":
         return gzip.decompress(data)
@@ -41,13 +40,25 @@ def _depends(data: bytes) -> list[str]:
     return [name.replace("-", "_") for name in text.split(",") if name]
 
 
-def in_load_order(wanted: Iterable[str], files: Mapping[str, Path]) -> dict[str, bytes]:
-    """The modules and all that they depend on, each after what it needs. Those built into the kernel are left out."""
+def builtin_modules(tree: Path) -> frozenset[str]:
+    """What is in the kernel itself, of the kernel whose modules are in `tree`."""
+    paths = (tree / "modules.builtin").read_text().split()
+    return frozenset(path.rpartition("/")[2].removesuffix(".ko").replace("-", "_") for path in paths)
+
+
+def in_load_order(wanted: Iterable[str], files: Mapping[str, Path], builtin: Container[str]) -> dict[str, bytes]:
+    """The modules and all that they depend on, each after what it needs. Those built into the kernel are left out.
+
+    Raises:
+        SetupError: the kernel has no such module.
+    """
     ordered: dict[str, bytes] = {}
 
     def visit(name: str) -> None:
-        if name in ordered or name not in files:
+        if name in ordered or name in builtin:
             return
+        if name not in files:
+            raise SetupError(f"this kernel has no module {name}", remedy="report this, with the version of the kernel")
         data = module_bytes(files[name])
         for needed in _depends(data):
             visit(needed)
