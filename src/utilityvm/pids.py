@@ -25,6 +25,21 @@ def is_running(pid: int, started: str) -> bool:
     return started_at(pid) == started
 
 
+def process_with_word(word: str) -> tuple[int, str] | None:
+    """The process that has `word` on its command line, as pid and start time; None if there is none."""
+    wanted = word.encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it ended, or is not ours to look at
+        if wanted in words and (started := started_at(int(entry.name))) is not None:
+            return int(entry.name), started
+    return None
+
+
 def own_start() -> str:
     """The start time of this process."""
     return started_at(os.getpid()) or ""

@@ -35,9 +35,10 @@ from utilityvm.guestimage.build import find as find_image
 from utilityvm.guests.bridge_guest import BridgeGuest, CommandResult, OutputSink
 from utilityvm.hostpath import HostPath, absolute, identity_of
 from utilityvm.hosts.qemu import QemuHost, QemuProcess, launch
+from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.log import logger
 from utilityvm.mounts import SCSIMount
-from utilityvm.pids import is_running, own_start
+from utilityvm.pids import is_running, own_start, process_with_word
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S, MountView, ScsiEvent, ScsiManager, SlotView
 from utilityvm.scsi.ports import CallerKey, DiskFormat, DiskRecord, Holder, ScratchKey, Verity, VMAccess
 from utilityvm.scsi.reservation import Reservation
@@ -49,6 +50,7 @@ from utilityvm.store.recover import open_store
 BOOT_S: Final = 120.0  # KVM needs one second, an emulated processor on a busy machine a good part of a minute
 SHUTDOWN_S: Final = 15.0
 CONNECT_S: Final = 10.0
+SETTLE_S: Final = 3.0
 ROOT_SLOT: Final = Slot(0, 0)
 _CONSOLE_LINES: Final = 20
 _TELLING: Final = ("utilityvm:", "Kernel panic", "error", "Error")  # what a line has in it that says why
@@ -506,7 +508,8 @@ class UtilityVM:
     async def close(self) -> None:
         """Let go of the VM: with `keep` it runs on, and can be opened by whoever comes next; without, it is stopped.
 
-        Work that goes on in the background is waited for. Closed before is done.
+        Work that goes on in the background is waited for, for some seconds; the next owner goes on with the rest of it.
+        Closed before is done.
         """
         if not self.config.keep or self._ended is not None:
             await self.stop()
@@ -514,11 +517,14 @@ class UtilityVM:
         async with self._ending:
             if self._is_closed:
                 return
-            await self.scsi.settle()
             self._is_closed = True
             self._ended = VMNotRunning(f"VM {self.name} was closed here", vm=self.name, remedy="open it again")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SETTLE_S):
+                    await self.scsi.settle()
             await self._guest.close()
             await self._host.close()
+            await self.scsi.settle()  # at once: what was under way has lost its connection, and the journal says so
             self._ownership.release()
             self._store.close()
 
@@ -606,6 +612,16 @@ def _not_running(record: StoredVM) -> VMNotRunning:
     return VMNotRunning(f"VM {record.name} {what}: its QEMU does not run", vm=record.name, remedy=remedy)
 
 
+async def _kill(pid: int, started: str) -> None:
+    try:
+        watch = Watch(pid, started)
+    except VMGone:
+        return
+    watch.kill()
+    await watch.wait(timeout_s=CONNECT_S)
+    watch.close()
+
+
 def _process_of(record: StoredVM) -> QemuProcess:
     try:
         return QemuProcess.from_json(record.process or {})
@@ -635,6 +651,9 @@ async def _clear(record: StoredVM, store: Store) -> None:
     """Remove what is left of a VM: its process if there is one, its runtime folder's files, its record."""
     if record.process is not None:
         await launch.destroy(_process_of(record))
+    elif (found := process_with_word(record.uuid)) is not None:
+        # Its starter died before it could write down the process. Nobody else has this UUID on its command line.
+        await _kill(*found)
     folder = paths.vm_dir(record.name)
     launch.clean(folder)
     _remove_record(folder)

@@ -16,6 +16,7 @@ import pytest
 
 from utilityvm import paths as places
 from utilityvm.guestimage.build import GuestImage
+from utilityvm.pids import is_running, process_with_word
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.store import Store
 from utilityvm.testing.images import ext4_image, read_file
@@ -192,6 +193,39 @@ async def test_without_keep_ctrl_c_ends_the_vm(guest_image: GuestImage) -> None:
     assert not places.vm_dir("short").exists()
     with Store.open() as store:
         assert store.find("short") is None
+
+
+async def start_until_qemu_runs(name: str) -> asyncio.subprocess.Process:
+    process = await asyncio.create_subprocess_exec(*COMMAND, "--debug", "start", name, stderr=asyncio.subprocess.PIPE)
+    assert process.stderr is not None
+    while b"started QEMU" not in (line := await process.stderr.readline()):
+        assert line, "it ended before QEMU ran"
+    return process
+
+
+async def test_ctrl_c_while_it_boots_leaves_nothing(guest_image: GuestImage) -> None:
+    process = await start_until_qemu_runs("early")
+    process.send_signal(signal.SIGINT)
+    await process.communicate()
+    assert process.returncode == 130
+    assert not places.vm_dir("early").exists()
+    with Store.open() as store:
+        assert store.find("early") is None
+
+
+async def test_a_start_that_is_killed_can_be_done_again(guest_image: GuestImage, uvm: Uvm) -> None:
+    process = await start_until_qemu_runs("cut")
+    process.kill()
+    await process.communicate()
+    with Store.open() as store:
+        first = store.get("cut")
+        store.db.execute("UPDATE vms SET process = NULL WHERE id = ?", (first.id,))  # if it came to write that
+    left = process_with_word(first.uuid)
+    assert left is not None
+    assert [row[1] for row in fields(uvm("ps")) if row[0] == "cut"] == ["dead"]
+    assert uvm("start", "cut").returncode == 0
+    assert not is_running(*left)
+    assert uvm("stop", "cut").returncode == 0
 
 
 async def test_without_keep_a_killed_command_takes_the_vm_along(guest_image: GuestImage, uvm: Uvm) -> None:

@@ -15,6 +15,7 @@ from utilityvm import (
     GENERATED,
     AlreadyReleased,
     ConfigDiffers,
+    DeadlineExceeded,
     DiskInUse,
     DiskSpec,
     GuestBusy,
@@ -23,6 +24,7 @@ from utilityvm import (
     NotAttached,
     SCSIMount,
     UtilityVM,
+    UtilityVMError,
     VMConfig,
     VMExists,
     VMGone,
@@ -32,6 +34,7 @@ from utilityvm import (
 )
 from utilityvm import paths as places
 from utilityvm.guestimage.build import GuestImage
+from utilityvm.hosts.qemu import QemuHost
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.scsi.slot import Slot
 from utilityvm.store import Store, VMState
@@ -242,3 +245,44 @@ async def test_a_writable_disk_is_in_one_vm_at_a_time(
     ):
         assert there.read_only
         assert here.read_only
+
+
+async def test_a_guest_that_hangs_costs_its_caller_alone(
+    vm_booted: UtilityVM, start: Start, disk: Path, tmp_path: Path
+) -> None:
+    other_disk = ext4_image(tmp_path / "other.raw", {"greeting": "still here\n"})
+    other = await start("lively")
+    await vm_booted._host.pause()
+    try:
+        with pytest.raises(DeadlineExceeded):
+            await vm_booted.add_scsi(disk, "/data", timeout_s=0.3)
+        with pytest.raises(DeadlineExceeded):
+            await vm_booted.run(["true"], timeout_s=0.3)
+        attached = await vm_booted.add_scsi(other_disk, read_only=True)  # the host needs no guest for that
+        async with await other.add_scsi(other_disk, "/data", read_only=True):
+            assert await output(other, "cat /data/greeting") == "still here\n"
+    finally:
+        await vm_booted._host.resume()
+    await attached.release()
+    await vm_booted.scsi.settle()
+    assert not vm_booted.scsi_slots()
+
+
+async def test_closed_in_the_middle_of_work_the_next_owner_ends_it(
+    start: Start, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utilityvm.vm.SETTLE_S", 0.1)
+    first = await start("handed", keep=True)
+    await first._host.pause()
+    adding = asyncio.create_task(first.add_scsi(disk, "/data"))
+    while not first.scsi_slots():
+        await asyncio.sleep(0)
+    await first.close()
+    with pytest.raises(UtilityVMError):
+        await adding
+    host = await QemuHost.connect(first.process)
+    await host.resume()
+    await host.close()
+    second = await UtilityVM.open("handed")
+    assert not second.scsi_slots()
+    await second.stop()

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import asyncio
 
     from utilityvm.config import VMConfig
+    from utilityvm.store import StoredVM
+    from utilityvm.store.ownership import Owner
     from utilityvm.vm import UtilityVM
 
 BOOT_S = 120.0
@@ -113,7 +115,7 @@ def ps_command(as_json: bool) -> None:
             [
                 {
                     "name": vm.name,
-                    "state": vm.seen_state,
+                    "state": _state(vm, owner),
                     "pid": vm.pid if vm.is_alive() else None,
                     "uuid": vm.uuid,
                     "memory_mib": vm.config.get("memory_mib"),
@@ -134,7 +136,7 @@ def ps_command(as_json: bool) -> None:
         [
             (
                 vm.name,
-                vm.seen_state,
+                _state(vm, owner),
                 vm.pid if vm.is_alive() else None,
                 vm.config.get("memory_mib"),
                 vm.config.get("cpus"),
@@ -145,6 +147,14 @@ def ps_command(as_json: bool) -> None:
             for vm, disks, owner in vms
         ],
     )
+
+
+def _state(vm: StoredVM, owner: Owner | None) -> str:
+    """The VM's state as it is: one that was being started or stopped by a process that died is dead."""
+    from utilityvm.store import VMState
+
+    is_left = vm.state in (VMState.STARTING, VMState.STOPPING) and owner is None and not vm.is_alive()
+    return VMState.DEAD if is_left else vm.seen_state
 
 
 @click.command("stop")

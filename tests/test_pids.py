@@ -1,0 +1,37 @@
+"""A pid with its start time names one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+
+from utilityvm import pids
+
+
+def test_this_process_runs_and_knows_itself() -> None:
+    assert pids.is_running(os.getpid(), pids.own_start())
+    assert not pids.is_running(os.getpid(), "1")
+    assert "pytest" in pids.own_command()
+
+
+def test_a_zombie_does_not_run() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        started = pids.started_at(process.pid)
+        assert started is not None
+        assert pids.is_running(process.pid, started)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has reaped it
+        assert not pids.is_running(process.pid, started)
+
+
+def test_a_process_is_found_by_a_word_of_its_command_line() -> None:
+    word = str(uuid.uuid4())
+    assert pids.process_with_word(word) is None
+    with subprocess.Popen([sys.executable, "-c", "print(flush=True); input()", word], stdin=-1, stdout=-1) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert pids.process_with_word(word) == (process.pid, pids.started_at(process.pid))
+        assert pids.process_with_word(word[:-1]) is None  # a whole word, not a part of one
+        process.kill()
