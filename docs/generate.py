@@ -105,9 +105,8 @@ def api() -> str:
 def commands(command: click.Command, context: click.Context) -> Iterator[str]:
     usage = command.get_usage(context).removeprefix("Usage: ")
     yield f"## `{context.command_path}`\n\n```\n{usage}\n```\n\n{inspect.cleandoc(command.help or '')}\n"
-    options = [
-        record for parameter in command.get_params(context) if (record := parameter.get_help_record(context)) is not None
-    ]
+    records = (parameter.get_help_record(context) for parameter in command.get_params(context))
+    options = [record for record in records if record is not None]
     if options:
         yield "\n".join(f"- `{name}`: {text}" for name, text in options) + "\n"
     if isinstance(command, click.Group):

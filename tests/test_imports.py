@@ -29,8 +29,35 @@ MAY: dict[str, set[str]] = {
     "hostpath": set(),
     "config": {"hostpath", "scsi", "hosts", "guestimage"},  # what callers ask for
     "mounts": {"scsi", "vm"},  # the VM only for a type
-    "vm": {"config", "hostpath", "mounts", "scsi", "hosts", "guests", "guestimage", "store", "paths", "pids", "process", "diskimage"},
-    "cli": {"vm", "config", "hostpath", "scsi", "hosts", "guests", "guestimage", "store", "paths", "pids", "process", "diskimage", ""},
+    "vm": {
+        "config",
+        "hostpath",
+        "mounts",
+        "scsi",
+        "hosts",
+        "guests",
+        "guestimage",
+        "store",
+        "paths",
+        "pids",
+        "process",
+        "diskimage",
+    },
+    "cli": {
+        "vm",
+        "config",
+        "hostpath",
+        "scsi",
+        "hosts",
+        "guests",
+        "guestimage",
+        "store",
+        "paths",
+        "pids",
+        "process",
+        "diskimage",
+        "",
+    },
     "testing": {"scsi", "process", "hosts"},
     "": {"vm", "config", "mounts", "scsi", "guests", "hosts", "store"},  # the package itself: the public names
 }

@@ -1,8 +1,8 @@
 """Runs every order of a set of coroutines' steps, one order a run, the same each time.
 
 Steps register with the scheduler and wait. When nothing else can run, the scheduler chooses: which step is answered,
-and how, or which caller is cancelled. A run follows a list of choices and takes the first one beyond its end; the next run
-differs from it in the last choice that has another left. So the tree of all orders is walked depth first, without
+and how, or which caller is cancelled. A run follows a list of choices and takes the first one beyond its end; the next
+run differs from it in the last choice that has another left. So the tree of all orders is walked depth first, without
 keeping it.
 """
 
@@ -29,7 +29,10 @@ class StepLoop(asyncio.AbstractEventLoop):
         self._ready: deque[asyncio.Handle] = deque()
         self.failures: list[str] = []
 
-    def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> asyncio.Handle:
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        # Tasks are the only callers.
         handle = asyncio.Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle

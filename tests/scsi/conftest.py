@@ -4,8 +4,8 @@ import os
 from typing import Any
 
 import pytest
-from scsi_bench import Bench
 
+from scsi_bench import Bench
 from utilityvm.scsi import transitions
 
 

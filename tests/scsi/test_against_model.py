@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-from explore import Budget, Run
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from scsi_bench import Bench
 
+from explore import Budget, Run
+from scsi_bench import Bench
 from utilityvm.errors import (
     AlreadyReleased,
     ConfigDiffers,
@@ -80,7 +80,7 @@ class Model(RuleBasedStateMachine):
     @rule(data=st.data(), step=st.sampled_from(["unmount", "eject", "detach"]), how=st.sampled_from([None, *Break]))
     def release(self, data: st.DataObject, step: str, how: Break | None) -> None:
         id = data.draw(st.sampled_from(sorted(self.held)))
-        held, disk, path = self.held[id]
+        held = self.held[id][0]
         if how:
             self.bench.world.fail_next(step, how)
         try:

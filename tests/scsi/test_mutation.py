@@ -1,4 +1,4 @@
-"""Every row of the state tables is needed: without it a test of the manager fails. The tables' own tests do not count."""
+"""Every row of the state tables is needed: without it a test of the manager fails, the tables' own left aside."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Finds the device of a disk by where it sits: the controller's PCI address, and the LUN. Never by its name.
 
-A disk that was just attached comes in steps: the sysfs entry is there before the device answers (opening it says ENXIO),
-and a partition comes later still. Each wait is for the kernel's own events, with a deadline; opening proves the device.
-Should an event be lost (the controller's event queue is short), a scan of that one LUN finds what is there.
+A disk that was just attached comes in steps: the sysfs entry is there before the device answers (opening it says
+ENXIO), and a partition comes later still. Each wait is for the kernel's own events, with a deadline; opening proves
+the device. Should an event be lost (the controller's event queue is short), a scan of that one LUN finds what is there.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def until(look: Callable[[], _T | None], *, deadline: float, what: str, nudge: C
 class Bus:
     """The SCSI controllers, by index, each known by its PCI address.
 
-    Paths are strings and folders are listed, not matched: this is the way of every mount, and Python's path objects would
-    be half of its time.
+    Paths are strings and folders are listed, not matched: this is the way of every mount, and Python's path objects
+    would be half of its time.
     """
 
     def __init__(self, controllers: list[str], *, sysfs: str = "/sys", dev: str = "/dev") -> None:

@@ -91,7 +91,7 @@ def words(options: Sequence[str], *, read_only: bool) -> Words:
     flags = MS_RDONLY if read_only else 0
     propagation: list[int] = []
     data: list[str] = []
-    for option in (part for option in options for part in option.split(",")):
+    for option in (part for words_given in options for part in words_given.split(",")):
         if option in _FLAGS:
             add, drop = _FLAGS[option]
             if read_only and drop & MS_RDONLY:

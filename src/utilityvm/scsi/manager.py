@@ -225,8 +225,9 @@ class ScsiManager:
         if not self._free.capacity:
             raise NoControllers("the VM has no SCSI controller", vm=self._vm, remedy="start it with 1 to 4 controllers")
         self._guest.check(None, mount)
+        limit = asyncio.timeout(timeout_s)
         try:
-            async with asyncio.timeout(timeout_s) as limit:
+            async with limit:
                 opened = await self._host.open(request)
                 try:
                     self._check_open()
@@ -279,8 +280,9 @@ class ScsiManager:
         self._begin_release(claim)
         if claim.id not in self._claims:
             return  # others hold on to all of it
+        limit = asyncio.timeout(timeout_s)
         try:
-            async with asyncio.timeout(timeout_s) as limit:
+            async with limit:
                 await self._until_settled(claim)
         except TimeoutError:
             if not limit.expired():
@@ -695,8 +697,8 @@ class ScsiManager:
                 disk.close_opened()
             self._settle_claims(disk)
             self._flush_outcomes()
-            for claim, error in failed:
-                _tell(claim, error)
+            for claim, why in failed:
+                _tell(claim, why)
 
     def _settle_claims(self, disk: Disk) -> None:
         settled = [
