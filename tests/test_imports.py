@@ -24,6 +24,7 @@ MAY: dict[str, set[str]] = {
     "diskimage": {"scsi"},
     "guestimage": {"paths", "process"},
     "guests": {"bridge", "scsi"},
+    "hcs": {"hosts"},  # the public name of hosts/hcs
     "hosts": {"scsi", "diskimage", "paths", "pids", "process", "bridge"},
     "store": {"scsi", "paths", "pids"},
     "hostpath": set(),
@@ -58,7 +59,7 @@ MAY: dict[str, set[str]] = {
         "diskimage",
         "",
     },
-    "testing": {"scsi", "process", "hosts"},
+    "testing": {"scsi", "process", "hosts", "bridge", "agent", "guests"},
     "": {"vm", "config", "mounts", "scsi", "guests", "hosts", "store"},  # the package itself: the public names
 }
 STANDARD_LIBRARY_ONLY = {"agent", "bridge"}  # they run in the guest, which has nothing else
