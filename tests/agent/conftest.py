@@ -5,8 +5,8 @@ from collections.abc import Generator
 
 import pytest
 
-from utilityvm.testing.guest_end import AgentThread, FakeDisks
-from utilityvm.testing.raw_host import RawHost
+from guest_end import AgentThread, FakeDisks
+from raw_host import RawHost
 
 
 @pytest.fixture

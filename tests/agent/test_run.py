@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from guest_end import AgentThread
+from raw_host import RawHost
 from utilityvm.agent import run
 from utilityvm.bridge import messages
-from utilityvm.testing.guest_end import AgentThread
-from utilityvm.testing.raw_host import RawHost
 
 WINDOW = messages.OUTPUT_WINDOW_BYTES
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from guest_end import AgentThread, FakeDisks
+from raw_host import RawHost
 from utilityvm.agent import serve
 from utilityvm.bridge import messages
 from utilityvm.bridge.frame import Decoder, encode, host_json
-from utilityvm.testing.guest_end import AgentThread, FakeDisks
-from utilityvm.testing.raw_host import RawHost
 
 VECTORS = json.loads((Path(__file__).parent.parent / "vectors/gcs.json").read_text())
 BY_NAME: dict[str, dict[str, Any]] = {message["name"]: message for message in VECTORS["messages"]}

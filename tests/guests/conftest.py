@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from guest_end import AgentThread, FakeDisks, FakeSerialPort
 from utilityvm.guests.bridge_guest import BridgeGuest
-from utilityvm.testing.guest_end import AgentThread, FakeDisks, FakeSerialPort
 
 StartAgent = Callable[[], Awaitable[AgentThread]]
 

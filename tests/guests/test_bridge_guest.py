@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from guest_end import AgentThread, FakeDisks, FakeSerialPort
 from utilityvm.errors import (
     DeadlineExceeded,
     GuestBusy,
@@ -25,7 +26,6 @@ from utilityvm.guests import bridge_client
 from utilityvm.guests.bridge_guest import BridgeGuest, CommandResult
 from utilityvm.scsi.ports import CallerKey, GuestBackend, MountConfig, ScratchKey, Verity
 from utilityvm.scsi.slot import Slot
-from utilityvm.testing.guest_end import AgentThread, FakeDisks, FakeSerialPort
 
 StartAgent = Callable[[], Awaitable[AgentThread]]
 

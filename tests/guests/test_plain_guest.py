@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 import pytest_asyncio
 
+from fake_gcs import FakeGcs
 from utilityvm.errors import (
     DeadlineExceeded,
     GuestBusy,
@@ -22,7 +23,6 @@ from utilityvm.errors import (
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.scsi.ports import CallerKey, MountConfig, ScratchKey, Verity
 from utilityvm.scsi.slot import Slot
-from utilityvm.testing.fake_gcs import FakeGcs
 
 SLOT, OTHER = Slot(0, 1), Slot(1, 2)
 PATH = PurePosixPath("/run/mounts/scsi/m0")

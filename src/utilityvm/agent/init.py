@@ -14,7 +14,6 @@ import socket
 import struct
 import sys
 import time
-from pathlib import Path
 from typing import Final, NoReturn
 
 from utilityvm.agent import power
@@ -69,7 +68,8 @@ def _prepare() -> None:
         if not os.path.lexists(f"/dev/{name}"):
             os.symlink(link, f"/dev/{name}")
     try:
-        socket.sethostname(Path("/etc/hostname").read_text().strip() or "utilityvm")
+        with open("/etc/hostname") as file:
+            socket.sethostname(file.read().strip() or "utilityvm")
         _raise_loopback()
     except OSError as error:
         _say(f"the network is not as it should be: {error}")
@@ -128,10 +128,9 @@ def _serve() -> NoReturn:
 
 
 def _controllers() -> list[str]:
-    for word in Path("/proc/cmdline").read_text().split():
-        if word.startswith("utilityvm.scsi="):
-            return word.partition("=")[2].split(",")
-    return []
+    with open("/proc/cmdline") as file:
+        words = file.read().split()
+    return [name for word in words if word.startswith("utilityvm.scsi=") for name in word.partition("=")[2].split(",")]
 
 
 def _say(text: str) -> None:

@@ -16,7 +16,6 @@ import os
 import select
 import threading
 import time
-from pathlib import Path
 from typing import Final
 
 PORT_NAME: Final = "org.utilityvm.bridge"
@@ -25,7 +24,9 @@ _LOOK_AGAIN_S: Final = 0.02
 _WRITE_LOOK_MS: Final = 1000
 
 
-def find_port(name: str = PORT_NAME, *, timeout_s: float, sysfs: Path = Path("/sys"), dev: Path = Path("/dev")) -> Path:
+def find_port(
+    name: str = PORT_NAME, *, timeout_s: float, ports: str = "/sys/class/virtio-ports", dev: str = "/dev"
+) -> str:
     """The device of the port called `name`. The driver makes it soon after it finds its controller: it is waited for.
 
     Raises:
@@ -33,9 +34,14 @@ def find_port(name: str = PORT_NAME, *, timeout_s: float, sysfs: Path = Path("/s
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        for entry in (sysfs / "class/virtio-ports").glob("*/name"):
-            if entry.read_text().strip() == name:
-                return dev / entry.parent.name
+        for entry in os.listdir(ports) if os.path.isdir(ports) else ():
+            try:
+                with open(f"{ports}/{entry}/name") as file:
+                    found = file.read().strip()
+            except OSError:
+                continue  # a port without a name
+            if found == name and os.path.exists(f"{dev}/{entry}"):
+                return f"{dev}/{entry}"
         if time.monotonic() >= deadline:
             raise FileNotFoundError(f"no virtio-serial port {name}")
         time.sleep(_LOOK_AGAIN_S)
