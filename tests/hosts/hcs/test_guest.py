@@ -128,10 +128,28 @@ async def test_a_windows_guest_is_not_told_to_eject() -> None:
     assert not await guest.probe_device(SLOT, **SOON)
 
 
-async def test_a_windows_guest_knows_paths_on_drives() -> None:
+@pytest.mark.parametrize(
+    ("path", "known_as"),
+    [
+        ("/run/mounts/scsi/0_2_0", "C:\\mounts\\scsi\\0_2_0"),
+        ("/data", "C:\\data"),
+        ("/D:/data", "D:\\data"),
+    ],
+)
+async def test_a_windows_guest_knows_paths_on_drives(path: str, known_as: str) -> None:
     world = world_with(GuestOS.WINDOWS)
-    await mount(HcsGuest(world, GuestOS.WINDOWS), path=PurePosixPath("/run/mounts/scsi/0_2_0"))
-    assert list(world.mounts) == ["C:\\run\\mounts\\scsi\\0_2_0"]
+    await mount(HcsGuest(world, GuestOS.WINDOWS), path=PurePosixPath(path))
+    assert list(world.mounts) == [known_as]
+
+
+async def test_a_path_in_a_windows_guest_has_many_spellings() -> None:
+    world = world_with(GuestOS.WINDOWS)
+    guest = HcsGuest(world, GuestOS.WINDOWS)
+    await mount(guest, path=PurePosixPath("/Data"))
+    for other in ("/data", "/c:/DATA"):
+        with pytest.raises(GuestPathInUse, match="/Data"):
+            await mount(guest, Slot(0, 3), path=PurePosixPath(other))
+    assert len(world.sent) == 1
 
 
 async def test_a_windows_scratch_disk_is_formatted_with_refs_when_all_of_it_is_asked_for() -> None:

@@ -120,6 +120,59 @@ async def test_every_type_of_disk_is_sent_as_todays_manager_sends_it() -> None:
     assert vm.is_as_before()
 
 
+REFS = MountConfig(filesystem="refs", ensure_filesystem=True, reformat=True)
+XFS = MountConfig(encryption=ScratchKey(), ensure_filesystem=True, filesystem="xfs")
+
+# The recorded sequences of hcsshim's controller in which nothing fails: what is added, and how it is released.
+SEQUENCES: dict[tuple[str, str], tuple[list[dict[str, Any]], list[int]]] = {
+    ("map_unmap_plain", "linux"): ([{}], [0]),
+    ("map_unmap_partition_readonly", "linux"): ([{"mount": MountConfig(partition=2, read_only=True)}], [0]),
+    ("map_unmap_encrypted_xfs", "linux"): ([{"mount": XFS}], [0]),
+    ("map_unmap_options", "linux"): ([{"mount": MountConfig(options=("rshared", "noatime"))}], [0]),
+    ("map_unmap_block_dev", "linux"): ([{"mount": MountConfig(partition=1, block_device=True)}], [0]),
+    ("shared_and_partitions", "linux"): (
+        [{"path": "a", "mount": MountConfig(partition=number)} for number in (1, 1, 2)],
+        [0, 2, 1],
+    ),
+    ("types", "linux"): (
+        [
+            {"path": "\\\\.\\PHYSICALDRIVE2", "read_only": True, "kind": AttachmentType.PASS_THRU},
+            {"path": "evd://space/mnt/x", "kind": AttachmentType.EXTENSIBLE_VIRTUAL_DISK},
+        ],
+        [0, 1],
+    ),
+    ("map_unmap_plain", "windows"): ([{}], [0]),
+    ("map_unmap_format_with_refs", "windows"): ([{"mount": REFS}], [0]),
+    ("types", "windows"): (
+        [
+            {"path": "\\\\.\\PHYSICALDRIVE2", "read_only": True, "kind": AttachmentType.PASS_THRU},
+            {"path": "evd://space/mnt/x", "kind": AttachmentType.EXTENSIBLE_VIRTUAL_DISK},
+        ],
+        [0, 1],
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "os"), SEQUENCES, ids=" ".join)
+async def test_the_controllers_sequences_are_byte_for_byte(name: str, os: str) -> None:
+    found = next(each for each in HEAD["controller"]["sequences"] if (each["name"], each["os"]) == (name, os))
+    expected = [(sent["to"], sent["json"]) for step in found["steps"] for sent in step["sent"]]
+    disks, order = SEQUENCES[name, os]
+    vm = VM(GuestOS(os))
+    reservations = []
+    for disk in disks:
+        # The recording has the relative path "a", which ours refuses: HCS would look for it in its own folder.
+        options = {**disk, "path": A} if disk.get("path") == "a" else disk
+        reservations.append(await vm.add(**options))
+    for number in order:
+        await vm.manager.release(reservations[number])
+    sent = vm.sent
+    if disks[0].get("path") == "a":
+        sent = [document.replace('"C:\\\\a.vhdx"', '"a"') for document in sent]
+    assert sent == [document if to == "hcs" else f'{{"GuestRequest":{document}}}' for to, document in expected]
+    assert vm.is_as_before()
+
+
 async def test_one_file_by_another_spelling_is_one_attachment() -> None:
     vm = VM()
     first = await vm.add()

@@ -163,7 +163,7 @@ class LocalDisks:
         except (OSError, ValueError) as error:
             raise _cannot_open(path, error) from error
         if status.st_ino:
-            return f"file:{status.st_dev:x}:{status.st_ino:x}"
+            return f"file:{status.st_dev}:{status.st_ino}"
         return f"path:{winpath.same_file_key(path)}"
 
     def read(self, request: DiskRequest) -> DiskFacts:

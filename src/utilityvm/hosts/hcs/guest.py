@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import PurePosixPath
+from typing import Final
 
 from utilityvm.errors import (
     GuestBusy,
@@ -44,10 +45,12 @@ from utilityvm.hosts.hcs.documents import (
     unmount_request,
 )
 from utilityvm.hosts.hcs.system import ComputeSystem, HcsRefused, Operation
+from utilityvm.scsi.mount import GENERATED_BELOW
 from utilityvm.scsi.ports import DiskRecord, MountConfig, MountRecord, ScratchKey
 from utilityvm.scsi.slot import Slot
 
-REFS = "refs"
+REFS: Final = "refs"
+WINDOWS_BELOW: Final = PurePosixPath("/C:/mounts/scsi")
 
 
 class _State(StrEnum):
@@ -61,6 +64,7 @@ class _Mount:
     """What the guest may have at a guest path."""
 
     slot: Slot
+    guest_path: PurePosixPath
     state: _State = _State.MOUNTING
     pending: Operation | None = None
 
@@ -87,7 +91,7 @@ class HcsGuest:
         self._system = system
         self._os = os
         self._is_read_only = is_read_only
-        self._mounts: dict[PurePosixPath, _Mount] = {}
+        self._mounts: dict[str, _Mount] = {}  # by the guest path, in the one form in which this guest knows it
         self._ejects: dict[Slot, _Eject] = {}
 
     def adopt(self, disks: Iterable[DiskRecord], mounts: Iterable[MountRecord]) -> None:
@@ -100,7 +104,7 @@ class HcsGuest:
             if mount.state in ("reserved", "unmounted") or mount.attachment not in slots:
                 continue
             state = _State.MOUNTED if mount.state == "mounted" else _State.UNMOUNTING
-            self._mounts[mount.guest_path] = _Mount(slots[mount.attachment], state)
+            self._mounts[self._key(mount.guest_path)] = _Mount(slots[mount.attachment], mount.guest_path, state)
 
     def check(self, slot: Slot | None, config: MountConfig | None) -> None:
         """Refuse what this guest cannot be told. See `GuestBackend.check`."""
@@ -122,22 +126,25 @@ class HcsGuest:
                 slot=slot,
                 remedy="attach the disk read-only",
             )
-        if there := self._mounts.get(guest_path):
+        key = self._key(guest_path)
+        if there := self._mounts.get(key):
             if there.slot == slot and there.state is _State.MOUNTED:
                 return
             kind = WrongState if there.state is not _State.MOUNTED else GuestPathInUse
             raise kind(
-                f"guest path {guest_path} is {there.state} with the disk at {there.slot}", vm=self._system.id, slot=slot
+                f"guest path {there.guest_path} is {there.state} with the disk at {there.slot}",
+                vm=self._system.id,
+                slot=slot,
             )
         if (eject := self._ejects.get(slot)) and not eject.is_done:
             raise self._unknown(f"whether the guest still has the disk at {slot}", slot)
         request = mount_request(self._os, slot, self._path(guest_path), guest_mount(config))
         self._ejects.pop(slot, None)  # what was ejected is not there any more; this is a new device
-        mount = self._mounts[guest_path] = _Mount(slot)
+        mount = self._mounts[key] = _Mount(slot, guest_path)
         try:
             await self._send(mount, request, time.monotonic() + timeout_s)
         except HostRefused as error:
-            del self._mounts[guest_path]
+            del self._mounts[key]
             raise self._refused(error, f"mount {guest_path}", slot) from error
         mount.state = _State.MOUNTED
 
@@ -150,15 +157,15 @@ class HcsGuest:
             NotSupported: `force`, which these guests do not know; nothing was sent.
         """
         self._check_force(slot, force=force)
-        deadline = time.monotonic() + timeout_s
+        deadline, key = time.monotonic() + timeout_s, self._key(guest_path)
         if self._is_ejected(slot):
-            self._mounts.pop(guest_path, None)
+            self._mounts.pop(key, None)
             return
-        mount = self._mounts.setdefault(guest_path, _Mount(slot, _State.MOUNTED))
+        mount = self._mounts.setdefault(key, _Mount(slot, guest_path, _State.MOUNTED))
         if mount.slot != slot:
             return  # it is another disk's, so ours is not there
-        await self._settle(guest_path, deadline)
-        if guest_path not in self._mounts:
+        await self._settle(key, deadline)
+        if key not in self._mounts:
             return
         before, mount.state = mount.state, _State.UNMOUNTING
         request = unmount_request(self._os, slot, self._path(guest_path), guest_mount(config))
@@ -167,7 +174,7 @@ class HcsGuest:
         except HostRefused as error:
             mount.state = before
             raise self._refused(error, f"unmount {guest_path}", slot) from error
-        del self._mounts[guest_path]
+        del self._mounts[key]
 
     async def eject(self, slot: Slot, *, timeout_s: float, force: bool) -> None:
         """See `GuestBackend.eject`. A Windows guest needs no such thing, and is sent nothing.
@@ -177,7 +184,7 @@ class HcsGuest:
             NotSupported: `force`, which these guests do not know; nothing was sent.
         """
         self._check_force(slot, force=force)
-        if users := [str(path) for path, mount in self._mounts.items() if mount.slot == slot]:
+        if users := [str(mount.guest_path) for mount in self._mounts.values() if mount.slot == slot]:
             raise GuestBusy(
                 f"the disk at {slot} is mounted at {', '.join(users)}", holders=users, vm=self._system.id, slot=slot
             )
@@ -199,9 +206,10 @@ class HcsGuest:
         Raises:
             OutcomeUnknown: the last step has no answer, and none will come.
         """
-        if guest_path in self._mounts:
-            await self._settle(guest_path, time.monotonic() + timeout_s)
-        mount = self._mounts.get(guest_path)
+        key = self._key(guest_path)
+        if key in self._mounts:
+            await self._settle(key, time.monotonic() + timeout_s)
+        mount = self._mounts.get(key)
         if mount is None or mount.slot != slot:
             return False
         if mount.state is not _State.MOUNTED:
@@ -258,9 +266,9 @@ class HcsGuest:
             raise
         step.pending = None
 
-    async def _settle(self, guest_path: PurePosixPath, deadline: float) -> None:
+    async def _settle(self, key: str, deadline: float) -> None:
         """Take the answer of the step that was sent before, if it may still come."""
-        mount = self._mounts[guest_path]
+        mount = self._mounts[key]
         if mount.pending is None:
             return
         was_mounting = mount.state is _State.MOUNTING
@@ -277,7 +285,7 @@ class HcsGuest:
         if is_there:
             mount.state = _State.MOUNTED
         else:
-            del self._mounts[guest_path]
+            del self._mounts[key]
 
     def _is_writable(self, slot: Slot) -> bool:
         return self._is_read_only is not None and self._is_read_only(slot) is False
@@ -287,7 +295,16 @@ class HcsGuest:
         return eject is not None and eject.is_done
 
     def _path(self, guest_path: PurePosixPath) -> str:
-        return winpath.guest_path(guest_path) if self._os is GuestOS.WINDOWS else str(guest_path)
+        """The path as the guest knows it. Those that the manager makes up are where hcsshim's are."""
+        if self._os is GuestOS.LINUX:
+            return str(guest_path)
+        if guest_path.is_relative_to(GENERATED_BELOW):
+            guest_path = WINDOWS_BELOW / guest_path.relative_to(GENERATED_BELOW)
+        return winpath.guest_path(guest_path)
+
+    def _key(self, guest_path: PurePosixPath) -> str:
+        path = self._path(guest_path)
+        return path if self._os is GuestOS.LINUX else winpath.same_file_key(path)
 
     def _check_force(self, slot: Slot, *, force: bool) -> None:
         if force:
