@@ -25,7 +25,7 @@ from utilityvm.scsi.ports import (
     VMAccess,
 )
 from utilityvm.scsi.slot import Slot
-from utilityvm.store import SqliteJournal, Store
+from utilityvm.store import SqliteJournal, Store, database
 
 DISK = DiskRecord(
     attachment="a1",
@@ -223,3 +223,25 @@ def _id(record: DiskRecord | MountRecord | ReservationRecord) -> str:
             return record.mount
         case ReservationRecord():
             return record.reservation
+
+
+def test_the_wal_does_not_grow_for_ever(store: Store, journal: SqliteJournal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "CHECKPOINT_WRITES", 50)
+    wal = store.path.with_name(f"{store.path.name}-wal")
+    sizes: list[int] = []
+    for _ in range(20):
+        for number in range(50):
+            journal.write([replace(DISK, since=float(number))])
+        assert store._checkpoint is not None
+        store._checkpoint.join()
+        sizes.append(wal.stat().st_size)
+    assert sizes[-1] == sizes[4], "after each checkpoint the file is written from its beginning again"
+
+
+def test_writes_go_on_while_a_checkpoint_runs(
+    store: Store, journal: SqliteJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "CHECKPOINT_WRITES", 10)
+    for number in range(500):
+        journal.write([replace(DISK, since=float(number))])
+    assert journal.read() == [replace(DISK, since=499.0)]

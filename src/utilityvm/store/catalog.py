@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ class Store:
         """Use `open`."""
         self.db = db
         self.path = path
+        self._writes = 0
+        self._checkpoint: threading.Thread | None = None
 
     @classmethod
     def open(cls, path: Path | None = None) -> Self:
@@ -68,7 +71,17 @@ class Store:
 
     def close(self) -> None:
         """Twice is once."""
+        if self._checkpoint is not None:
+            self._checkpoint.join()
         self.db.close()
+
+    def count_write(self) -> None:
+        """After each write of a journal: sees to it that the WAL does not grow for ever."""
+        self._writes += 1
+        if self._writes >= database.CHECKPOINT_WRITES and (self._checkpoint is None or not self._checkpoint.is_alive()):
+            self._writes = 0
+            self._checkpoint = threading.Thread(target=database.checkpoint, args=(self.path,), daemon=True)
+            self._checkpoint.start()
 
     def __enter__(self) -> Self:
         return self

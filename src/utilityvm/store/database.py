@@ -3,8 +3,8 @@
 **What survives what.** The file is in WAL mode with `synchronous=NORMAL`. A commit is then one write into the page
 cache of the kernel, without waiting for the storage: it survives `kill -9` of every process of ours at any instruction.
 A power cut may take the last commits with it, but leaves the file whole; and it takes the VMs as well, so that what
-these commits said is not true any more. The storage is waited for when the WAL is copied back, once in some thousand
-writes.
+these commits said is not true any more. The storage is waited for when the WAL is copied back into the file, which
+takes milliseconds: once in some thousand writes, by a thread of its own, while others write on.
 
 Source: SQLite, "Write-Ahead Logging", 3.2; PRAGMA synchronous.
 """
@@ -30,7 +30,7 @@ MIGRATIONS: Final[Sequence[str]] = ("",)
 APPLICATION_ID: Final = 0x75766D31  # "uvm1"
 BUSY_S: Final = 2.0  # a writer holds the file for some 20 us; who holds it for longer is stuck
 _PAGE_BYTES: Final = 1024  # a commit writes whole pages, so small ones are quick
-_WAL_PAGES: Final = 4000
+CHECKPOINT_WRITES: Final = 1000  # of some 3 pages each
 _DAMAGED: Final = ("malformed", "not a database", "file is encrypted")
 
 _log = logger(__name__)
@@ -65,6 +65,19 @@ def connect(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def checkpoint(path: Path) -> None:
+    """Copy the WAL into the file, as far as nobody reads it. Nobody waits for this, and it may be left out."""
+    try:
+        db = _open(path)
+        try:
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        finally:
+            db.close()
+    except sqlite3.Error as error:
+        _log.debug("no checkpoint: %s", error)
 
 
 def is_damage(error: sqlite3.Error) -> bool:
@@ -119,7 +132,7 @@ def _open(path: Path) -> sqlite3.Connection:
 def _prepare(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA synchronous = NORMAL")
     db.execute("PRAGMA foreign_keys = ON")
-    db.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
+    db.execute("PRAGMA wal_autocheckpoint = 0")
 
 
 def _check(db: sqlite3.Connection, path: Path) -> None:

@@ -41,6 +41,7 @@ class SqliteJournal:
     def __init__(self, store: Store, vm: StoredVM) -> None:
         self._store = store
         self._db = store.db
+        self._execute = store.db.cursor().execute  # one cursor for all that gives no rows
         self._vm = vm
 
     def write(self, put: Sequence[Record], drop: Sequence[Record] = ()) -> None:
@@ -49,7 +50,11 @@ class SqliteJournal:
         Raises:
             StoreError: nothing was written: no space, no right, the VM was removed, or the file was busy for 2 s.
         """
-        execute = self._db.execute
+        self._write(put, drop)
+        self._store.count_write()
+
+    def _write(self, put: Sequence[Record], drop: Sequence[Record]) -> None:
+        execute = self._execute
         try:
             if len(put) + len(drop) == 1:  # a statement alone is its own transaction, without two more to say so
                 for record in put:
