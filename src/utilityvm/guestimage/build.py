@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -69,9 +69,11 @@ def ensure(*, progress: Progress | None = None) -> GuestImage:
         return image
     report = progress or (lambda what, done: None)
     arch, suite = recipe.architecture(), host_suite()
+    agent = dict(agent_files())  # read once: what is built is what the name says, also if somebody is changing it
     images, bases = cache_dir() / "images", cache_dir() / "bases"
+    name = f"{suite}-{image_key(arch, agent)}"
     with one_builder(images / ".lock", waiting=lambda: report("waiting for another build", 0.0)):
-        if image := find():  # somebody else built it while we waited
+        if image := _load(images / name):  # somebody else built it while we waited
             return image
         bases.mkdir(exist_ok=True)
         base_name = f"{suite}-{base_key(arch)}"
@@ -79,9 +81,8 @@ def ensure(*, progress: Progress | None = None) -> GuestImage:
             with new_folder(bases, base_name, space_bytes=BASE_SPACE_BYTES) as folder:
                 base.make(folder, arch=arch, suite=suite, report=report)
             _log.info("made the guest image's base %s", base_name)
-        name = f"{suite}-{image_key(arch)}"
         with new_folder(images, name, space_bytes=IMAGE_SPACE_BYTES) as folder:
-            _make_image(bases / base_name, folder, arch=arch, suite=suite, report=report)
+            _make_image(bases / base_name, folder, agent=agent, key=name, arch=arch, suite=suite, report=report)
         _log.info("made the guest image %s", name)
         image = _load(images / name)
     if image is None:
@@ -99,7 +100,7 @@ def find() -> GuestImage | None:
         arch = recipe.architecture()
     except SetupError:
         return None
-    key = image_key(arch)
+    key = image_key(arch, dict(agent_files()))
     try:
         return _load(cache_dir() / "images" / f"{host_suite()}-{key}")
     except SetupError:
@@ -154,10 +155,11 @@ def base_key(arch: Architecture) -> str:
     return _digest([arch.debian.encode(), *(_source(name) for name in ("recipe", "base", "sources"))])
 
 
-def image_key(arch: Architecture) -> str:
-    """What the image of this recipe and agent is called in the cache, behind its suite."""
-    agent = (part for name, data in agent_files() for part in (name.encode(), data))
-    return _digest([base_key(arch).encode(), *(_source(name) for name in ("build", "initramfs", "root_disk")), *agent])
+def image_key(arch: Architecture, agent: Mapping[str, bytes]) -> str:
+    """What the image of this recipe and `agent` is called in the cache, behind its suite."""
+    ours = (_source(name) for name in ("build", "initramfs", "root_disk"))
+    files = (part for name, data in agent.items() for part in (name.encode(), data))
+    return _digest([base_key(arch).encode(), *ours, *files])
 
 
 def agent_files() -> Iterator[tuple[str, bytes]]:
@@ -219,7 +221,16 @@ def _is_as_built(path: Path, built: dict[str, Any]) -> bool:
     return int(status.st_mtime) == recipe.TIME or _sha256(path) == built["sha256"]
 
 
-def _make_image(base_folder: Path, folder: Path, *, arch: Architecture, suite: str, report: Progress) -> None:
+def _make_image(
+    base_folder: Path,
+    folder: Path,
+    *,
+    agent: Mapping[str, bytes],
+    key: str,
+    arch: Architecture,
+    suite: str,
+    report: Progress,
+) -> None:
     root = folder / "root"
     report("unpacking", 0.8)
     base.unpack(base_folder / base.ARCHIVE, root)
@@ -227,7 +238,7 @@ def _make_image(base_folder: Path, folder: Path, *, arch: Architecture, suite: s
     kernel.rename(folder / "vmlinuz")
     report("compiling the agent", 0.84)
     library = base.library(root)
-    for name, data in agent_files():
+    for name, data in agent.items():
         path = library / "utilityvm" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -242,7 +253,7 @@ def _make_image(base_folder: Path, folder: Path, *, arch: Architecture, suite: s
     archive = initramfs.build(busybox=base.busybox(root).read_bytes(), modules=modules, script=script)
     (folder / "initramfs").write_bytes(archive)
     report("writing the root disk", 0.9)
-    root_disk.write(root, folder / "root.ext4", key=image_key(arch))
+    root_disk.write(root, folder / "root.ext4", key=key)
     shutil.rmtree(root)
     for name in _FILES:
         (folder / name).chmod(0o644)

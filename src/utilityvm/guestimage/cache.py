@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ def one_builder(lock: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
 def new_folder(parent: Path, name: str, *, space_bytes: int) -> Iterator[Path]:
     """A folder that gets its name when the block is done, and is gone if the block fails. Needs the builders' lock.
 
-    Removes what builds that were cut short have left.
+    Removes what builds that were cut short have left, as far as nothing is still writing there.
 
     Raises:
         SetupError: there is not the space, before anything is written or once it is used up.
@@ -60,7 +61,8 @@ def new_folder(parent: Path, name: str, *, space_bytes: int) -> Iterator[Path]:
     free = shutil.disk_usage(parent).free
     if free < space_bytes:
         raise _no_space(parent, free=free, needed=space_bytes)
-    folder = parent / f"{_UNFINISHED}{name}"
+    # A name of its own each time: a program that a killed build had started may still be writing to the last one.
+    folder = parent / f"{_UNFINISHED}{name}-{secrets.token_hex(4)}"
     try:
         folder.mkdir()
         yield folder
