@@ -374,8 +374,7 @@ def records(mount_state: str) -> tuple[DiskRecord, MountRecord]:
 async def test_an_adopted_mount_is_there(guest: HcsGuest, world: HcsWorld) -> None:
     await mount(guest)
     heir = HcsGuest(world, GuestOS.LINUX)
-    disk, mounted = records("mounted")
-    heir.adopt([disk], [mounted])
+    heir.adopt(records("mounted"))
     assert await heir.probe_mount(SLOT, guest_path=PATH, **SOON)
     with pytest.raises(GuestPathInUse):
         await mount(heir, Slot(0, 3))
@@ -385,14 +384,12 @@ async def test_an_adopted_mount_is_there(guest: HcsGuest, world: HcsWorld) -> No
 
 async def test_an_adopted_doubt_stays_one(world: HcsWorld) -> None:
     heir = HcsGuest(world, GuestOS.LINUX)
-    disk, mounted = records("mount unknown")
-    heir.adopt([disk], [mounted])
+    heir.adopt(records("mount unknown"))
     with pytest.raises(OutcomeUnknown):
         await heir.probe_mount(SLOT, guest_path=PATH, **SOON)
 
 
 async def test_what_was_never_sent_is_not_adopted(world: HcsWorld) -> None:
     heir = HcsGuest(world, GuestOS.LINUX)
-    disk, mounted = records("reserved")
-    heir.adopt([disk], [mounted])
+    heir.adopt(records("reserved"))
     await mount(heir)

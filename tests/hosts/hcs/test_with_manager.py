@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +20,9 @@ from utilityvm.errors import (
     NotSupported,
     OutcomeUnknown,
 )
+from utilityvm.hosts.hcs import clone
 from utilityvm.hosts.hcs.documents import GuestOS
+from utilityvm.hosts.hcs.gob import SCSIMount
 from utilityvm.hosts.hcs.guest import HcsGuest
 from utilityvm.hosts.hcs.host import GroupAccess, HcsHost
 from utilityvm.scsi.manager import ScsiManager, StepTimeouts
@@ -39,13 +42,24 @@ class VM:
 
     def __init__(self, os: GuestOS = GuestOS.LINUX, **timeouts: float) -> None:
         self.world = HcsWorld(os=os)
-        host = HcsHost(self.world, disks=self.world.disks, group_access=GroupAccess())
-        guest = HcsGuest(self.world, os, is_read_only=host.is_read_only)
-        self.manager = ScsiManager(
-            host, guest, MemoryJournal(), controllers=4, timeouts=StepTimeouts(**timeouts), vm=self.world.id
-        )
         for path in (A, "C:\\b.vhdx", "\\\\.\\PHYSICALDRIVE2"):
             self.world.add_file(path)
+        self.journal = MemoryJournal()
+        self._timeouts = StepTimeouts(**timeouts)
+        self._begin()
+
+    def _begin(self) -> None:
+        host = HcsHost(self.world, disks=self.world.disks, group_access=GroupAccess())
+        guest = HcsGuest(self.world, self.world.os, is_read_only=host.is_read_only)
+        host.adopt(self.journal.read())
+        guest.adopt(self.journal.read())
+        self.manager = ScsiManager(host, guest, self.journal, controllers=4, timeouts=self._timeouts, vm=self.world.id)
+
+    async def inherit(self, *, is_alive: bool) -> list[str]:
+        """The owner dies, and another one takes over with what the journal has."""
+        self.journal = self.journal.copy()
+        self._begin()
+        return await self.manager.restore(is_alive=lambda _: is_alive)
 
     async def add(self, path: str = A, guest_path: str | None = None, **options: Any) -> Reservation:
         mount: MountConfig | None = options.pop("mount", MountConfig())
@@ -286,3 +300,74 @@ async def test_every_slot_of_four_controllers_is_used() -> None:
     assert len(vm.world.bus) == 256
     await vm.manager.remove_many(reservations, timeout_s=20)
     assert vm.is_as_before()
+
+
+async def test_a_new_owner_takes_over_what_is_there() -> None:
+    vm = VM()
+    await vm.add(guest_path="/data")
+    await vm.add("C:\\b.vhdx", mount=None, read_only=True)
+    sent = len(vm.sent)
+    assert await vm.inherit(is_alive=True) == []
+    assert len(vm.sent) == sent
+    assert await vm.manager.remove_many(vm.manager.reservations()) == [None, None]
+    assert vm.is_as_before()
+
+
+async def test_a_new_owner_gives_back_what_a_dead_one_held() -> None:
+    vm = VM()
+    await vm.add()
+    await vm.inherit(is_alive=False)
+    assert vm.is_as_before()
+
+
+@pytest.mark.parametrize("step", ["attach", "unmount", "eject", "detach"])
+@pytest.mark.parametrize("happened", [True, False])
+async def test_a_new_owner_finishes_what_the_old_one_began(step: str, happened: bool) -> None:
+    vm = VM()
+    held = vm.world.hold(step)
+    working = asyncio.ensure_future(_add_and_release(vm))
+    while not any(step in vm.world.steps(document) for document in vm.sent):
+        await asyncio.sleep(0)
+    if happened:
+        held.set()
+        while step not in vm.world.log:
+            await asyncio.sleep(0)
+    journal = vm.journal.copy()  # as it is when the owner dies, before it hears of the answer
+    working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
+    vm.journal = journal
+    del vm.world.held[step]
+    await vm.inherit(is_alive=False)
+    if step == "unmount":
+        # Nobody can ask this guest whether it is mounted, so the disk stays as it is, and is seen.
+        assert [view.state for view in vm.manager.slots()] == ["attached"]
+        assert vm.world.harm == []
+    else:
+        assert vm.is_as_before()
+
+
+async def _add_and_release(vm: VM) -> None:
+    await vm.manager.release(await vm.add())
+
+
+async def test_a_vms_disks_become_a_template() -> None:
+    vm = VM()
+    await vm.add(guest_path="/data")
+    await vm.add("C:\\b.vhdx", mount=None, read_only=True)
+    config = clone.template_config("vm-1", clone.mounts_of(vm.journal.read()))
+    assert clone.load(clone.save(config)).mounts == (
+        SCSIMount(host_path=A, uvm_path="/data", controller=0, lun=0),
+        SCSIMount(host_path="C:\\b.vhdx", controller=0, lun=1, read_only=True),
+    )
+
+
+@pytest.mark.parametrize(
+    "mounts",
+    [[MountConfig(partition=1)], [MountConfig(encryption=ScratchKey())], [MountConfig(), MountConfig(partition=2)]],
+)
+async def test_what_a_template_cannot_say_is_refused(mounts: list[MountConfig]) -> None:
+    vm = VM()
+    for mount in mounts:
+        await vm.add(mount=mount)
+    with pytest.raises(NotSupported):
+        clone.mounts_of(vm.journal.read())

@@ -32,8 +32,9 @@ from utilityvm.hosts.hcs import gob, winpath
 from utilityvm.hosts.hcs.documents import Attachment, Schema, controller_name
 from utilityvm.hosts.hcs.gob import SCSIMount
 from utilityvm.log import logger
-from utilityvm.scsi.ports import AttachmentType
+from utilityvm.scsi.ports import AttachmentType, DiskRecord, MountConfig, MountRecord, Record
 from utilityvm.scsi.slot import Slot
+from utilityvm.scsi.transitions import DiskState, MountState
 
 __all__ = [
     "TEMPLATE_VERSION",
@@ -45,6 +46,7 @@ __all__ = [
     "TemplateConfig",
     "clone_disks",
     "load",
+    "mounts_of",
     "save",
     "template_config",
 ]
@@ -85,6 +87,43 @@ def template_config(vm_id: str, mounts: Iterable[SCSIMount], *, container_id: st
     return TemplateConfig(
         vm_id=vm_id, mounts=tuple(by_slot[slot] for slot in sorted(by_slot)), container_id=container_id
     )
+
+
+def mounts_of(records: Iterable[Record]) -> list[SCSIMount]:
+    """The disks of a VM as a template keeps them, from its journal: each with the first guest path it is mounted at.
+
+    Raises:
+        NotSupported: a disk is not simply attached, or has a mount that a template of hcsshim's cannot say.
+    """
+    disks: dict[str, DiskRecord] = {}
+    mounts: dict[str, MountRecord] = {}
+    for record in records:
+        if isinstance(record, DiskRecord):
+            if record.state != DiskState.ATTACHED:
+                raise NotSupported(f"{record.host_path} is {record.state}", slot=record.slot, remedy="wait until it is")
+            disks[record.attachment] = record
+        elif isinstance(record, MountRecord):
+            if record.state != MountState.MOUNTED or record.attachment in mounts:
+                raise NotSupported(
+                    f"a template has one mount of a disk, and no {record.state} one", remedy="release the others"
+                )
+            if record.config != MountConfig(read_only=record.config.read_only, options=record.config.options):
+                raise NotSupported(
+                    f"the mount at {record.guest_path} has settings that a template cannot say",
+                    remedy="use plain mounts of whole disks",
+                )
+            mounts[record.attachment] = record
+    return [
+        SCSIMount(
+            host_path=disk.host_path,
+            uvm_path=str(mounts[name].guest_path) if name in mounts else "",
+            controller=disk.slot.controller,
+            lun=disk.slot.lun,
+            read_only=disk.read_only,
+            attachment_type=disk.kind.value,
+        )
+        for name, disk in disks.items()
+    ]
 
 
 def save(config: TemplateConfig) -> bytes:

@@ -46,8 +46,9 @@ from utilityvm.hosts.hcs.documents import (
 )
 from utilityvm.hosts.hcs.system import ComputeSystem, HcsRefused, Operation
 from utilityvm.scsi.mount import GENERATED_BELOW
-from utilityvm.scsi.ports import DiskRecord, MountConfig, MountRecord, ScratchKey
+from utilityvm.scsi.ports import DiskRecord, MountConfig, MountRecord, Record, ScratchKey
 from utilityvm.scsi.slot import Slot
+from utilityvm.scsi.transitions import MountState
 
 REFS: Final = "refs"
 WINDOWS_BELOW: Final = PurePosixPath("/C:/mounts/scsi")
@@ -94,17 +95,21 @@ class HcsGuest:
         self._mounts: dict[str, _Mount] = {}  # by the guest path, in the one form in which this guest knows it
         self._ejects: dict[Slot, _Eject] = {}
 
-    def adopt(self, disks: Iterable[DiskRecord], mounts: Iterable[MountRecord]) -> None:
-        """Take over what another owner of this VM wrote into its journal.
+    def adopt(self, records: Iterable[Record]) -> None:
+        """Take over the mounts that another owner of this VM wrote into its journal (`Journal.read`).
 
         What was answered is taken as it was: nobody else mounts in this VM. Of what was not, nobody will ever know.
         """
-        slots = {disk.attachment: disk.slot for disk in disks}
-        for mount in mounts:
-            if mount.state in ("reserved", "unmounted") or mount.attachment not in slots:
-                continue
-            state = _State.MOUNTED if mount.state == "mounted" else _State.UNMOUNTING
-            self._mounts[self._key(mount.guest_path)] = _Mount(slots[mount.attachment], mount.guest_path, state)
+        slots: dict[str, Slot] = {}
+        for record in records:
+            if isinstance(record, DiskRecord):
+                slots[record.attachment] = record.slot
+            elif isinstance(record, MountRecord) and record.attachment in slots:
+                if record.state in (MountState.RESERVED, MountState.UNMOUNTED):
+                    continue
+                state = _State.MOUNTED if record.state == MountState.MOUNTED else _State.UNMOUNTING
+                mount = _Mount(slots[record.attachment], record.guest_path, state)
+                self._mounts[self._key(record.guest_path)] = mount
 
     def check(self, slot: Slot | None, config: MountConfig | None) -> None:
         """Refuse what this guest cannot be told. See `GuestBackend.check`."""

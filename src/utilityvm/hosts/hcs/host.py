@@ -45,14 +45,15 @@ from utilityvm.hosts.hcs.system import (
     Operation,
 )
 from utilityvm.log import logger
-from utilityvm.scsi.ports import AttachmentType, DiskRecord, DiskRequest, OpenDisk, VMAccess
+from utilityvm.scsi.ports import AttachmentType, DiskRecord, DiskRequest, OpenDisk, Record, VMAccess
 from utilityvm.scsi.slot import LUNS_PER_CONTROLLER, MAX_CONTROLLERS, Slot
+from utilityvm.scsi.transitions import DiskState
 
 # A guess: hcsshim takes it for "does not exist", and nothing says what HCS answers for an empty slot.
 _NOT_THERE: Final = frozenset({HRESULT_ERROR_NOT_FOUND})
 
-# States of a journal's disks whose last step was answered, and left the disk on the bus.
-_ANSWERED: Final = frozenset({"attached", "ejecting", "eject unknown", "ejected"})
+# A journal's disks whose last step of ours was answered, and left the disk on the bus.
+_ANSWERED: Final = frozenset({DiskState.ATTACHED, DiskState.EJECTING, DiskState.EJECT_UNKNOWN, DiskState.EJECTED})
 
 _log = logger(__name__)
 
@@ -130,13 +131,13 @@ class HcsHost:
         self._attachments: dict[str, _Attachment] = {}
         self._log = _log.bind(vm=system.id)
 
-    def adopt(self, records: Iterable[DiskRecord]) -> None:
-        """Take over the disks that another owner of this VM wrote into its journal.
+    def adopt(self, records: Iterable[Record]) -> None:
+        """Take over the disks that another owner of this VM wrote into its journal (`Journal.read`).
 
         What was answered is taken as it was: nobody else changes this VM's bus. What was not is for `probe`.
         """
         for record in records:
-            if record.state in ("reserved", "detached"):
+            if not isinstance(record, DiskRecord) or record.state in (DiskState.RESERVED, DiskState.DETACHED):
                 continue
             state = _State.ATTACHED if record.state in _ANSWERED else _State.DETACHING
             facts = DiskFacts(format=record.format, size_bytes=record.size_bytes)
