@@ -36,7 +36,9 @@ def runtime_dir() -> Path:
     """Sockets and locks of running VMs, gone after a reboot. UTILITYVM_RUNTIME_DIR, else XDG_RUNTIME_DIR."""
     if os.geteuid() == 0 and "UTILITYVM_RUNTIME_DIR" not in os.environ:
         return Path("/run/utilityvm")
-    return _folder("UTILITYVM_RUNTIME_DIR", "XDG_RUNTIME_DIR", Path(f"/tmp/utilityvm-{os.geteuid()}"))
+    if not {"UTILITYVM_RUNTIME_DIR", "XDG_RUNTIME_DIR"} & os.environ.keys():
+        return Path(f"/tmp/utilityvm-{os.geteuid()}")
+    return _folder("UTILITYVM_RUNTIME_DIR", "XDG_RUNTIME_DIR", Path("/tmp"))
 
 
 def store_file() -> Path:

@@ -2,7 +2,7 @@
 --
 -- A VM's rows go with it. Its `id` is never used again, so a process that still writes for a VM that was removed is
 -- refused and does not write into the next VM of that name. The journal's tables have no rowid and no second index: a
--- small write then touches one page, and a journal line costs some 10 us (bench/journal.py).
+-- small write then touches one page, and a journal line costs some 10 us.
 --
 -- No column ever holds a caller's encryption key: `mounts.encryption` has only its kind.
 
