@@ -175,6 +175,57 @@ async def test_what_was_meant_for_a_host_before_us_is_skipped(pair: Pair, junk: 
     await client.close()
 
 
+OURS = messages.success(Version=4, Capabilities={messages.EXTENSION: {"Agent": 1}})
+
+
+async def test_answers_for_a_host_before_us_are_not_taken_for_ours(pair: Pair) -> None:
+    """It counted its requests from 0 as well."""
+    streams, peer = await pair()
+    connecting = asyncio.create_task(BridgeClient.over(streams, timeout_s=20))
+    negotiate = await peer.receive()
+    for id in range(5):
+        peer.send(ANSWER_KIND, id, OURS)
+        peer.send(0x20100A01, id, messages.success())
+        peer.send(messages.response_to(messages.PING), id, messages.success())
+        peer.send(messages.RUN_EXIT, 0, {"Process": 1, "ExitCode": 0})
+    peer.answer(negotiate, OURS)
+    while (ping := await peer.receive()).kind != messages.PING:
+        pass
+    assert not connecting.done()
+    peer.answer(ping, messages.success(ping.body()["ActivityId"]))
+    client = await connecting
+    asking = asyncio.create_task(client.request(messages.PROBE, messages.request(), timeout_s=20))
+    peer.answer(await peer.receive(), messages.success(Right=True))
+    assert (await asking)["Right"]
+    await client.close()
+
+
+async def test_an_agent_that_is_started_again_meanwhile_is_negotiated_with_again(pair: Pair) -> None:
+    streams, peer = await pair()
+    connecting = asyncio.create_task(BridgeClient.over(streams, timeout_s=20))
+    peer.answer(await peer.receive(), OURS)
+    ping = await peer.receive()
+    refusal = {"Kind": messages.NOT_NEGOTIATED}
+    peer.answer(ping, messages.failure(messages.E_NOT_IMPLEMENTED, "no negotiate", extension=refusal))
+    again = await peer.receive()
+    assert again.kind == messages.NEGOTIATE
+    peer.answer(again, OURS)
+    ping = await peer.receive()
+    peer.answer(ping, messages.success(ping.body()["ActivityId"]))
+    await (await connecting).close()
+
+
+async def test_a_late_answer_to_a_negotiate_is_nobodys(pair: Pair) -> None:
+    client, peer = await negotiated(pair)
+    asking = asyncio.create_task(client.request(messages.MODIFY, modify(), timeout_s=20))
+    frame = await peer.receive()
+    peer.send(ANSWER_KIND, 0, NEGOTIATED)
+    peer.send(ANSWER_KIND, frame.id, NEGOTIATED)
+    with pytest.raises(ProtocolError, match="waits for no answer"):
+        await asking
+    await client.close()
+
+
 @pytest.mark.parametrize(
     ("answer", "error"),
     [

@@ -56,7 +56,7 @@ class RawHost:
         """Send a request, and give the body of the response, which must be the next."""
         id = self.send(kind, messages.request() if body is None else body)
         frame = self.response()
-        assert (frame.kind, frame.id) == (messages.response_to(kind), id)
+        assert (frame.kind, frame.id) == (messages.response_to(kind), id), frame
         return frame.body()
 
     def negotiate(self) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The host's end of the bridge: one connection, many requests under way at once.
 
 Right after connecting, the stream may begin with the rest of what the guest had meant for the host before us. So
-nothing is believed until the answer to our negotiate is found in it; from there on every byte counts. A negotiate that
-is sent before the guest has opened its port may be lost: it is sent again until it is answered.
+nothing is believed until the answer to a negotiate is found in it, and, since that may have been the other host's,
+until our own agent has repeated a number that nobody else knows; from there on every byte counts. A negotiate that is
+sent before the guest has opened its port may be lost: it is sent again until it is answered.
 
 A guest's agent that is started again is not seen as an end of the connection, for QEMU holds that. It shows as a
 request that is refused because nobody negotiated; while something is waited for and nothing is heard, one is sent to
@@ -13,9 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from utilityvm.bridge import messages
@@ -40,6 +43,7 @@ _DOUBT_S: Final = 2.0
 _MAX_UNSENT_BYTES: Final = 8 << 20
 _FLUSH_S: Final = 1.0
 _SHOWN_BYTES: Final = 200
+_NEGOTIATED: Final = messages.response_to(messages.NEGOTIATE)
 _SECRETS: Final = frozenset(("Key", "Env", "Data"))  # Data is what programs read and write
 _NOT_IMPLEMENTED: Final = messages.signed(messages.E_NOT_IMPLEMENTED)
 
@@ -61,7 +65,8 @@ class BridgeClient:
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._given_up: set[int] = set()  # their answers may come late
         self._negotiates: set[int] = set()  # and of these, those of a host before us too
-        self._rest = b""
+        self._decoder = Decoder()
+        self._early: list[Frame] = []  # came with the answer to the negotiate
         self._heard_at = 0.0
         self._tasks: list[asyncio.Task[None]] = []
         self.capabilities: dict[str, Any] = {}
@@ -87,6 +92,9 @@ class BridgeClient:
         client = cls(streams, vm=vm, on_notify=on_notify)
         try:
             await client._negotiate(timeout_s)
+        except FrameError as error:
+            streams[1].close()
+            raise ProtocolError(f"the guest broke the bridge's rules: {error}", vm=vm) from None
         except BaseException:
             streams[1].close()
             raise
@@ -110,9 +118,8 @@ class BridgeClient:
         """
         if self.gone.done():
             raise again(self.gone.result())
-        id, self._next_id = self._next_id, self._next_id + 1
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._send(kind, id, body)
+        id = self._send(kind, body)
         self._waiting[id] = answer
         try:
             async with asyncio.timeout(timeout_s):
@@ -134,7 +141,7 @@ class BridgeClient:
     def notify(self, kind: int, body: dict[str, Any]) -> None:
         """Send a notification, which nobody answers. To a connection that is over nothing is sent."""
         if not self.gone.done():
-            self._send(kind, 0, body)
+            self._write(kind, 0, body)
 
     def end(self, reason: UtilityVMError) -> None:
         """End the connection: everyone who waits gets `reason`. Twice is once."""
@@ -158,7 +165,13 @@ class BridgeClient:
                 task.cancel()
         await asyncio.gather(closing, *self._tasks, return_exceptions=True)
 
-    def _send(self, kind: int, id: int, body: dict[str, Any]) -> None:
+    def _send(self, kind: int, body: dict[str, Any]) -> int:
+        """Send a request, and give its id."""
+        id, self._next_id = self._next_id, self._next_id + 1
+        self._write(kind, id, body)
+        return id
+
+    def _write(self, kind: int, id: int, body: dict[str, Any]) -> None:
         try:
             data = encode(kind, id, host_json(body))
         except FrameError as error:
@@ -175,23 +188,27 @@ class BridgeClient:
         deadline = time.monotonic() + timeout_s
         pending = bytearray()
         strange = b""
-        attempt = 0
+        pauses = itertools.chain(_NEGOTIATE_AGAIN_S, itertools.repeat(_NEGOTIATE_AGAIN_S[-1]))
         while (left := deadline - time.monotonic()) > 0:
-            id, self._next_id = self._next_id, self._next_id + 1
-            self._negotiates.add(id)
-            self._send(messages.NEGOTIATE, id, messages.negotiate_request())
-            pause = _NEGOTIATE_AGAIN_S[min(attempt, len(_NEGOTIATE_AGAIN_S) - 1)]
-            attempt += 1
+            frame = None
+            self._negotiates.add(self._send(messages.NEGOTIATE, messages.negotiate_request()))
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(left, pause)):
+                async with asyncio.timeout(min(left, next(pauses))):
                     while not (frame := self._find_answer(pending)):
                         strange = strange or bytes(pending[:_SHOWN_BYTES])
                         # No answer begins before here: it would have been found, or it would be longer than a frame.
                         del pending[: max(len(pending) - MAX_SIZE, 0)]
                         pending += await self._receive()
-                    self._take_negotiated(frame)
-                    self._rest = bytes(pending)
+            if frame:
+                self._take_negotiated(frame)
+                if not self.is_ours:
+                    self._early = list(self._decoder.feed(bytes(pending)))
                     return
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(deadline - time.monotonic()):
+                        if await self._is_in_step(bytes(pending)):
+                            return
+                pending.clear()
         if strange:
             raise ProtocolError(
                 f"what the guest sent in {timeout_s:g} s holds no answer to a negotiate", message=strange, vm=self._vm
@@ -201,6 +218,25 @@ class BridgeClient:
             vm=self._vm,
             remedy="look at the VM's console: uvm log NAME",
         )
+
+    async def _is_in_step(self, data: bytes) -> bool:
+        """Drop what comes before the answer to a ping of ours. False: the agent is a new one, and not negotiated with.
+
+        The agent answers a ping at once and in turn, and sends nothing of the host before us once it has our negotiate.
+        """
+        activity = os.urandom(16).hex()
+        id = self._send(messages.PING, {**messages.request(), "ActivityId": activity})
+        self._decoder = Decoder()
+        while True:
+            frames = self._decoder.feed(data)
+            for frame in frames:
+                body = self._body(frame)
+                if frame.id == id and body.get("ActivityId") == activity:
+                    self._early = list(frames)
+                    return not body.get("Result")
+                if frame.id == id and _kind_of(body) == messages.NOT_NEGOTIATED:
+                    return False
+            data = await self._receive()
 
     async def _receive(self) -> bytes:
         try:
@@ -214,7 +250,7 @@ class BridgeClient:
 
     def _find_answer(self, pending: bytearray) -> Frame | None:
         """The response to one of our negotiates, cut out of `pending` with all that came before it."""
-        head = messages.response_to(messages.NEGOTIATE).to_bytes(4, "little")
+        head = _NEGOTIATED.to_bytes(4, "little")
         begin = -1
         while (begin := pending.find(head, begin + 1)) >= 0 and len(pending) - begin >= HEADER.size:
             kind, size, id = HEADER.unpack_from(pending, begin)
@@ -247,19 +283,18 @@ class BridgeClient:
     # What comes in.
 
     async def _read(self) -> None:
-        decoder = Decoder()
         try:
-            data = self._rest
+            frames: Iterable[Frame] = self._early
             while True:
-                for frame in decoder.feed(data):
+                for frame in frames:
                     self._take(frame)
                     if self.gone.done():
                         return
-                data = await self._receive()
+                frames = self._decoder.feed(await self._receive())
         except FrameError as error:
             self.end(ProtocolError(f"the guest broke the bridge's rules: {error}", vm=self._vm))
         except VMGone as error:
-            text = str(error) if decoder.is_between_frames else f"{error} in the middle of a message"
+            text = str(error) if self._decoder.is_between_frames else f"{error} in the middle of a message"
             self.end(VMGone(text, vm=self._vm))
         except UtilityVMError as error:
             self.end(error)
@@ -297,12 +332,14 @@ class BridgeClient:
         if self.is_ours and _kind_of(body) == messages.NOT_NEGOTIATED:
             # What the others had asked may have been done by the agent before: only this one knows that it was not.
             self.end(OutcomeUnknown("the guest's agent was started again before it answered", vm=self._vm))
-        answer = self._waiting.get(frame.id)
+        if frame.kind == _NEGOTIATED and frame.id in self._negotiates:
+            return  # to one that we sent again
+        answer = self._waiting.get(frame.id) if frame.kind != _NEGOTIATED else None
         if answer is not None and not answer.done():
             answer.set_result(body)
         elif frame.id in self._given_up:
             self._given_up.discard(frame.id)
-        elif frame.id not in self._negotiates:
+        else:
             text = f"the guest answered request {frame.id}, which waits for no answer"
             raise ProtocolError(text, message=body, vm=self._vm)
 
