@@ -114,7 +114,10 @@ class HcsWorld:
         self.breaks[step] += [how] * times
 
     def hold(self, step: str) -> asyncio.Event:
-        """Steps of that kind are not answered, nor done, before the event is set: HCS takes its time."""
+        """Steps of that kind are not answered, nor done, before the event is set: HCS takes its time.
+
+        Kinds: as in `fail_next`; and `modify`, which is not even taken.
+        """
         self.held[step] = asyncio.Event()
         return self.held[step]
 
@@ -125,6 +128,7 @@ class HcsWorld:
         return self._id
 
     async def modify(self, document: str) -> StandInOperation:
+        await self._wait("modify")
         self.sent.append(Sent("hcs", document))
         return StandInOperation(self, document)
 
@@ -132,16 +136,21 @@ class HcsWorld:
         return StandInOperation(self, None)
 
     async def grant(self, path: str, *, group: bool) -> None:
-        await asyncio.sleep(0)
+        await self._wait("grant")
         self.log.append(f"grant {'group' if group else self._id} {path}")
         self._change_right("grant", path)
         self._existing(path).rights.add("group" if group else self._id)
 
     async def revoke(self, path: str, *, group: bool) -> None:
-        await asyncio.sleep(0)
+        await self._wait("revoke")
         self.log.append(f"revoke {'group' if group else self._id} {path}")
         self._change_right("revoke", path)
         self._existing(path).rights.discard("group" if group else self._id)
+
+    async def _wait(self, step: str) -> None:
+        await asyncio.sleep(0)
+        if step in self.held:
+            await self.held[step].wait()
 
     def _change_right(self, step: str, path: str) -> None:
         if self.breaks[step]:

@@ -164,7 +164,7 @@ async def opened(core: ComputeCore, library: StandInLibrary, world: HcsWorld) ->
     opened = await HcsSystem.open(world.id, core=core)
     yield opened
     library.answered.set()
-    opened.close()
+    await opened.close()
     assert library.texts == {}, "a text was not freed"
     assert library.answers == {}, "an operation was not closed"
     assert library.closed.count("system") == 1
@@ -261,9 +261,9 @@ async def test_an_operation_without_an_answer_is_closed_with_its_system(
     system = await HcsSystem.open(world.id, core=core)
     library.answered.clear()
     await system.properties()
-    system.close()
+    await system.close()
     assert library.closed == ["operation", "system"]
-    system.close()
+    await system.close()
     assert library.closed == ["operation", "system"]
 
 
@@ -302,7 +302,7 @@ async def test_a_function_that_this_windows_lacks_is_named(library: StandInLibra
     system = await HcsSystem.open(world.id, core=ComputeCore(library, free=library.free))
     with pytest.raises(SetupError, match="HcsGrantVmGroupAccess"):
         await system.grant(PATH, group=True)
-    system.close()
+    await system.close()
 
 
 async def test_the_host_backend_works_through_it(opened: HcsSystem, world: HcsWorld) -> None:

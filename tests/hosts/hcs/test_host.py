@@ -279,23 +279,24 @@ async def test_resizing_is_not_supported(host: HcsHost) -> None:
 # No answer.
 
 
-async def test_an_attach_that_hcs_takes_its_time_for_is_found_when_it_is_done(host: HcsHost, world: HcsWorld) -> None:
-    done = world.hold("attach")
+@pytest.mark.parametrize("step", ["modify", "attach"])
+async def test_an_attach_that_hcs_takes_its_time_for_is_found_when_it_is_done(world: HcsWorld, step: str) -> None:
+    world.add_file(PATH, rights={"group"})
+    host, done = host_on(world), world.hold(step)
     with pytest.raises(DeadlineExceeded):
-        await attach(host, timeout_s=0.0)
+        await attach(host, timeout_s=0.0, access=VMAccess.NOOP)
     with pytest.raises(DeadlineExceeded):
         await host.probe(SLOT, attachment="a1", timeout_s=0.01)
     done.set()
     assert await host.probe(SLOT, attachment="a1", **SOON)
-    assert world.log.count("attach") == 1
-    assert world.log[0] == f"grant vm-1 {PATH}"
+    assert world.log == ["attach"]
 
 
 async def test_an_attach_that_is_refused_late_is_absent(host: HcsHost, world: HcsWorld) -> None:
     done = world.hold("attach")
     world.fail_next("attach")
     with pytest.raises(DeadlineExceeded):
-        await attach(host, timeout_s=0.0)
+        await attach(host, timeout_s=0.2)
     done.set()
     assert not await host.probe(SLOT, attachment="a1", **SOON)
     assert world.file(PATH).rights == set()  # type: ignore[union-attr]
@@ -306,7 +307,7 @@ async def test_a_slot_is_not_used_again_while_an_answer_is_out(host: HcsHost, wo
     world.add_file("C:\\e.vhdx")
     world.hold("attach")
     with pytest.raises(DeadlineExceeded):
-        await attach(host, timeout_s=0.0)
+        await attach(host, timeout_s=0.2)
     with pytest.raises(AlreadyAttached):
         await attach(host, path="C:\\e.vhdx", name="a2")
 
@@ -403,6 +404,26 @@ async def test_steps_on_different_disks_overlap(host: HcsHost, world: HcsWorld) 
     done.set()
     await all_of_it
     assert len(world.bus) == 8
+
+
+async def test_a_right_that_is_not_given_in_time_is_a_refusal(host: HcsHost, world: HcsWorld) -> None:
+    given = world.hold("grant")
+    with pytest.raises(HostRefused, match="rights were not changed"):
+        await attach(host, timeout_s=0.01)
+    assert world.sent == []
+    given.set()
+    await attach(host)
+
+
+async def test_a_right_that_is_not_taken_in_time_holds_up_nobody(
+    host: HcsHost, world: HcsWorld, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utilityvm.hosts.hcs.host._TAKE_RIGHT_S", 0.01)
+    await attach(host)
+    world.hold("revoke")
+    await host.detach(SLOT, attachment="a1", **SOON)
+    assert world.bus == {}
+    assert "keeps its right" in caplog.text
 
 
 # Taking over.

@@ -220,9 +220,12 @@ class HcsSystem:
         """See `system.ComputeSystem.revoke`."""
         await self._access("Revoke", path, group=group)
 
-    def close(self) -> None:
-        """Let go of the system and of what was not answered. Blocks until the waits that are under way have ended."""
-        self._threads.shutdown(wait=True)
+    async def close(self) -> None:
+        """Let go of the system and of what was not answered. Returns when the waits that are under way have ended.
+
+        Twice is once.
+        """
+        await asyncio.to_thread(self._threads.shutdown)
         for operation in list(self._operations):
             operation.close()
         self._operations.clear()

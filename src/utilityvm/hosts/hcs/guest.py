@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Final
@@ -44,7 +44,7 @@ from utilityvm.hosts.hcs.documents import (
     mount_request,
     unmount_request,
 )
-from utilityvm.hosts.hcs.system import ComputeSystem, HcsRefused, Operation
+from utilityvm.hosts.hcs.system import ComputeSystem, HcsRefused, Step
 from utilityvm.scsi.mount import GENERATED_BELOW
 from utilityvm.scsi.ports import DiskRecord, MountConfig, MountRecord, Record, ScratchKey
 from utilityvm.scsi.slot import Slot
@@ -67,7 +67,7 @@ class _Mount:
     slot: Slot
     guest_path: PurePosixPath
     state: _State = _State.MOUNTING
-    pending: Operation | None = None
+    step: Step = field(default_factory=Step)
 
 
 @dataclass(slots=True)
@@ -75,7 +75,7 @@ class _Eject:
     """What was asked of the guest about a device."""
 
     is_done: bool = False
-    pending: Operation | None = None
+    step: Step = field(default_factory=Step)
 
 
 class HcsGuest:
@@ -147,7 +147,7 @@ class HcsGuest:
         self._ejects.pop(slot, None)  # what was ejected is not there any more; this is a new device
         mount = self._mounts[key] = _Mount(slot, guest_path)
         try:
-            await self._send(mount, request, time.monotonic() + timeout_s)
+            await self._send(mount.step, request, time.monotonic() + timeout_s)
         except HostRefused as error:
             del self._mounts[key]
             raise self._refused(error, f"mount {guest_path}", slot) from error
@@ -175,7 +175,7 @@ class HcsGuest:
         before, mount.state = mount.state, _State.UNMOUNTING
         request = unmount_request(self._os, slot, self._path(guest_path), guest_mount(config))
         try:
-            await self._send(mount, request, deadline)
+            await self._send(mount.step, request, deadline)
         except HostRefused as error:
             mount.state = before
             raise self._refused(error, f"unmount {guest_path}", slot) from error
@@ -199,7 +199,7 @@ class HcsGuest:
         # Always sent, also if the slot's last device was ejected: this may be another one, and no device is no harm.
         eject = self._ejects[slot] = _Eject()
         try:
-            await self._send(eject, request, time.monotonic() + timeout_s)
+            await self._send(eject.step, request, time.monotonic() + timeout_s)
         except HostRefused as error:
             del self._ejects[slot]
             raise self._refused(error, f"eject {slot}", slot) from error
@@ -232,9 +232,9 @@ class HcsGuest:
         eject = self._ejects.get(slot)
         if eject is None:
             return True
-        if eject.pending is not None:
+        if eject.step.may_be_answered:
             try:
-                await self._answer(eject, time.monotonic() + timeout_s)
+                await eject.step.answer(time.monotonic() + timeout_s)
             except HostRefused:
                 del self._ejects[slot]
                 return True
@@ -253,36 +253,21 @@ class HcsGuest:
 
     # Steps.
 
-    async def _send(self, step: _Mount | _Eject, request: GuestRequest, deadline: float) -> None:
-        document = encode(forwarded(request))
-        step.pending = await self._system.modify(document)
-        await self._answer(step, deadline)
-
-    async def _answer(self, step: _Mount | _Eject, deadline: float) -> None:
-        assert step.pending is not None
-        try:
-            await step.pending.result(timeout_s=max(0.0, deadline - time.monotonic()))
-        except HostRefused:
-            step.pending = None
-            raise
-        except OutcomeUnknown as error:
-            if type(error) is OutcomeUnknown:  # and not DeadlineExceeded: it will not come
-                step.pending = None
-            raise
-        step.pending = None
+    async def _send(self, step: Step, request: GuestRequest, deadline: float) -> None:
+        await step.send(self._system, encode(forwarded(request)), deadline)
 
     async def _settle(self, key: str, deadline: float) -> None:
         """Take the answer of the step that was sent before, if it may still come."""
         mount = self._mounts[key]
-        if mount.pending is None:
+        if not mount.step.may_be_answered:
             return
         was_mounting = mount.state is _State.MOUNTING
         try:
-            await self._answer(mount, deadline)
+            await mount.step.answer(deadline)
         except HostRefused:
             is_there = not was_mounting
         except OutcomeUnknown:
-            if mount.pending is not None:
+            if mount.step.may_be_answered:
                 raise
             return
         else:

@@ -16,7 +16,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
@@ -42,7 +42,7 @@ from utilityvm.hosts.hcs.system import (
     HRESULT_ERROR_SHARING_VIOLATION,
     ComputeSystem,
     HcsRefused,
-    Operation,
+    Step,
 )
 from utilityvm.log import logger
 from utilityvm.scsi.ports import AttachmentType, DiskRecord, DiskRequest, OpenDisk, Record, VMAccess
@@ -54,6 +54,8 @@ _NOT_THERE: Final = frozenset({HRESULT_ERROR_NOT_FOUND})
 
 # A journal's disks whose last step of ours was answered, and left the disk on the bus.
 _ANSWERED: Final = frozenset({DiskState.ATTACHED, DiskState.EJECTING, DiskState.EJECT_UNKNOWN, DiskState.EJECTED})
+
+_TAKE_RIGHT_S: Final = 10.0
 
 _log = logger(__name__)
 
@@ -75,7 +77,7 @@ class _Attachment:
     read_only: bool
     facts: DiskFacts
     state: _State = _State.ATTACHING
-    pending: Operation | None = None  # the step that was sent, if its answer may still come
+    step: Step = field(default_factory=Step)
 
 
 class GroupAccess:
@@ -198,12 +200,12 @@ class HcsHost:
         self._attachments[attachment] = entry
         deadline = time.monotonic() + timeout_s
         try:
-            await self._give_right(entry)
+            await self._give_right(entry, timeout_s)
         except BaseException:
             del self._attachments[attachment]
             raise
         try:
-            await self._send(entry, document, deadline)
+            await entry.step.send(self._system, document, deadline)
         except HcsRefused as error:
             await self._forget(attachment)
             raise self._attach_error(error, slot, request.host_path) from error
@@ -295,36 +297,18 @@ class HcsHost:
         if taken := next((entry for entry in self._attachments.values() if entry.slot == slot), None):
             raise AlreadyAttached(f"slot {slot} is taken by {taken.host_path}", vm=self._system.id, slot=slot)
 
-    async def _send(self, entry: _Attachment, document: str, deadline: float) -> None:
-        """Send a document and wait for its answer. Without one, `pending` is where it may still come from."""
-        entry.pending = await self._system.modify(document)
-        await self._answer(entry, deadline)
-
-    async def _answer(self, entry: _Attachment, deadline: float) -> None:
-        assert entry.pending is not None
-        try:
-            await entry.pending.result(timeout_s=max(0.0, deadline - time.monotonic()))
-        except HcsRefused:
-            entry.pending = None
-            raise
-        except OutcomeUnknown as error:
-            if type(error) is OutcomeUnknown:  # and not DeadlineExceeded: it will not come
-                entry.pending = None
-            raise
-        entry.pending = None
-
     async def _settle(self, attachment: str, deadline: float) -> None:
         """Take the answer of the step that was sent before, if it may still come."""
         entry = self._attachments[attachment]
-        if entry.pending is None:
+        if not entry.step.may_be_answered:
             return
         was_attaching = entry.state is _State.ATTACHING
         try:
-            await self._answer(entry, deadline)
+            await entry.step.answer(deadline)
         except HcsRefused as error:
             is_there = not was_attaching and error.hresult not in _NOT_THERE
         except OutcomeUnknown:
-            if entry.pending is not None:
+            if entry.step.may_be_answered:
                 raise
             return
         else:
@@ -338,7 +322,8 @@ class HcsHost:
         entry = self._attachments[attachment]
         before, entry.state = entry.state, _State.DETACHING
         try:
-            await self._send(entry, encode(detach_request(entry.slot, schema=self._schema)), deadline)
+            document = encode(detach_request(entry.slot, schema=self._schema))
+            await entry.step.send(self._system, document, deadline)
         except HcsRefused as error:
             if error.hresult not in _NOT_THERE:
                 entry.state = _State.ATTACHED
@@ -350,20 +335,31 @@ class HcsHost:
         """It is not on the bus: the VM needs no right to it any more."""
         entry = self._attachments.pop(attachment)
         try:
-            if entry.access is VMAccess.GROUP:
-                await self._group.take(self._system, entry.identity, entry.host_path)
-            elif entry.access is VMAccess.INDIVIDUAL:
-                await self._system.revoke(entry.host_path, group=False)
-        except UtilityVMError as error:
+            async with asyncio.timeout(_TAKE_RIGHT_S):
+                if entry.access is VMAccess.GROUP:
+                    await self._group.take(self._system, entry.identity, entry.host_path)
+                elif entry.access is VMAccess.INDIVIDUAL:
+                    await self._system.revoke(entry.host_path, group=False)
+        except (UtilityVMError, TimeoutError) as error:
             # The disk is off the bus, which is what was asked for; the right is the lesser evil.
-            self._log.warning("the VM keeps its right to %s: %s", entry.host_path, error, slot=entry.slot)
+            why = error if isinstance(error, UtilityVMError) else f"no answer within {_TAKE_RIGHT_S:g} s"
+            self._log.warning("the VM keeps its right to %s: %s", entry.host_path, why, slot=entry.slot)
 
-    async def _give_right(self, entry: _Attachment) -> None:
+    async def _give_right(self, entry: _Attachment, timeout_s: float) -> None:
         try:
-            if entry.access is VMAccess.GROUP:
-                await self._group.give(self._system, entry.identity, entry.host_path)
-            elif entry.access is VMAccess.INDIVIDUAL:
-                await self._system.grant(entry.host_path, group=False)
+            async with asyncio.timeout(timeout_s):
+                if entry.access is VMAccess.GROUP:
+                    await self._group.give(self._system, entry.identity, entry.host_path)
+                elif entry.access is VMAccess.INDIVIDUAL:
+                    await self._system.grant(entry.host_path, group=False)
+        except TimeoutError as error:
+            raise HostRefused(
+                f"attach {entry.host_path} at {entry.slot}: its file's rights were not changed in {timeout_s:g} s",
+                vm=self._system.id,
+                slot=entry.slot,
+                host_path=entry.host_path,
+                remedy="nothing was attached; look at the file's storage, and ask again",
+            ) from error
         except VMGone:
             raise
         except UtilityVMError as error:

@@ -7,6 +7,8 @@ again gets the answer that came meanwhile. So an unknown outcome becomes a known
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Final, Protocol
 
 import msgspec
@@ -128,6 +130,55 @@ class ComputeSystem(Protocol):
             HcsRefused: the right is still there.
         """
         ...
+
+
+class Step:
+    """What was sent about one thing, and where its answer may still come from: one modification at a time."""
+
+    def __init__(self) -> None:
+        self._begun: asyncio.Future[Operation] | None = None
+
+    @property
+    def may_be_answered(self) -> bool:
+        """Is there a modification whose answer was not had, and may come?"""
+        return self._begun is not None
+
+    async def send(self, system: ComputeSystem, document: str, deadline: float) -> None:
+        """Send a modification, and wait for its answer until `deadline` (of `time.monotonic`).
+
+        A caller that goes away, or whose time is up, leaves it to be answered.
+
+        Raises:
+            as `answer`.
+        """
+        self._begun = asyncio.ensure_future(system.modify(document))
+        await self.answer(deadline)
+
+    async def answer(self, deadline: float) -> None:
+        """Wait for the answer of what was sent.
+
+        Raises:
+            HcsRefused: it is no.
+            OutcomeUnknown: there is none; `may_be_answered` says whether one may come.
+            VMGone: the VM ended.
+        """
+        begun = self._begun
+        assert begun is not None
+        await asyncio.wait({begun}, timeout=_left(deadline))
+        if not begun.done():
+            raise DeadlineExceeded("HCS did not take the document in time")
+        try:
+            await begun.result().result(timeout_s=_left(deadline))
+        except DeadlineExceeded:
+            raise
+        except (HcsRefused, OutcomeUnknown):
+            self._begun = None
+            raise
+        self._begun = None
+
+
+def _left(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())
 
 
 class _ResultError(msgspec.Struct, rename="pascal"):
