@@ -30,8 +30,10 @@ MAY: dict[str, set[str]] = {
     "hostpath": set(),
     "config": {"hostpath", "scsi", "hosts", "guestimage"},  # what callers ask for
     "mounts": {"scsi", "vm"},  # the VM only for a type
+    "lifecycle": {"scsi", "hosts", "guests", "store", "paths", "pids"},
     "vm": {
         "config",
+        "lifecycle",
         "hostpath",
         "mounts",
         "scsi",

@@ -7,26 +7,19 @@ object is this. With `keep` the VM outlives it; without, the VM ends with it, ho
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Final, Literal, Self
 
-from utilityvm import paths
+from utilityvm import lifecycle, paths
 from utilityvm.config import GENERATED, DiskSpec, GuestPath, VMConfig
 from utilityvm.errors import (
-    DeadlineExceeded,
     InvalidRequest,
-    ProtocolError,
     SetupError,
-    StartFailed,
-    StoreError,
     UtilityVMError,
-    VMExists,
     VMGone,
     VMNotRunning,
 )
@@ -34,26 +27,21 @@ from utilityvm.guestimage.build import GuestImage
 from utilityvm.guestimage.build import find as find_image
 from utilityvm.guests.bridge_guest import BridgeGuest, CommandResult, OutputSink
 from utilityvm.hostpath import HostPath, absolute, identity_of
-from utilityvm.hosts.qemu import QemuHost, QemuProcess, launch
-from utilityvm.hosts.qemu.lifetime import Watch
+from utilityvm.hosts.qemu import QemuHost, QemuProcess
+from utilityvm.lifecycle import BOOT_S, CONNECT_S, SHUTDOWN_S
 from utilityvm.log import logger
 from utilityvm.mounts import SCSIMount
-from utilityvm.pids import is_running, own_start, process_with_word
+from utilityvm.pids import is_running, own_start
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S, MountView, ScsiEvent, ScsiManager, SlotView
-from utilityvm.scsi.ports import CallerKey, DiskFormat, DiskRecord, Holder, ScratchKey, Verity, VMAccess
+from utilityvm.scsi.ports import CallerKey, DiskFormat, Holder, ScratchKey, Verity, VMAccess
 from utilityvm.scsi.reservation import Reservation
 from utilityvm.scsi.slot import Slot
 from utilityvm.store import SqliteJournal, Store, StoredVM, VMState
 from utilityvm.store.ownership import Ownership
 from utilityvm.store.recover import open_store
 
-BOOT_S: Final = 120.0  # KVM needs one second, an emulated processor on a busy machine a good part of a minute
-SHUTDOWN_S: Final = 15.0
-CONNECT_S: Final = 10.0
 SETTLE_S: Final = 3.0
 ROOT_SLOT: Final = Slot(0, 0)
-_CONSOLE_LINES: Final = 20
-_TELLING: Final = ("utilityvm:", "Kernel panic", "error", "Error")  # what a line has in it that says why
 
 _log = logger(__name__)
 
@@ -120,23 +108,23 @@ class UtilityVM:
         async with AsyncExitStack() as undo:
             store = undo.enter_context(open_store())
             folder = paths.vm_dir(config.name)
-            _refuse_running(store, config.name)
+            lifecycle.refuse_running(store, config.name)
             ownership = await Ownership.acquire(folder, vm=config.name)
             undo.callback(ownership.release, remove=True)
-            _refuse_running(store, config.name)
+            lifecycle.refuse_running(store, config.name)
             if (dead := store.find(config.name)) is not None:
-                await _clear(dead, store)
+                await lifecycle.clear(dead, store)
             record = store.add(config.name, uuid=vm_uuid, config=config.to_json())
             undo.callback(store.remove, record)
-            undo.callback(_remove_record, folder)
+            undo.callback(lifecycle.remove_copy, folder)
             host = await QemuHost.start(
                 config.for_qemu(image, uuid=vm_uuid), folder=folder, who_uses=_who_uses(store, record)
             )
             undo.push_async_callback(host.stop)
             document = host.process.to_json()
             store.set_process(record, document)
-            _write_record(folder, record, document)
-            guest = await _boot(host, config.name, timeout_s=timeout_s)
+            lifecycle.write_copy(folder, record, document)
+            guest = await lifecycle.boot(host, config.name, timeout_s=timeout_s)
             undo.push_async_callback(guest.close)
             store.set_state(record, VMState.RUNNING)
             vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest)
@@ -159,21 +147,17 @@ class UtilityVM:
         """
         async with AsyncExitStack() as undo:
             store = undo.enter_context(open_store())
-            folder = paths.vm_dir(name)
-            _check_running(store.get(name), store)  # before a folder is made for it
-            ownership = await Ownership.acquire(folder, vm=name, wait_s=wait_s)
+            record, ownership = await lifecycle.own(store, name, wait_s=wait_s, must_run=True)
             undo.callback(ownership.release)
-            record = store.get(name)
-            _check_running(record, store)
-            process = _process_of(record)
+            process = lifecycle.process_of(record)
             try:
                 host = await QemuHost.connect(process, who_uses=_who_uses(store, record), timeout_s=CONNECT_S)
             except VMGone as error:
-                raise _not_running(record) from error
+                raise lifecycle.not_running(record) from error
             undo.push_async_callback(host.close)
             guest = await BridgeGuest.connect(process.agent_socket, timeout_s=CONNECT_S, vm=name)
             undo.push_async_callback(guest.close)
-            strays = await _strays(host, SqliteJournal(store, record))
+            strays = await lifecycle.strays(host, SqliteJournal(store, record))
             config = VMConfig.from_json(record.config)
             vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest, strays=strays)
             found = [f"slot {slot} has a disk that is in no journal: it stays taken" for slot in strays]
@@ -194,13 +178,11 @@ class UtilityVM:
         """
         async with AsyncExitStack() as undo:
             store = undo.enter_context(open_store())
-            store.get(name)
-            ownership = await Ownership.acquire(paths.vm_dir(name), vm=name, wait_s=wait_s)
+            record, ownership = await lifecycle.own(store, name, wait_s=wait_s)
             undo.callback(ownership.release)
-            record = store.get(name)
             if record.is_alive() and not force:
-                await _shut_down(record)
-            await _clear(record, store)
+                await lifecycle.shut_down(record)
+            await lifecycle.clear(record, store)
             ownership.release(remove=True)
 
     # What it is.
@@ -498,7 +480,7 @@ class UtilityVM:
                 self._end(VMNotRunning(f"VM {self.name} was stopped", vm=self.name))
             await self._guest.close()
             await self._host.stop()
-            _remove_record(self._record_folder)
+            lifecycle.remove_copy(self._host.process.folder)
             self._store.remove(self._record)
             self._ownership.release(remove=True)
             self._store.close()
@@ -537,10 +519,6 @@ class UtilityVM:
     def __repr__(self) -> str:
         return f"<UtilityVM {self.name}: {'running' if self.is_running else 'ended'}>"
 
-    @property
-    def _record_folder(self) -> Path:
-        return self._host.process.folder
-
     def _check_running(self) -> None:
         if self._ended is not None:
             raise self._ended
@@ -561,116 +539,6 @@ class UtilityVM:
         """Whoever waits for something of the VM is told now."""
         self._ended = reason
         self.scsi.mark_gone(reason)
-
-
-async def _boot(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
-    """Wait until the guest's agent answers."""
-    begun = time.monotonic()
-    try:
-        return await BridgeGuest.connect(host.process.agent_socket, timeout_s=timeout_s, vm=name)
-    except (DeadlineExceeded, ProtocolError, VMGone) as error:
-        lines = [line.strip() for line in host.console().decode(errors="replace").splitlines() if line.strip()]
-        told = [line for mark in _TELLING for line in reversed(lines) if mark in line]
-        said = f'its console says "{(told or lines[-1:])[0]}"' if lines else "its console is empty"
-        raise StartFailed(
-            f"VM {name} did not come up within {time.monotonic() - begun:.0f} s ({error}); {said}",
-            console=lines[-_CONSOLE_LINES:],
-            vm=name,
-            remedy="give it more memory or time; `uvm doctor` tells whether this machine can run VMs",
-        ) from error
-
-
-async def _strays(host: QemuHost, journal: SqliteJournal) -> dict[Slot, str]:
-    """What QEMU has and the journal has not, as after the store was lost. It may be in use: its slots are kept off."""
-    known = {record.attachment for record in journal.read() if isinstance(record, DiskRecord)}
-    return {one.slot: "a disk that is in no journal" for one in await host.attachments() if one.attachment not in known}
-
-
-def _refuse_running(store: Store, name: str) -> None:
-    record = store.find(name)
-    if record is not None and record.is_alive():
-        raise VMExists(
-            f"a VM named {name!r} runs already",
-            vm=name,
-            remedy=f"choose another name, open that VM, or end it: uvm stop {name}",
-        )
-
-
-def _check_running(record: StoredVM, store: Store) -> None:
-    if record.is_alive():
-        return
-    if record.state is not VMState.STARTING:
-        store.set_dead(record)
-    raise _not_running(record)
-
-
-def _not_running(record: StoredVM) -> VMNotRunning:
-    if record.state is VMState.STARTING:
-        what, remedy = "has not come up", f"wait for its start to end, or clear it away: uvm stop {record.name}"
-    else:
-        what, remedy = "is dead", f"see why: uvm log {record.name}; clear it away: uvm stop {record.name}"
-    return VMNotRunning(f"VM {record.name} {what}: its QEMU does not run", vm=record.name, remedy=remedy)
-
-
-async def _kill(pid: int, started: str) -> None:
-    try:
-        watch = Watch(pid, started)
-    except VMGone:
-        return
-    watch.kill()
-    await watch.wait(timeout_s=CONNECT_S)
-    watch.close()
-
-
-def _process_of(record: StoredVM) -> QemuProcess:
-    try:
-        return QemuProcess.from_json(record.process or {})
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(
-            f"the store's record of VM {record.name} is not one that utilityvm wrote: {error!r}",
-            vm=record.name,
-            remedy=f"end QEMU by hand: kill {record.pid}",
-        ) from error
-
-
-async def _shut_down(record: StoredVM) -> None:
-    """Have the guest power off; one that does not, or does not answer, is killed by what comes next."""
-    process = _process_of(record)
-    with suppress(UtilityVMError):
-        host = await QemuHost.connect(process, timeout_s=CONNECT_S)
-        try:
-            guest = await BridgeGuest.connect(process.agent_socket, timeout_s=CONNECT_S, vm=record.name)
-            await guest.shutdown(timeout_s=SHUTDOWN_S)
-            await asyncio.wait([host.gone], timeout=SHUTDOWN_S)
-            await guest.close()
-        finally:
-            await host.close()
-
-
-async def _clear(record: StoredVM, store: Store) -> None:
-    """Remove what is left of a VM: its process if there is one, its runtime folder's files, its record."""
-    if record.process is not None:
-        await launch.destroy(_process_of(record))
-    elif (found := process_with_word(record.uuid)) is not None:
-        # Its starter died before it could write down the process. Nobody else has this UUID on its command line.
-        await _kill(*found)
-    folder = paths.vm_dir(record.name)
-    launch.clean(folder)
-    _remove_record(folder)
-    store.remove(record)
-
-
-def _write_record(folder: Path, record: StoredVM, process: Mapping[str, object]) -> None:
-    """A copy of the VM's record beside its sockets, from which a lost store is made again."""
-    document = {"name": record.name, "uuid": record.uuid, "created": record.created, "config": record.config}
-    path = folder / paths.RECORD_FILE
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps({**document, "process": process}))
-    temporary.replace(path)
-
-
-def _remove_record(folder: Path) -> None:
-    (folder / paths.RECORD_FILE).unlink(missing_ok=True)
 
 
 def _who_uses(store: Store, record: StoredVM) -> Callable[[str], str | None]:

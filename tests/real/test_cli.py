@@ -257,6 +257,52 @@ def test_stop_of_a_guest_that_does_not_answer(uvm: Uvm, guest_image: GuestImage)
     assert not places.vm_dir("hung").exists()
 
 
+def test_several_stops_at_once_end_it_once(uvm: Uvm, guest_image: GuestImage) -> None:
+    assert uvm("start", "popular").returncode == 0
+    stop = [*COMMAND, "stop", "popular"]
+    running = [subprocess.Popen(stop, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(4)]
+    assert sorted(process.wait() for process in running) == [0, 3, 3, 3]
+    assert not places.vm_dir("popular").exists()
+
+
+def test_a_vm_of_another_runtime_folder_is_not_owned_from_here(
+    uvm: Uvm, worker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.environ["UTILITYVM_RUNTIME_DIR"]
+    with monkeypatch.context() as patch:
+        patch.setenv("UTILITYVM_RUNTIME_DIR", str(tmp_path))
+        for words in (["exec", worker, "--", "true"], ["stop", worker]):
+            done = uvm(*words)
+            assert done.returncode in (6, 125)
+            assert f"set UTILITYVM_RUNTIME_DIR to {before}" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_vm_says_so_and_takes_disks_again_when_one_is_gone(
+    uvm: Uvm, guest_image: GuestImage, tmp_path: Path
+) -> None:
+    for number in range(64):
+        with (tmp_path / f"{number}.raw").open("wb") as file:
+            file.truncate(1 << 20)
+    assert uvm("start", "small", "--controllers", "1").returncode == 0
+    script = (
+        "import asyncio, sys\nfrom utilityvm import DiskSpec, UtilityVM\n"
+        "async def main():\n"
+        "    async with await UtilityVM.open('small') as vm:\n"
+        "        disks = [DiskSpec(host_path=f'{sys.argv[1]}/{n}.raw') for n in range(63)]\n"
+        "        await vm.add_scsi_many(disks, holder='many')\n"
+        "asyncio.run(main())"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True)
+    done = uvm("attach", "small", tmp_path / "63.raw")
+    assert done.returncode == 4
+    assert "no free slot (64 of 64 used)" in done.stderr
+    assert len(json.loads(uvm("ls", "small", "--json").stdout)) == 63
+    assert uvm("detach", "small", tmp_path / "7.raw").returncode == 0
+    assert uvm("attach", "small", tmp_path / "63.raw").returncode == 0
+    assert uvm("stop", "small").returncode == 0
+
+
 def test_doctor_finds_no_fault(uvm: Uvm, guest_image: GuestImage) -> None:
     done = uvm("doctor")
     assert done.returncode == 0, done.stdout

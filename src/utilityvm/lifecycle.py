@@ -1,0 +1,215 @@
+"""What starting, opening and ending a VM have in common: who may, whether it runs, and what is left of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from typing import Final
+
+from utilityvm import paths
+from utilityvm.errors import (
+    DeadlineExceeded,
+    ProtocolError,
+    SetupError,
+    StartFailed,
+    StoreError,
+    UtilityVMError,
+    VMExists,
+    VMGone,
+    VMNotFound,
+    VMNotRunning,
+)
+from utilityvm.guests.bridge_guest import BridgeGuest
+from utilityvm.hosts.qemu import QemuHost, QemuProcess, launch
+from utilityvm.hosts.qemu.lifetime import Watch
+from utilityvm.log import logger
+from utilityvm.pids import process_with_word
+from utilityvm.scsi.ports import DiskRecord
+from utilityvm.scsi.slot import Slot
+from utilityvm.store import SqliteJournal, Store, StoredVM, VMState
+from utilityvm.store.ownership import Ownership, owner_of
+
+BOOT_S: Final = 120.0  # KVM needs one second, an emulated processor on a busy machine a good part of a minute
+SHUTDOWN_S: Final = 15.0
+CONNECT_S: Final = 10.0
+_CONSOLE_LINES: Final = 20
+_TELLING: Final = ("utilityvm:", "Kernel panic", "error", "Error")  # what a line has in it that says why
+
+_log = logger(__name__)
+
+
+async def boot(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
+    """Wait until the guest's agent answers.
+
+    Raises:
+        StartFailed: it did not, or QEMU ended; says what the console says.
+    """
+    begun = time.monotonic()
+    try:
+        return await BridgeGuest.connect(host.process.agent_socket, timeout_s=timeout_s, vm=name)
+    except (DeadlineExceeded, ProtocolError, VMGone) as error:
+        lines = [line.strip() for line in host.console().decode(errors="replace").splitlines() if line.strip()]
+        told = [line for mark in _TELLING for line in reversed(lines) if mark in line]
+        said = f'its console says "{(told or lines[-1:])[0]}"' if lines else "its console is empty"
+        raise StartFailed(
+            f"VM {name} did not come up within {time.monotonic() - begun:.0f} s ({error}); {said}",
+            console=lines[-_CONSOLE_LINES:],
+            vm=name,
+            remedy="give it more memory or time; `uvm doctor` tells whether this machine can run VMs",
+        ) from error
+
+
+async def own(store: Store, name: str, *, wait_s: float, must_run: bool = False) -> tuple[StoredVM, Ownership]:
+    """Become the owner of a VM that there is; with `must_run`, of one that runs. On failure nothing is left of it.
+
+    Raises:
+        VMNotFound, VMNotRunning: also when it ended while we waited.
+        VMOwned: another process has it, also after `wait_s` seconds.
+        SetupError: it lives in another runtime folder than ours.
+    """
+    folder = paths.vm_dir(name)
+    record = store.get(name)
+    _check_folder(record, folder)
+    if must_run and owner_of(folder) is None:
+        check_running(record, store)  # before a lock is made for it
+    ownership = await Ownership.acquire(folder, vm=name, wait_s=wait_s)
+    try:
+        record = store.get(name)
+        if must_run:
+            check_running(record, store)
+    except VMNotFound:
+        ownership.release(remove=True)
+        raise
+    except BaseException:
+        ownership.release()
+        raise
+    return record, ownership
+
+
+def refuse_running(store: Store, name: str) -> None:
+    """Raises:
+    VMExists: a VM of that name runs.
+    """
+    record = store.find(name)
+    if record is not None and record.is_alive():
+        raise VMExists(
+            f"a VM named {name!r} runs already",
+            vm=name,
+            remedy=f"choose another name, open that VM, or end it: uvm stop {name}",
+        )
+
+
+def check_running(record: StoredVM, store: Store) -> None:
+    """Raises:
+    VMNotRunning: its QEMU has ended, and the store says so now.
+    """
+    if record.is_alive():
+        return
+    if record.state is not VMState.STARTING:
+        store.set_dead(record)
+    raise not_running(record)
+
+
+def not_running(record: StoredVM) -> VMNotRunning:
+    what = "has not come up" if record.state is VMState.STARTING else "is dead"
+    return VMNotRunning(
+        f"VM {record.name} {what}: its QEMU does not run",
+        vm=record.name,
+        remedy=f"see why: uvm log {record.name}; clear it away: uvm stop {record.name}",
+    )
+
+
+def process_of(record: StoredVM) -> QemuProcess:
+    """Raises:
+    StoreError: the record is not one that we wrote.
+    """
+    try:
+        process = QemuProcess.from_json(record.process or {})
+        if (process.name, process.uuid) != (record.name, record.uuid):
+            raise ValueError(f"it is of VM {process.name}, {process.uuid}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"the store's record of VM {record.name} is not one that utilityvm wrote: {error!r}",
+            vm=record.name,
+            remedy=f"end its QEMU by hand, process {record.pid}" if record.pid else "remove the store",
+        ) from error
+    return process
+
+
+async def strays(host: QemuHost, journal: SqliteJournal) -> dict[Slot, str]:
+    """What QEMU has and the journal has not, as after the store was lost. It may be in use: its slots are kept off."""
+    known = {record.attachment for record in journal.read() if isinstance(record, DiskRecord)}
+    return {one.slot: "a disk that is in no journal" for one in await host.attachments() if one.attachment not in known}
+
+
+async def shut_down(record: StoredVM) -> None:
+    """Have the guest power off; one that does not, or does not answer, is left to be killed."""
+    process = process_of(record)
+    with suppress(UtilityVMError):
+        async with AsyncExitStack() as closing:
+            host = await QemuHost.connect(process, timeout_s=CONNECT_S)
+            closing.push_async_callback(host.close)
+            guest = await BridgeGuest.connect(process.agent_socket, timeout_s=CONNECT_S, vm=record.name)
+            closing.push_async_callback(guest.close)
+            await guest.shutdown(timeout_s=SHUTDOWN_S)
+            await asyncio.wait([host.gone], timeout=SHUTDOWN_S)
+
+
+async def clear(record: StoredVM, store: Store) -> None:
+    """Remove what is left of a VM: its process if there is one, its runtime folder's files, its record.
+
+    Raises:
+        OutcomeUnknown: the kernel does not let its QEMU go; call again.
+    """
+    if record.process is not None:
+        await launch.destroy(process_of(record))
+    elif (found := process_with_word(record.uuid)) is not None:
+        # Its starter died before it could write down the process. Nobody else has this UUID on its command line.
+        await _kill(*found)
+    folder = paths.vm_dir(record.name)
+    launch.clean(folder)
+    remove_copy(folder)
+    store.remove(record)
+
+
+def write_copy(folder: Path, record: StoredVM, process: Mapping[str, object]) -> None:
+    """Put a copy of the VM's record beside its sockets, from which a lost store is made again."""
+    document = {"name": record.name, "uuid": record.uuid, "created": record.created, "config": record.config}
+    path = folder / paths.RECORD_FILE
+    temporary = path.with_suffix(".new")
+    try:
+        temporary.write_text(json.dumps({**document, "process": process}))
+        temporary.replace(path)
+    except OSError as error:
+        _log.warning("no copy of the record of VM %s: %s", record.name, error)
+        temporary.unlink(missing_ok=True)
+
+
+def remove_copy(folder: Path) -> None:
+    """Removed before is done."""
+    (folder / paths.RECORD_FILE).unlink(missing_ok=True)
+
+
+def _check_folder(record: StoredVM, folder: Path) -> None:
+    """The lock lies in the runtime folder: processes that differ in it would both think that they own the VM."""
+    theirs = (record.process or {}).get("folder", str(folder))
+    if theirs != str(folder):
+        raise SetupError(
+            f"VM {record.name} lives in {theirs}, and the runtime folder here is {folder.parent.parent}",
+            vm=record.name,
+            remedy=f"set UTILITYVM_RUNTIME_DIR to {Path(theirs).parent.parent}",
+        )
+
+
+async def _kill(pid: int, started: str) -> None:
+    try:
+        watch = Watch(pid, started)
+    except VMGone:
+        return
+    watch.kill()
+    await watch.wait(timeout_s=CONNECT_S)
+    watch.close()
