@@ -384,7 +384,12 @@ def _device_number(target: str, entry: Entry) -> tuple[int, int]:
 def _flush(disk: Device) -> None:
     import fcntl
 
-    fd = os.open(disk.node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fd = os.open(disk.node, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENOENT, errno.ENODEV, errno.ENOMEDIUM):
+            return  # it has not come far enough to be read, so nothing was written to it
+        raise
     try:
         os.fsync(fd)
         fcntl.ioctl(fd, _BLKFLSBUF, 0)
