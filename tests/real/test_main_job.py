@@ -88,6 +88,19 @@ async def test_a_disk_is_attached_once_however_its_path_is_spelled(vm_booted: Ut
     assert not vm_booted.scsi_slots()
 
 
+async def test_another_file_under_the_same_name_is_another_disk(vm_booted: UtilityVM, disk: Path) -> None:
+    await vm_booted.add_scsi(disk, "/old")
+    disk.rename(disk.with_name("moved"))
+    ext4_image(disk, {"greeting": "new\n"})
+    await vm_booted.add_scsi(disk, "/new")
+    assert await output(vm_booted, "cat /old/greeting /new/greeting") == "hello\nnew\n"
+    assert vm_booted.scsi_guest_path(disk) == PurePosixPath("/new")
+    await vm_booted.remove_scsi(disk)
+    assert [str(mount.guest_path) for mount in vm_booted.scsi_mounts()] == ["/old"]
+    await vm_booted.remove_scsi(disk)  # nothing attached is that file now: the one that was attached by this name
+    assert not vm_booted.scsi_slots()
+
+
 async def test_without_a_guest_path_it_is_attached_only(vm_booted: UtilityVM, disk: Path) -> None:
     async with await vm_booted.add_scsi(disk) as attached:
         assert attached.guest_path is None

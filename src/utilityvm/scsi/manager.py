@@ -505,11 +505,12 @@ class ScsiManager:
             raise Migrating("the manager's state was exported", vm=self._vm, remedy="resume it first")
 
     def _find(self, host_path: str, identity: str | None) -> Disk:
+        # What the path leads to now comes first: another file may have taken the name of one that is attached.
+        if identity is not None and (found := self._by_identity.get(identity)):
+            return found
         for disk in self._by_identity.values():
             if disk.request.host_path == host_path:
                 return disk
-        if identity is not None and (found := self._by_identity.get(identity)):
-            return found
         raise NotAttached(f"{host_path} is not attached", vm=self._vm, host_path=host_path)
 
     def _claim(
