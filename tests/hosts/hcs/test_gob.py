@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from utilityvm.errors import InvalidRequest, ProtocolError
-from utilityvm.hosts.hcs import gob
+from utilityvm.hosts.hcs import gob, gobstream
 from utilityvm.hosts.hcs.gob import Form, SCSIMount
 
 VECTORS = json.loads((Path(__file__).parents[2] / "vectors/gob.json").read_text())
@@ -118,6 +118,36 @@ def test_a_struct_with_members_of_every_kind_is_read() -> None:
     }
 
 
+# Written by Go 1.19: interfaces that hold structs that hold interfaces, defined where they first come up.
+NESTED = (
+    "40ff81030101054f7574657201ff8200010701014e010c0001014901100001014a01ff840001015001ff860001014601080001015501"
+    "0a0001014501ff840000001cff830201010e5b5d696e74657266616365207b7d01ff8400011000001fff8503010105496e6e657201ff"
+    "860001020101410104000101580110000000ff9eff8201016e010b2a6d61696e2e496e6e6572ff8626010201096d61696e2e44656570"
+    "ff87030101044465657001ff8800010101015301ff8a00000016ff89020101085b5d737472696e6701ff8a00010c000009ff88050101"
+    "0178000001060b2a6d61696e2e496e6e6572ff860c01030103696e740402000a0000146d61705b737472696e675d6d61696e2e446565"
+    "70ff8b040102ff8c00010c01ff8800003bff8c090001016b010101790006737472696e670c0300017307666c6f61743634080400fe04"
+    "4004626f6f6c020200010101060001fee03f01010900"
+)
+
+
+def test_interfaces_in_interfaces_are_read() -> None:
+    assert gob.decode_value(bytes.fromhex(NESTED)) == {
+        "N": "n",
+        "I": gob.Boxed("*main.Inner", {"A": 1, "X": gob.Boxed("main.Deep", {"S": ["x"]})}),
+        "J": [
+            gob.Boxed("*main.Inner", {"A": -2, "X": gob.Boxed("int", 5)}),
+            None,
+            gob.Boxed("map[string]main.Deep", {"k": {"S": ["y"]}}),
+            gob.Boxed("string", "s"),
+            gob.Boxed("float64", 2.5),
+            gob.Boxed("bool", True),
+        ],
+        "P": {"A": 3},
+        "F": 0.5,
+        "U": b"\t",
+    }
+
+
 def test_a_resource_that_is_no_mount_is_refused_by_name() -> None:
     with pytest.raises(ProtocolError, match=r"\*uvm\.VSMBShare"):
         gob.decode_outer(bytes.fromhex(EVERY_KIND))
@@ -205,7 +235,12 @@ def test_one_is_not_two() -> None:
         gob.encode_outer(Form.SINGLE, [])
 
 
-STREAMS = [GOOD, bytes.fromhex(EVERY_KIND), *(bytes.fromhex(vector["hex"]) for vector in VECTORS["outer"])]
+STREAMS = [
+    GOOD,
+    bytes.fromhex(EVERY_KIND),
+    bytes.fromhex(NESTED),
+    *(bytes.fromhex(vector["hex"]) for vector in VECTORS["outer"]),
+]
 STREAMS += [bytes.fromhex(data) for data in OTHER_IDS.values()]
 
 
@@ -247,12 +282,15 @@ def test_noise_is_refused_or_read(data: bytes) -> None:
 
 
 def test_a_small_stream_takes_little_memory_whatever_it_says() -> None:
-    uints = gob._definition(64, gob._SLICE, gob._common("", 64) + b"\1" + gob._int(gob._UINT))
+    uints = gobstream.type_definition(
+        64, gobstream.SLICE, gobstream.common_type("", 64) + b"\1" + gobstream.encode_int(gobstream.UINT)
+    )
     claims = [
-        gob._message(uints) + gob._message(gob._int(64) + b"\0" + gob._uint(count) + b"\1" * 100)
+        gobstream.message(uints)
+        + gobstream.message(gobstream.encode_int(64) + b"\0" + gobstream.encode_uint(count) + b"\1" * 100)
         for count in (101, 1 << 20, 1 << 31, (1 << 64) - 1)
     ]
-    claims += [gob._uint(1 << 40) + b"\x06\0\1", b"\x08\x0c\0\xfc\x7f\xff\xff\xff\0"]
+    claims += [gobstream.encode_uint(1 << 40) + b"\x06\0\1", b"\x08\x0c\0\xfc\x7f\xff\xff\xff\0"]
     tracemalloc.start()
     try:
         for data in claims:
@@ -264,10 +302,12 @@ def test_a_small_stream_takes_little_memory_whatever_it_says() -> None:
 
 
 def test_nesting_has_an_end() -> None:
-    lists = gob._definition(64, gob._SLICE, gob._common("", 64) + b"\1" + gob._int(64))
+    lists = gobstream.type_definition(
+        64, gobstream.SLICE, gobstream.common_type("", 64) + b"\1" + gobstream.encode_int(64)
+    )
     for depth, is_read in ((50, True), (200, False), (100_000, False)):
-        value = gob._int(64) + b"\0" + b"\1" * depth + b"\0"
-        data = gob._message(lists) + gob._message(value)
+        value = gobstream.encode_int(64) + b"\0" + b"\1" * depth + b"\0"
+        data = gobstream.message(lists) + gobstream.message(value)
         if is_read:
             gob.decode_value(data)
         else:
