@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -127,24 +126,32 @@ def test_an_unfinished_frame_is_seen(size: int) -> None:
     assert not decoder.is_between_frames
 
 
-@given(frames, st.integers(1, 400).filter(lambda size: not 8 <= size <= 12), st.booleans())
-def test_a_frame_is_found_behind_one_that_was_cut_off(frame: Frame, size: int, is_at_once: bool) -> None:
-    """JSON, unlike the payloads here, has no byte that a type has."""
-    cut_off = encode(7, 7, b"x" * 1000)[:size]
-    wanted = encode(0x10100B01, frame.id, b"{}")
-    decoder = Decoder()
-    for piece in (cut_off + wanted,) if is_at_once else (cut_off, wanted):
-        with contextlib.suppress(FrameError):
-            assert not list(decoder.feed(piece))
-    assert decoder.skip_to(0x10100B01)
-    assert list(decoder.feed(b"")) == [Frame(0x10100B01, frame.id, b"{}")]
+@given(st.integers(1, 400).filter(lambda size: not 8 <= size <= 12), st.integers(1, 20), st.lists(st.integers(0, 200)))
+def test_a_stream_that_begins_anew_is_found_behind_one_that_was_cut_off(size: int, count: int, cuts: list[int]) -> None:
+    """However much of it is there at once: what was cut off could seem to be complete with it."""
+    cut_off = encode(7, 7, b'{"a":"' + b"x" * 1000)[:size]
+    wanted = [Frame(0x10100B01, id, b"{}") for id in range(count)]
+    decoder = Decoder(anew_at=0x10100B01)
+    data = cut_off + b"".join(encode(*frame) for frame in wanted)
+    # A type that is cut in two is found with its second half.
+    assert [frame for piece in cut(data, cuts) for frame in decoder.feed(piece)] == wanted
 
 
-def test_no_frame_is_looked_for_in_an_id() -> None:
-    decoder = Decoder()
-    assert not list(decoder.feed(encode(7, 0x10100B01, b"{}")[:-1]))
-    assert not decoder.skip_to(0x10100B01)
-    assert list(decoder.feed(b"}")) == [Frame(7, 0x10100B01, b"{}")]
+def test_a_stream_begins_anew_behind_a_broken_frame() -> None:
+    decoder = Decoder(anew_at=0x10100B01)
+    assert list(decoder.feed(bytes(40) + encode(0x10100B01, 3, b"{}"))) == [Frame(0x10100B01, 3, b"{}")]
+
+
+def test_no_beginning_is_looked_for_in_an_id() -> None:
+    decoder = Decoder(anew_at=0x10100B01)
+    frame = Frame(7, 0x10100B01, b"{}")
+    assert not list(decoder.feed(encode(*frame)[:-1]))
+    assert list(decoder.feed(encode(*frame)[-1:] + encode(*frame))) == [frame, frame]
+
+
+@given(st.lists(st.builds(Frame, st.just(0x10100A01), st.integers(0, 2**64 - 1), st.just(b'{"a":1}\n')), max_size=5))
+def test_looking_for_a_beginning_changes_nothing_in_a_whole_stream(sent: list[Frame]) -> None:
+    assert list(Decoder(anew_at=0x10100B01).feed(b"".join(encode(*frame) for frame in sent))) == sent
 
 
 def test_a_broken_stream_stays_broken() -> None:

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 from guest_end import AgentThread, FakeDisks, FakeSerialPort
+from utilityvm.bridge import messages
 from utilityvm.errors import (
     DeadlineExceeded,
     GuestBusy,
     GuestRefused,
     InvalidRequest,
     OutcomeUnknown,
+    ProtocolError,
     VMGone,
 )
 from utilityvm.guests import bridge_client
@@ -36,6 +38,13 @@ PLAIN = MountConfig()
 
 async def mount(guest: GuestBackend, slot: Slot = SLOT, path: PurePosixPath = PATH) -> None:
     await guest.mount(slot, PLAIN, guest_path=path, timeout_s=20)
+
+
+async def ended(guest: BridgeGuest, pattern: str) -> None:
+    """Return when no process of that command line is left."""
+    async with asyncio.timeout(20):
+        while (await guest.run(["pgrep", "-f", pattern])).exit_code == 0:
+            pass
 
 
 # Mounts.
@@ -215,6 +224,18 @@ async def test_nothing_is_formatted_for_a_log_that_is_off(guest: BridgeGuest, mo
         logging.getLogger("utilityvm").setLevel(logging.NOTSET)
 
 
+async def test_a_guest_that_speaks_of_a_program_nobody_started_is_cut_off(guest: BridgeGuest) -> None:
+    assert guest._client
+    await guest.run(["true"])
+    guest._take_notification(messages.RUN_EXIT, {"Process": 1, "ExitCode": 0})  # late, of one that we gave up
+    for body in ({"Process": 2, "ExitCode": 0}, {"Process": "1"}, {}):
+        with pytest.raises(ProtocolError):
+            guest._take_notification(messages.RUN_EXIT, body)
+    with pytest.raises(ProtocolError):
+        guest._take_notification(0x30F0FF01, {"Process": 1})
+    guest._take_notification(messages.CONTAINER_NOTIFICATION, {"ContainerId": "c1"})
+
+
 async def test_a_hundred_pings_at_once(guest: BridgeGuest) -> None:
     await asyncio.gather(*(guest.ping() for _ in range(100)))
 
@@ -386,8 +407,7 @@ async def test_a_command_without_words_is_refused(guest: BridgeGuest) -> None:
 async def test_a_program_out_of_time_is_killed(guest: BridgeGuest) -> None:
     with pytest.raises(DeadlineExceeded, match=r"sleep did not end within 0\.1 s"):
         await guest.run(["sleep", "987654"], timeout_s=0.1)
-    while (await guest.run(["pgrep", "-f", "sleep 98765[4]"])).exit_code == 0:
-        pass
+    await ended(guest, "sleep 98765[4]")
 
 
 async def test_a_program_that_is_cancelled_is_killed_with_its_children(guest: BridgeGuest) -> None:
@@ -400,8 +420,7 @@ async def test_a_program_that_is_cancelled_is_killed_with_its_children(guest: Br
     await started.wait()
     running.cancel()
     await asyncio.wait([running])
-    while (await guest.run(["pgrep", "-f", "sleep 98765[3]"])).exit_code == 0:
-        pass
+    await ended(guest, "sleep 98765[3]")
 
 
 async def test_too_much_output_for_run_kills_the_program(guest: BridgeGuest) -> None:

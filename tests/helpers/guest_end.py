@@ -120,11 +120,9 @@ class FakeDisks:
 
     def _until_there(self, slot: tuple[int, int], deadline: float) -> bool:
         self._pass(slot)
-        while slot not in self.attached:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.005)
-        return True
+        if slot not in self.attached:
+            threading.Event().wait(max(deadline - time.monotonic(), 0.0))
+        return slot in self.attached
 
 
 class AgentThread:

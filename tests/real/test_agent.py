@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -28,6 +29,13 @@ async def output(vm: UtilityVM, script: str) -> str:
     return result.stdout.decode()
 
 
+async def until_false(vm: UtilityVM, *command: str) -> None:
+    """Ask until the command fails."""
+    async with asyncio.timeout(20):
+        while (await vm.run(command)).exit_code == 0:
+            pass
+
+
 async def test_the_system_is_one_to_run_programs_in(vm_booted: UtilityVM) -> None:
     for folder in ("/tmp", "/run", "/dev/shm", "/var/tmp", "/made/up"):
         await output(vm_booted, f"mkdir -p {folder} && echo > {folder}/file && rm {folder}/file")
@@ -41,8 +49,13 @@ async def test_the_system_is_one_to_run_programs_in(vm_booted: UtilityVM) -> Non
 
 async def test_orphans_are_reaped(vm_booted: UtilityVM) -> None:
     orphan = await output(vm_booted, "(setsid sh -c 'exit 0' & echo $!) 2>/dev/null")
-    while (await vm_booted.run(["test", "-e", f"/proc/{orphan.strip()}"])).exit_code == 0:
-        pass
+    await until_false(vm_booted, "test", "-e", f"/proc/{orphan.strip()}")
+
+
+async def test_a_program_that_eats_the_memory_is_killed_and_not_the_agent(vm_booted: UtilityVM) -> None:
+    agent = await output(vm_booted, "echo $PPID")
+    assert (await vm_booted.run(["tail", "/dev/zero"])).exit_code == -signal.SIGKILL
+    assert await output(vm_booted, "cat /proc/self/oom_score_adj; echo $PPID") == f"0\n{agent}"
 
 
 async def test_five_megabytes_go_through_a_program_and_come_back(vm_booted: UtilityVM) -> None:
@@ -107,8 +120,7 @@ async def test_a_host_that_goes_in_the_middle_of_output_harms_nobody(vm_booted: 
         client.end(VMGone("the test cut it"))
         with pytest.raises(VMGone):
             await running
-        while (await vm_booted.run(["pgrep", "-f", "cat /dev/zer[o]"])).exit_code == 0:
-            pass  # it is being killed
+        await until_false(vm_booted, "pgrep", "-f", "cat /dev/zer[o]")
 
 
 async def test_a_vm_that_powers_off_leaves_its_disks_clean(start: Start, tmp_path: Path) -> None:

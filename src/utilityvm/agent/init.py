@@ -101,6 +101,9 @@ def _start_agent() -> int:
         signal.signal(number, signal.SIG_DFL)
     os.setsid()
     try:
+        # When memory runs out the kernel kills a program, and not who has to tell of it. See `run` for the programs.
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("-1000")
         _serve()
     except BaseException as error:
         _say(f"the agent failed: {type(error).__name__}: {error}")

@@ -106,7 +106,7 @@ class _Command:
 
     def start(self) -> subprocess.Popen[bytes]:
         try:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 self.argv,
                 stdin=subprocess.PIPE if self.takes_input else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -122,6 +122,14 @@ class _Command:
             raise Fault(f"cannot run {self.argv[0]}: {error.strerror}{where}", kind=kind) from None
         except ValueError as error:  # a NUL, or what is no text
             raise Fault(f"cannot run {self.argv[0]!r}: {error}", kind="invalid") from None
+        try:
+            # The agent is not killed when memory runs out; its programs are. Nothing can be run in the child before
+            # it becomes the program, for the agent has threads.
+            with open(f"/proc/{process.pid}/oom_score_adj", "w") as file:
+                file.write("0")
+        except OSError:
+            pass  # it has ended already
+        return process
 
 
 class Program:

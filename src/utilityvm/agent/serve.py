@@ -123,7 +123,7 @@ class Serve:
         self._shutdown = shutdown
         self._workers = Workers(at_most=MAX_REQUESTS)
         self._watch = Watch(_expire)
-        self._decoder = Decoder()
+        self._decoder = _decoder()
         self._session: Session | None = None
         self._at_once: dict[int, Handler] = {messages.PING: lambda _call: {}, messages.INFO: lambda _call: _about()}
         self._in_a_worker: dict[int, Handler] = {
@@ -144,23 +144,16 @@ class Serve:
         """Take what the host sends next. False: it hung up, and the next step waits for another."""
         data = self._port.read()
         if not data:
-            self._decoder = Decoder()
+            self._decoder = _decoder()
             self._end_session()
             return False
-        while True:
-            broken = None
-            try:
-                for frame in self._decoder.feed(data):
-                    self._take(frame)
-            except FrameError as error:
-                broken = error
-            if not self._decoder.skip_to(messages.NEGOTIATE):
-                break
-            data = b""  # a host died in the middle of a frame, and the next one's first is in what was read already
-        if broken:
+        try:
+            for frame in self._decoder.feed(data):
+                self._take(frame)
+        except FrameError as error:
             # The stream has no frames any more. Say so to whoever it is, and wait for a host that negotiates.
-            self._decoder = Decoder()
-            self._reply(Frame(messages.NEGOTIATE, 0, b""), messages.E_INVALID_JSON, str(broken))
+            self._decoder = _decoder()
+            self._reply(Frame(messages.NEGOTIATE, 0, b""), messages.E_INVALID_JSON, str(error))
             self._end_session()
             self._port.begin_session()
         return True
@@ -296,6 +289,11 @@ class Serve:
         call.answer({})
         self._shutdown()
         return {}
+
+
+def _decoder() -> Decoder:
+    # A host may die in the middle of a frame, and the next one's negotiate follow with nothing between.
+    return Decoder(anew_at=messages.NEGOTIATE)
 
 
 def _starter(program: Program) -> Handler:

@@ -98,8 +98,14 @@ def _json(body: dict[str, Any]) -> str:
 class Decoder:
     """Cuts a stream of bytes into frames. Holds no more than one unfinished frame and what it was fed last."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, anew_at: int | None = None) -> None:
+        """With `anew_at`, a frame of that type begins the stream anew wherever it is found.
+
+        That is for a port on which one host's last bytes and the next one's first can blend. JSON holds no byte below
+        0x20 and a type has one, so that no payload holds a type; an id could, and is not looked into.
+        """
         self._pending = bytearray()
+        self._head = None if anew_at is None else anew_at.to_bytes(4, "little")
 
     @property
     def is_between_frames(self) -> bool:
@@ -110,39 +116,38 @@ class Decoder:
         """The frames that `data` completes. Take them all before feeding more.
 
         Raises:
-            FrameError: (while iterating, after the frames before it) a size below 16 or above 65536. Nothing more is
-                given then, unless `skip_to` finds a frame further on.
+            FrameError: (while iterating, after the frames before it) a size below 16 or above 65536. No frame is ever
+                given again.
         """
         self._pending += data
         return self._complete()
-
-    def skip_to(self, kind: int) -> bool:
-        """Drop what is unfinished or broken, if a frame of type `kind` seems to begin after it. Feed, to go on.
-
-        For a port on which one host's last bytes and the next one's first can blend. JSON holds no byte below 0x20, so
-        that a type, which has one, cannot be part of a payload; the eight bytes of an id could hold it.
-        """
-        head = kind.to_bytes(4, "little")
-        begin = 0
-        while (begin := self._pending.find(head, begin + 1)) > 0:
-            if not _ID_OFFSET <= begin <= MIN_SIZE - len(head):
-                del self._pending[:begin]
-                return True
-        return False
 
     def _complete(self) -> Iterator[Frame]:
         begin = 0
         try:
             while len(self._pending) - begin >= MIN_SIZE:
                 kind, size, id = HEADER.unpack_from(self._pending, begin)
-                if not MIN_SIZE <= size <= MAX_SIZE:
+                is_valid = MIN_SIZE <= size <= MAX_SIZE
+                is_whole = is_valid and len(self._pending) - begin >= size
+                if (anew := self._anew(begin, begin + size if is_whole else len(self._pending))) is not None:
+                    begin = anew
+                elif is_whole:
+                    payload = bytes(self._pending[begin + MIN_SIZE : begin + size])
+                    begin += size
+                    yield Frame(kind, id, payload)
+                elif is_valid:
+                    break
+                else:
                     raise FrameError(
                         f"message {kind:#010x} says it has {size} bytes: {MIN_SIZE} to {MAX_SIZE} are allowed"
                     )
-                if len(self._pending) - begin < size:
-                    break
-                payload = bytes(self._pending[begin + MIN_SIZE : begin + size])
-                begin += size
-                yield Frame(kind, id, payload)
         finally:
             del self._pending[:begin]
+
+    def _anew(self, begin: int, end: int) -> int | None:
+        """Where another stream begins within what seems to be a frame."""
+        at = begin
+        while self._head and (at := self._pending.find(self._head, at + 1, end)) > 0:
+            if not _ID_OFFSET <= at - begin <= MIN_SIZE - len(self._head):
+                return at
+        return None
