@@ -58,7 +58,7 @@ if TYPE_CHECKING:
         WrongState,
     )
     from utilityvm.guests.bridge_guest import CommandResult
-    from utilityvm.scsi.manager import MountView, ScsiEvent, SlotView
+    from utilityvm.scsi.events import ScsiEvent
     from utilityvm.scsi.ports import (
         AttachmentType,
         CallerKey,
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
         VMAccess,
     )
     from utilityvm.scsi.slot import Slot
+    from utilityvm.scsi.views import MountView, SlotView
     from utilityvm.vm import GENERATED, DiskSpec, SCSIMount, UtilityVM, VMConfig
 
 __all__ = [
@@ -130,7 +131,8 @@ __all__ = [
 
 _MODULES = {
     "utilityvm.guests.bridge_guest": ("CommandResult",),
-    "utilityvm.scsi.manager": ("MountView", "ScsiEvent", "SlotView"),
+    "utilityvm.scsi.events": ("ScsiEvent",),
+    "utilityvm.scsi.views": ("MountView", "SlotView"),
     "utilityvm.scsi.ports": (
         "AttachmentType",
         "CallerKey",

@@ -32,10 +32,12 @@ from utilityvm.lifecycle import BOOT_S, CONNECT_S, SHUTDOWN_S
 from utilityvm.log import logger
 from utilityvm.mounts import SCSIMount
 from utilityvm.pids import is_running, own_start
-from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S, MountView, ScsiEvent, ScsiManager, SlotView
+from utilityvm.scsi.events import ScsiEvent
+from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S, ScsiManager
 from utilityvm.scsi.ports import CallerKey, DiskFormat, Holder, ScratchKey, Verity, VMAccess
 from utilityvm.scsi.reservation import Reservation
 from utilityvm.scsi.slot import Slot
+from utilityvm.scsi.views import MountView, SlotView
 from utilityvm.store import SqliteJournal, Store, StoredVM, VMState
 from utilityvm.store.ownership import Ownership
 from utilityvm.store.recover import open_store

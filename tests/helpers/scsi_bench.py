@@ -40,7 +40,7 @@ class Bench:
 
     def kill_owner(self) -> None:
         """End this manager as kill -9 does: nothing of it runs on, and the kernel closes what it had open."""
-        for worker in self.manager._workers:
+        for worker in self.manager._workers.tasks:
             worker.cancel()
         self.world.gate = None
         self.world.breaks.clear()

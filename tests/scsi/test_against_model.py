@@ -34,7 +34,7 @@ class Model(RuleBasedStateMachine):
         super().__init__()
         self.bench = Bench()
         # A small VM, so that it is full now and then.
-        self.bench.manager._free._free &= 0b1111
+        self.bench.manager._book.free._free &= 0b1111
         self.held: dict[str, tuple[Reservation, str, str | None]] = {}
         self.gone: list[Reservation] = []
         self.run_steps = Run([], Budget(0, 0))
@@ -141,7 +141,7 @@ class Model(RuleBasedStateMachine):
         for held, _, _ in list(self.held.values()):
             self.finish(self.bench.manager.release(held))
         self.bench.journal.failures = 0
-        self.bench.manager._flush_outcomes()
+        self.bench.manager._ledger.flush()
         self.bench.check_empty()
 
 

@@ -44,7 +44,7 @@ async def clean_up(bench: Bench) -> None:
     await bench.manager.settle()
     for held in bench.manager.reservations():
         await bench.manager.release(held)
-    for claim in list(bench.manager._claims):
+    for claim in list(bench.manager._book.claims):
         with contextlib.suppress(AlreadyReleased, NotAttached):
             await bench.manager.release(claim)
     await bench.manager.repair()

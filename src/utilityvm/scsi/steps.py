@@ -1,0 +1,250 @@
+"""One step of one disk or mount: its intent, the question, and what each of the three answers means."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from utilityvm.errors import (
+    DeadlineExceeded,
+    GuestRefused,
+    HostRefused,
+    OutcomeUnknown,
+    RequestError,
+    StoreError,
+    UtilityVMError,
+)
+from utilityvm.scsi.disk import Disk
+from utilityvm.scsi.events import Events
+from utilityvm.scsi.ledger import Ledger
+from utilityvm.scsi.mount import Mount
+from utilityvm.scsi.ports import GuestBackend, HostBackend
+from utilityvm.scsi.transitions import DiskState, Event, MountState, ReservationState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimeouts:
+    """How long each step may take before its outcome counts as unknown, in seconds. Not the callers' deadlines."""
+
+    attach: float = 30.0
+    mount: float = 120.0
+    unmount: float = 60.0
+    eject: float = 30.0
+    detach: float = 30.0
+    probe: float = 10.0
+    resize: float = 120.0
+
+
+class StepFailed(Exception):
+    """A step did not do what it should. The state says how far it came."""
+
+    def __init__(self, error: UtilityVMError, mount: Mount | None = None) -> None:
+        super().__init__(error)
+        self.error = error
+        self.mount = mount
+
+
+class Steps:
+    """Takes steps. Returns when the answer was "done", or "none" and the state says what to look for.
+
+    Each raises `StepFailed` when it did not do what it should; the disk or mount is then in the state that is true.
+    """
+
+    def __init__(
+        self,
+        host: HostBackend,
+        guest: GuestBackend,
+        ledger: Ledger,
+        events: Events,
+        *,
+        timeouts: StepTimeouts,
+        vm: str | None,
+    ) -> None:
+        self._host = host
+        self._guest = guest
+        self._ledger = ledger
+        self._events = events
+        self._timeouts = timeouts
+        self._vm = vm
+
+    async def attach(self, disk: Disk) -> None:
+        if disk.opened is None:
+            try:
+                opened = await self._host.open(disk.request)
+            except UtilityVMError as error:
+                raise StepFailed(error) from error
+            if opened.identity != disk.identity:
+                opened.close()
+                raise StepFailed(
+                    HostRefused(
+                        f"{disk.request.host_path} is another file than before",
+                        slot=disk.slot,
+                        host_path=disk.request.host_path,
+                    )
+                )
+            disk.opened = opened
+        handle = disk.opened
+        await self._disk_step(
+            disk,
+            "attach",
+            lambda: self._host.attach(disk.slot, handle, attachment=disk.id, timeout_s=self._timeouts.attach),
+        )
+
+    async def eject(self, disk: Disk) -> None:
+        """Have the guest let go of the disk."""
+        await self._disk_step(
+            disk,
+            "eject",
+            lambda: self._guest.eject(disk.slot, timeout_s=self._timeouts.eject, force=disk.force),
+        )
+
+    async def detach(self, disk: Disk) -> None:
+        """Have the host take the disk off the bus."""
+        await self._disk_step(
+            disk,
+            "detach",
+            lambda: self._host.detach(disk.slot, attachment=disk.id, timeout_s=self._timeouts.detach),
+        )
+
+    async def probe_disk(self, disk: Disk) -> None:
+        """Look whether the step that got no answer was done."""
+        asks_guest = disk.state is DiskState.EJECT_UNKNOWN
+        try:
+            if asks_guest:
+                found = await self._guest.probe_device(disk.slot, timeout_s=self._timeouts.probe)
+            else:
+                found = await self._host.probe(disk.slot, attachment=disk.id, timeout_s=self._timeouts.probe)
+        except Exception as error:
+            raise StepFailed(self._undecided(disk, disk, error)) from error
+        doubt, disk.doubt = disk.doubt, None
+        was_adding = disk.state is DiskState.ATTACH_UNKNOWN
+        self.enter_disk(disk, Event.FOUND if found else Event.ABSENT)
+        if doubt is not None and found is not was_adding:
+            raise StepFailed(doubt)
+
+    async def mount(self, mount: Mount) -> None:
+        """Have the guest mount it."""
+        await self._mount_step(
+            mount,
+            "mount",
+            lambda: self._guest.mount(
+                mount.disk.slot, mount.config, guest_path=mount.guest_path, timeout_s=self._timeouts.mount
+            ),
+        )
+
+    async def unmount(self, mount: Mount) -> None:
+        """Have the guest unmount it."""
+        disk = mount.disk
+        await self._mount_step(
+            mount,
+            "unmount",
+            lambda: self._guest.unmount(
+                disk.slot,
+                mount.config,
+                guest_path=mount.guest_path,
+                timeout_s=self._timeouts.unmount,
+                force=disk.force,
+            ),
+        )
+
+    async def probe_mount(self, mount: Mount) -> None:
+        disk = mount.disk
+        try:
+            found = await self._guest.probe_mount(
+                disk.slot, guest_path=mount.guest_path, timeout_s=self._timeouts.probe
+            )
+        except Exception as error:
+            raise StepFailed(self._undecided(disk, mount, error), mount) from error
+        doubt, mount.doubt = mount.doubt, None
+        was_adding = mount.state is MountState.MOUNT_UNKNOWN
+        self.enter_mount(mount, Event.FOUND if found else Event.ABSENT)
+        if doubt is not None and found is not was_adding:
+            raise StepFailed(doubt, mount)
+
+    def enter_disk(self, disk: Disk, event: Event, *, write: bool = True, seconds: float | None = None) -> None:
+        disk.state = disk.after(event)
+        if write:
+            self._ledger.note([disk.record()])
+        self._events.emit(disk, None, disk.state, seconds=seconds)
+
+    def enter_mount(self, mount: Mount, event: Event, *, write: bool = True, seconds: float | None = None) -> None:
+        mount.state = mount.after(event)
+        if write:
+            self._ledger.note([mount.record()])
+        self._events.emit(mount.disk, mount, mount.state, seconds=seconds)
+
+    async def _disk_step(self, disk: Disk, phase: str, send: Callable[[], Awaitable[None]]) -> None:
+        self._intend_disk(disk)
+        self.enter_disk(disk, Event.BEGIN, write=False)
+        begun = time.perf_counter()
+        try:
+            await send()
+        except (HostRefused, GuestRefused, RequestError) as error:
+            self.enter_disk(disk, Event.REFUSED)
+            raise StepFailed(error) from error
+        except Exception as error:
+            self.enter_disk(disk, Event.NO_ANSWER)
+            disk.doubt = as_ours(error, f"{phase} {disk.request.host_path} at {disk.slot}")
+            return
+        disk.phases[phase] = time.perf_counter() - begun
+        self.enter_disk(disk, Event.DONE, seconds=disk.phases[phase])
+
+    async def _mount_step(self, mount: Mount, phase: str, send: Callable[[], Awaitable[None]]) -> None:
+        disk = mount.disk
+        self._intend_mount(mount)
+        self.enter_mount(mount, Event.BEGIN, write=False)
+        begun = time.perf_counter()
+        try:
+            await send()
+        except (HostRefused, GuestRefused, RequestError) as error:
+            self.enter_mount(mount, Event.REFUSED)
+            raise StepFailed(error, mount) from error
+        except Exception as error:
+            self.enter_mount(mount, Event.NO_ANSWER)
+            mount.doubt = as_ours(error, f"{phase} {disk.request.host_path} at {mount.guest_path}")
+            return
+        disk.phases[phase] = time.perf_counter() - begun
+        self.enter_mount(mount, Event.DONE, seconds=disk.phases[phase])
+
+    def _undecided(self, disk: Disk, thing: Disk | Mount, error: Exception) -> UtilityVMError:
+        doubt, thing.doubt = thing.doubt, None  # told now; a retry begins without it
+        state = thing.state
+        why = f"{doubt}; then {error}" if doubt is not None and str(doubt) != str(error) else str(error)
+        kind = DeadlineExceeded if isinstance(doubt or error, DeadlineExceeded) else OutcomeUnknown
+        return kind(
+            f"{disk.request.host_path} at {disk.slot} is {state}: {why}",
+            vm=self._vm,
+            slot=disk.slot,
+            host_path=disk.request.host_path,
+            remedy="the slot stays taken until the VM answers; ask again",
+        )
+
+    def _intend_disk(self, disk: Disk) -> None:
+        """Write down that the next step of the disk is about to be sent, and for whom it is attached."""
+        state = disk.after(Event.BEGIN)
+        if state is DiskState.ATTACHING:
+            self._ledger.note([mount.record() for mount in disk.mounts.values()])
+            self._ledger.note(
+                [claim.record() for claim in disk.claims.values() if claim.state is ReservationState.PENDING]
+            )
+        try:
+            self._ledger.intend(disk.record(state))
+        except StoreError as error:
+            raise StepFailed(error) from error
+
+    def _intend_mount(self, mount: Mount) -> None:
+        state = mount.after(Event.BEGIN)
+        if state is MountState.MOUNTING:
+            self._ledger.note(
+                [claim.record() for claim in mount.claims.values() if claim.state is ReservationState.PENDING]
+            )
+        try:
+            self._ledger.intend(mount.record(state))
+        except StoreError as error:
+            raise StepFailed(error, mount) from error
+
+
+def as_ours(error: Exception, what: str) -> UtilityVMError:
+    """An error of ours for anything that a backend raised."""
+    return error if isinstance(error, UtilityVMError) else OutcomeUnknown(f"{what}: {type(error).__name__}: {error}")
