@@ -7,7 +7,6 @@ folders are of the session's own, and after it every VM in them is ended, whatev
 
 from __future__ import annotations
 
-import asyncio
 import os
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from utilityvm import SCSIMount, UtilityVM, VMConfig
 from utilityvm.errors import SetupError
 from utilityvm.guestimage import build
 from utilityvm.guestimage.build import GuestImage
-from utilityvm.store import Store
 from utilityvm.testing.images import ext4_image
 
 Uvm = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -31,21 +29,41 @@ Uvm = Callable[..., "subprocess.CompletedProcess[str]"]
 _CONSOLE_CHARACTERS = 8000
 
 
+# Ends every VM of the session, whoever owns it, and removes its folder, once its standard input is closed: so also when
+# pytest was killed.
+GUARD = """
+import asyncio, shutil, signal, sys
+from pathlib import Path
+from utilityvm.hosts.qemu import QemuProcess, launch
+from utilityvm.store import Store
+
+async def end_all(store):
+    for vm in store.vms():
+        if vm.process:
+            await launch.destroy(QemuProcess.from_json(vm.process))
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.stdin.read()
+folder = Path(sys.argv[1])
+if (folder / "state/state.db").exists():
+    with Store.open(folder / "state/state.db") as store:
+        asyncio.run(end_all(store))
+shutil.rmtree(folder)
+"""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_folders() -> Iterator[Path]:
     """Folders of the session's own for the store and the sockets; short names, as a socket's path has 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="uvm-") as folder, pytest.MonkeyPatch.context() as patch:
+    folder = tempfile.mkdtemp(prefix="uvm-")
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UTILITYVM_STATE_DIR", f"{folder}/state")
         patch.setenv("UTILITYVM_RUNTIME_DIR", f"{folder}/run")
-        yield Path(folder)
-        asyncio.run(_end_all())
-
-
-async def _end_all() -> None:
-    with Store.open() as store:
-        names = [vm.name for vm in store.vms()]
-    for name in names:
-        await UtilityVM.remove(name, force=True)
+        with subprocess.Popen([sys.executable, "-c", GUARD, folder], stdin=subprocess.PIPE) as guard:
+            yield Path(folder)
+            assert guard.stdin is not None
+            guard.stdin.close()
+            assert guard.wait() == 0
 
 
 @pytest.fixture(scope="session")
