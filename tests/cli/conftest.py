@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """The command sets up the library's logging for its process, which here is everybody's."""
+    ours = logging.getLogger("utilityvm")
+    before = ours.propagate, ours.level, ours.handlers[:]
+    yield
+    ours.propagate, ours.handlers[:] = before[0], before[2]
+    ours.setLevel(before[1])
+
+
 @pytest.fixture
 def uvm() -> Uvm:
     def run(*words: str | Path, input: str | None = None) -> Result:
@@ -33,5 +44,6 @@ def uvm() -> Uvm:
 
 
 @pytest.fixture
-def store() -> Store:
-    return Store.open()
+def store() -> Iterator[Store]:
+    with Store.open() as store:
+        yield store

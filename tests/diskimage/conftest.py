@@ -167,6 +167,11 @@ class Maker:
         self.run(*words, path, size)
         return path
 
+    @property
+    def version(self) -> int:
+        """QEMU's major version."""
+        return int(self.run("--version").split("version ")[1].split(".")[0])
+
     def info(self, path: Path, format: str) -> dict[str, Any]:
         """What QEMU says of the image: the judge of these tests."""
         told: dict[str, Any] = json.loads(self.run("info", "--output=json", "-f", format, path))

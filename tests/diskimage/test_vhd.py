@@ -57,7 +57,8 @@ def test_the_size_that_counts_depends_on_creator_and_geometry(
     told = maker.info(path, "vpc")["virtual-size"]
     sizes = {header.virtual_size_bytes, header.other_size_bytes or header.virtual_size_bytes}
     assert told in sizes
-    assert header.virtual_size_bytes == told
+    if maker.version < 10:
+        assert header.virtual_size_bytes == told
 
 
 @pytest.mark.parametrize(

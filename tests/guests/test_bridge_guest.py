@@ -200,7 +200,7 @@ async def test_a_key_reaches_the_disk_and_no_log(
     guest: BridgeGuest, disks: FakeDisks, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = base64.b64encode(b"k" * 32).decode()
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, logger="utilityvm"):
         config = MountConfig(encryption=CallerKey(b"k" * 32))
         await guest.mount(SLOT, config, guest_path=PATH, timeout_s=20)
         await guest.run(["true"], env={"TOKEN": "s3cret"}, stdin=b"s3cret too")
