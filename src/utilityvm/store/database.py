@@ -68,12 +68,17 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def checkpoint(path: Path) -> None:
-    """Copy the WAL into the file, as far as nobody reads it. Nobody waits for this, and it may be left out."""
+    """Copy the WAL into the file, so that it is written from its beginning again. It may be left out.
+
+    The first pass keeps nobody waiting, and leaves what was committed meanwhile: a store that is never idle would
+    have a WAL that grows for ever. The second has only that to copy, and makes writers wait for it.
+    """
     try:
         db = _open(path)
         try:
             db.execute("PRAGMA synchronous = NORMAL")
             db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            db.execute("PRAGMA wal_checkpoint(RESTART)")
         finally:
             db.close()
     except sqlite3.Error as error:

@@ -62,6 +62,11 @@ async def attach(host: HcsHost, slot: Slot = SLOT, name: str = "a1", *, timeout_
     await host.attach(slot, disk, attachment=name, timeout_s=timeout_s)
 
 
+async def attach_and_detach(host: HcsHost) -> None:
+    await attach(host)
+    await host.detach(SLOT, attachment="a1", **SOON)
+
+
 async def test_a_disk_is_put_on_the_bus_and_taken_off(host: HcsHost, world: HcsWorld) -> None:
     await attach(host)
     assert list(world.bus) == [SLOT]
@@ -353,13 +358,21 @@ async def test_a_detach_that_is_refused_leaves_the_disk(host: HcsHost, world: Hc
     await host.detach(SLOT, attachment="a1", **SOON)
 
 
-async def test_a_detach_of_what_cannot_be_known_and_not_removed_is_found(host: HcsHost, world: HcsWorld) -> None:
-    await attach(host)
-    world.fail_next("detach", Break.LOSE_REQUEST)
+@pytest.mark.parametrize("step", ["attach", "detach"])
+@pytest.mark.parametrize("how", [Break.LOSE_REQUEST, Break.LOSE_ANSWER])
+async def test_what_may_be_there_and_is_not_removed_stays_unknown(
+    host: HcsHost, world: HcsWorld, step: str, how: Break
+) -> None:
+    world.fail_next(step, how)
     with pytest.raises(OutcomeUnknown):
+        await attach_and_detach(host)
+    world.fail_next("detach", times=2)
+    with pytest.raises(OutcomeUnknown, match="may be at 0:3"):
+        await host.probe(SLOT, attachment="a1", **SOON)
+    with pytest.raises(OutcomeUnknown, match="may be at 0:3"):
         await host.detach(SLOT, attachment="a1", **SOON)
-    world.fail_next("detach")
-    assert await host.probe(SLOT, attachment="a1", **SOON)
+    assert not await host.probe(SLOT, attachment="a1", **SOON)
+    assert world.bus == {}
 
 
 async def test_gone_before_is_done(host: HcsHost, world: HcsWorld) -> None:

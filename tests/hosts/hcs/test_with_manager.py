@@ -25,9 +25,10 @@ from utilityvm.hosts.hcs.documents import GuestOS
 from utilityvm.hosts.hcs.gob import SCSIMount
 from utilityvm.hosts.hcs.guest import HcsGuest
 from utilityvm.hosts.hcs.host import GroupAccess, HcsHost
-from utilityvm.scsi.manager import ScsiManager, StepTimeouts
+from utilityvm.scsi.manager import ScsiManager
 from utilityvm.scsi.ports import AttachmentType, DiskRequest, Holder, MountConfig, ScratchKey, VMAccess
 from utilityvm.scsi.reservation import Reservation
+from utilityvm.scsi.steps import StepTimeouts
 from utilityvm.testing.fakes import Break, MemoryJournal
 from utilityvm.testing.hcs import HcsWorld
 

@@ -4,9 +4,9 @@ A disk is put on the bus by a `ModifySettingRequest` with a resource path; it is
 to the guest by itself (over the bridge) or inside a `ModifySettingRequest` that HCS hands on. Every field that is zero
 is left out: a disk at LUN 0 has no `Lun`.
 
-Whose documents: `Dialect` names the three that were recorded, and ours. Ours is what a right client of today's HCS
-and guests would send; the recorded ones are here with their defects, for reading along and for comparing. Each
-function says where they differ.
+Whose documents: the seed's have functions of their own (`seed_request`), and of guest requests `Dialect` says whose.
+Ours is what a right client of today's HCS and guests sends; the recorded ones are exact, with their defects, for
+reading along and for comparing. Each function says where they differ.
 
     >>> from utilityvm.hosts.hcs import documents as d
     >>> d.encode(d.detach_request(d.Slot(2, 9), schema=d.Schema.SEED))

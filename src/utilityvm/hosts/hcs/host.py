@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -50,7 +50,7 @@ from utilityvm.scsi.slot import LUNS_PER_CONTROLLER, MAX_CONTROLLERS, Slot
 from utilityvm.scsi.transitions import DiskState
 
 # A guess: hcsshim takes it for "does not exist", and nothing says what HCS answers for an empty slot.
-_NOT_THERE: Final = frozenset({HRESULT_ERROR_NOT_FOUND})
+NOT_THERE: Final = frozenset({HRESULT_ERROR_NOT_FOUND})
 
 # A journal's disks whose last step of ours was answered, and left the disk on the bus.
 _ANSWERED: Final = frozenset({DiskState.ATTACHED, DiskState.EJECTING, DiskState.EJECT_UNKNOWN, DiskState.EJECTED})
@@ -122,8 +122,12 @@ class HcsHost:
         schema: Schema = Schema.HEAD,
         disks: Disks | None = None,
         group_access: GroupAccess | None = None,
+        not_there: Collection[int] = NOT_THERE,
     ) -> None:
-        """`controllers` and `schema` as in the document that the VM was created from."""
+        """`controllers` and `schema` as in the document that the VM was created from.
+
+        `not_there`: the codes by which HCS refuses to remove what is not there.
+        """
         self._system = system
         self._controllers = controllers
         self._schema = schema
@@ -131,6 +135,7 @@ class HcsHost:
         self._group = group_access or _everybodys_group_access
         # Every attachment that HCS may have, from before its document is sent. What is not here is not there.
         self._attachments: dict[str, _Attachment] = {}
+        self._not_there = frozenset(not_there)
         self._log = _log.bind(vm=system.id)
 
     def adopt(self, records: Iterable[Record]) -> None:
@@ -229,7 +234,7 @@ class HcsHost:
         """Is the disk on the bus? If it is not known and will not be, it is taken off.
 
         Raises:
-            OutcomeUnknown: HCS does not answer.
+            OutcomeUnknown: HCS does not answer, or does not remove what may be there.
             VMGone: the VM ended.
         """
         deadline = time.monotonic() + timeout_s
@@ -240,11 +245,7 @@ class HcsHost:
         entry = self._attachments.get(attachment)
         if entry is None or entry.state is _State.ATTACHED:
             return entry is not None
-        try:
-            await self._remove(attachment, deadline)
-        except HostRefused as error:
-            self._log.debug("it is there, and cannot be removed: %s", error, slot=slot)
-            return True
+        await self._remove(attachment, deadline)
         return False
 
     async def resize(self, slot: Slot, *, attachment: str, size_bytes: int, timeout_s: float) -> None:
@@ -306,7 +307,7 @@ class HcsHost:
         try:
             await entry.step.answer(deadline)
         except HcsRefused as error:
-            is_there = not was_attaching and error.hresult not in _NOT_THERE
+            is_there = not was_attaching and error.hresult not in self._not_there
         except OutcomeUnknown:
             if entry.step.may_be_answered:
                 raise
@@ -325,9 +326,17 @@ class HcsHost:
             document = encode(detach_request(entry.slot, schema=self._schema))
             await entry.step.send(self._system, document, deadline)
         except HcsRefused as error:
-            if error.hresult not in _NOT_THERE:
-                entry.state = _State.ATTACHED
-                raise
+            if error.hresult not in self._not_there:
+                entry.state = before
+                if before is _State.ATTACHED:
+                    raise
+                raise OutcomeUnknown(
+                    f"{entry.host_path} may be at {entry.slot}, and cannot be removed: {error.reason}",
+                    vm=self._system.id,
+                    slot=entry.slot,
+                    host_path=entry.host_path,
+                    remedy="the slot stays taken; ask again",
+                ) from error
             self._log.debug("%s was not there (it was %s)", entry.host_path, before, slot=entry.slot)
         await self._forget(attachment)
 
