@@ -159,6 +159,32 @@ class VMOwned(RequestError):
         self.owner = owner
 
 
+class TemplateNotFound(RequestError):
+    """No template of that name."""
+
+
+class TemplateExists(RequestError):
+    """The name is taken by another template."""
+
+
+class TemplateInUse(RequestError):
+    """Clones or templates depend on the template; `users` names them."""
+
+    def __init__(
+        self, message: str, *, users: Sequence[str] = (), vm: str | None = None, remedy: str | None = None
+    ) -> None:
+        super().__init__(message, vm=vm, remedy=remedy)
+        self.users = tuple(users)
+
+
+class TemplateDiffers(RequestError):
+    """The template was made with another QEMU, processor or guest image than there is now. It stays as it is."""
+
+
+class TemplateDamaged(UtilityVMError):
+    """A file of the template, or a disk under it, is not what was saved. Nothing was started from it."""
+
+
 class Migrating(RequestError):
     """The manager's state was exported; nothing may change until it is resumed."""
 

@@ -46,6 +46,16 @@ def store_file() -> Path:
     return state_dir() / STORE_FILE
 
 
+def templates_dir() -> Path:
+    """The templates, a folder each."""
+    return state_dir() / "templates"
+
+
+def overlays_dir(uuid: str) -> Path:
+    """The overlays of the clone that has this UUID."""
+    return state_dir() / "overlays" / uuid
+
+
 def vm_dir(name: str) -> Path:
     """The runtime folder of one VM."""
     return runtime_dir() / "vms" / name

@@ -13,6 +13,7 @@ Source: QEMU qapi/block-core.json, BlockdevOptions; hw/scsi/scsi-disk.c.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from utilityvm.diskimage import headers
@@ -22,6 +23,9 @@ from utilityvm.scsi.ports import AttachmentType, DiskFormat
 from utilityvm.scsi.slot import Slot
 
 DEFAULT_BLOCK_BYTES: Final = 512
+ROOT_SET, LOG_SET = 0, 1  # fdsets that are not attachments
+FIRST_NUMBER: Final = LOG_SET + 1
+_BASE: Final = "below:"
 
 
 def node_name(number: int) -> str:
@@ -36,34 +40,70 @@ def opaque(attachment: str, slot: Slot) -> str:
     return f"{attachment}@{slot}"
 
 
+def base_opaque(attachment: str) -> str:
+    """The `opaque` of a set for a file below the top one, which goes when the attachment goes."""
+    return f"{_BASE}{attachment}"
+
+
 def parse_opaque(text: str) -> tuple[str, Slot] | None:
     """The attachment and the slot that an fdset is for; None if it is for something else."""
     attachment, at, slot = text.rpartition("@")
     return (attachment, Slot.parse(slot)) if at else None
 
 
+def parse_base(text: str) -> str | None:
+    """The attachment that the fdset of a lower file belongs to; None if it is for something else."""
+    return text.removeprefix(_BASE) if text.startswith(_BASE) else None
+
+
 def node(disk: QemuDisk, number: int) -> dict[str, object]:
     """The arguments of `blockdev-add`."""
-    file = f"/dev/fdset/{number}"
-    common = {
-        "node-name": node_name(number),
-        # Writable is the default; what the guest trims is given back to the host's file system.
-        **({"read-only": True} if disk.request.read_only else {"discard": "unmap"}),
-    }
-    if disk.request.kind is AttachmentType.PASS_THRU:
-        return {"driver": "host_device", **common, "filename": file}
-    if disk.format is DiskFormat.RAW:
-        return {"driver": "file", **common, "filename": file}  # a layer `raw` over it would add nothing
-    return {
-        "driver": disk.format.value,
-        **common,
-        **headers.driver_options(disk.header),
-        "file": {"driver": "file", "filename": file},
-    }
+    described = layer_node(
+        disk.format,
+        disk.request.kind,
+        file=f"/dev/fdset/{number}",
+        read_only=disk.request.read_only,
+        options=headers.driver_options(disk.header),
+    )
+    return {"node-name": node_name(number), **described}
+
+
+def layer_node(
+    image_format: DiskFormat,
+    kind: AttachmentType,
+    *,
+    file: str,
+    read_only: bool,
+    options: Mapping[str, object] | None = None,
+    backing: Mapping[str, object] | None = None,
+) -> dict[str, object]:
+    """A node without its name: the driver of the format over a file, and over `backing` if that is given."""
+    # Writable is the default; what the guest trims is given back to the host's file system.
+    mode: dict[str, object] = {"read-only": True} if read_only else {"discard": "unmap"}
+    if kind is AttachmentType.PASS_THRU:
+        return {"driver": "host_device", **mode, "filename": file}
+    if image_format is DiskFormat.RAW:
+        return {"driver": "file", **mode, "filename": file}  # a layer `raw` over it would add nothing
+    below = {"driver": "file", "filename": file}
+    chain = {"backing": backing} if backing is not None else (options or {})
+    return {"driver": image_format.value, **mode, **chain, "file": below}
 
 
 def device(disk: QemuDisk, number: int, slot: Slot) -> dict[str, object]:
-    """The arguments of `device_add`.
+    """The arguments of `device_add`."""
+    return device_of(
+        number,
+        slot,
+        serial=disk.serial,
+        read_only=disk.request.read_only,
+        logical_block_bytes=disk.logical_block_bytes,
+    )
+
+
+def device_of(
+    number: int, slot: Slot, *, serial: str, read_only: bool, logical_block_bytes: int | None
+) -> dict[str, object]:
+    """The device over node `number`.
 
     The serial is its identity to the guest: in VPD page 0x80, and again in 0x83, so that a world wide name would add
     nothing but its length. A full host disk is an I/O error in the guest: QEMU's default would pause the whole VM, and
@@ -76,9 +116,9 @@ def device(disk: QemuDisk, number: int, slot: Slot) -> dict[str, object]:
         "scsi-id": 0,
         "lun": slot.lun,
         "drive": node_name(number),
-        "serial": disk.serial,
-        **({} if disk.request.read_only else {"werror": "report"}),
-        **_block_sizes(disk.logical_block_bytes),
+        "serial": serial,
+        **({} if read_only else {"werror": "report"}),
+        **_block_sizes(logical_block_bytes),
     }
 
 

@@ -16,10 +16,11 @@ from __future__ import annotations
 import asyncio
 import grp
 import os
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Self, TypeAlias, cast
 
 from utilityvm.errors import (
     AccessDenied,
@@ -33,11 +34,14 @@ from utilityvm.errors import (
     OutcomeUnknown,
     ProtocolError,
     SetupError,
+    TemplateDamaged,
     UtilityVMError,
     VMGone,
 )
 from utilityvm.hosts.qemu import acl, blockdev, console, launch
 from utilityvm.hosts.qemu.disk import QemuDisk, WhoUses, open_disk, unlock
+from utilityvm.hosts.qemu.incoming import Incoming, IncomingDisk
+from utilityvm.hosts.qemu.incoming import check as check_disks
 from utilityvm.hosts.qemu.launch import QemuConfig, QemuProcess
 from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.qmp import Answer, Event, Qmp, QmpRefused
@@ -45,6 +49,8 @@ from utilityvm.log import logger
 from utilityvm.process import CommandFailed, find_program, run
 from utilityvm.scsi.ports import DiskRequest, OpenDisk, VMAccess
 from utilityvm.scsi.slot import Slot
+
+FrozenBy: TypeAlias = Callable[[str], str | None]  # a disk's identity -> the template that is made of it, if one is
 
 VM_GROUP: Final = "utilityvm"
 _DELETED: Final = "DEVICE_DELETED"
@@ -67,22 +73,40 @@ class Attachment:
     whole: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownDevice:
+    """What the guest sees of a disk."""
+
+    serial: str
+    size_bytes: int
+    logical_block_bytes: int
+
+
 class QemuHost:
     """A running QEMU, by its monitor. One owner at a time: QEMU serves one client on that socket."""
 
     def __init__(
-        self, process: QemuProcess, qmp: Qmp, watch: Watch, *, who_uses: WhoUses | None, vm_group: str
+        self,
+        process: QemuProcess,
+        qmp: Qmp,
+        watch: Watch,
+        *,
+        who_uses: WhoUses | None,
+        frozen_by: FrozenBy | None,
+        vm_group: str,
     ) -> None:
         """Use `start` or `connect`."""
         self.process = process
         self._qmp = qmp
         self._watch = watch
         self._who_uses = who_uses
+        self._frozen_by = frozen_by
         self._vm_group = vm_group
         # Every attachment that QEMU may have anything of: ours from before the first command is sent, others' from
         # `connect`. So what is not here is not there.
         self._numbers: dict[str, int] = {}
-        self._next_number = launch.LOG_SET + 1
+        self._below: dict[str, list[int]] = {}  # the sets of the files under an attachment's, where it has such
+        self._next_number = blockdev.FIRST_NUMBER
         self._running = False
         self._lingering: set[int] = set()  # sets whose file QEMU keeps open until the VM runs again
         self._failed_nodes: set[str] = set()
@@ -99,20 +123,26 @@ class QemuHost:
         config: QemuConfig,
         *,
         folder: Path,
+        saved: Incoming | None = None,
         who_uses: WhoUses | None = None,
+        frozen_by: FrozenBy | None = None,
         vm_group: str = VM_GROUP,
         timeout_s: float = 30.0,
     ) -> Self:
-        """Start a QEMU; it runs and its monitor answers. See `launch.start` for `folder` and the errors."""
-        process, qmp = await launch.start(config, folder=folder, timeout_s=timeout_s)
+        """Start a QEMU; it runs and its monitor answers. See `launch.start` for `folder` and the errors.
+
+        With `saved` it continues from there, when `loaded` has returned and `resume` is called.
+        """
+        process, qmp = await launch.start(config, folder=folder, saved=saved, timeout_s=timeout_s)
         try:
-            host = cls(process, qmp, Watch(process.pid, process.started), who_uses=who_uses, vm_group=vm_group)
+            watch = Watch(process.pid, process.started)
+            host = cls(process, qmp, watch, who_uses=who_uses, frozen_by=frozen_by, vm_group=vm_group)
         except VMGone:
             qmp.close()
             await launch.destroy(process)
             raise
         try:
-            host._running = await host.status(timeout_s=timeout_s) == "running"
+            host._running = saved is None and await host.status(timeout_s=timeout_s) == "running"
         except BaseException:
             await host.stop()
             raise
@@ -124,6 +154,7 @@ class QemuHost:
         process: QemuProcess,
         *,
         who_uses: WhoUses | None = None,
+        frozen_by: FrozenBy | None = None,
         vm_group: str = VM_GROUP,
         timeout_s: float = 5.0,
     ) -> Self:
@@ -141,7 +172,7 @@ class QemuHost:
             found = (await qmp.execute("query-uuid", timeout_s=timeout_s))["UUID"]
             if found != process.uuid:
                 raise VMGone(f"QEMU at {process.folder} is VM {found}, not {process.uuid}", vm=process.name)
-            host = cls(process, qmp, watch, who_uses=who_uses, vm_group=vm_group)
+            host = cls(process, qmp, watch, who_uses=who_uses, frozen_by=frozen_by, vm_group=vm_group)
             await host._read_sets(timeout_s=timeout_s)
             host._running = await host.status(timeout_s=timeout_s) == "running"
             undo.pop_all()
@@ -190,6 +221,7 @@ class QemuHost:
         request = disk.request
         fd = disk.open_locked(who_uses=self._who_uses)
         try:
+            self._check_not_frozen(disk)
             before = self._grant(fd, request) if request.access is VMAccess.GROUP else None
             number, self._next_number = self._next_number, self._next_number + 1
             self._numbers[attachment] = number
@@ -288,6 +320,84 @@ class QemuHost:
         except QmpRefused as error:
             raise self._refused(error, slot) from error
 
+    # Templates and clones.
+
+    async def loaded(self, disks: Sequence[IncomingDisk], *, timeout_s: float) -> None:
+        """Return when a VM that continues from a saved one has its state, and the disks that it expects.
+
+        Raises:
+            TemplateDamaged: QEMU does not take the state and says why, or a disk is not the one that was saved.
+            DeadlineExceeded: not loaded within `timeout_s` seconds.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    with self._qmp.expecting("MIGRATION") as event:
+                        if await self.status(timeout_s=timeout_s) != "inmigrate":
+                            break
+                        await event
+                await self._read_sets(timeout_s=timeout_s)
+                found = await self._qmp.execute("query-block", timeout_s=timeout_s)
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"the saved state was not loaded in {timeout_s:g} s", vm=self.process.name
+            ) from error
+        except VMGone as error:
+            last = self.console().decode(errors="replace").strip().splitlines()[-1:]
+            raise TemplateDamaged(
+                f"QEMU does not take the saved state: {last[0] if last else 'it said nothing'}",
+                vm=self.process.name,
+                remedy="make the template again from a VM that was started",
+            ) from error
+        check_disks(disks, found, vm=self.process.name)
+
+    async def save(self, state: int, *, timeout_s: float) -> None:
+        """Pause the VM and write its devices' state to `state`, a descriptor that can only be written to.
+
+        True on return: the images hold all that the guest wrote, and QEMU writes to them no more until `resume`.
+
+        Raises:
+            HostRefused: QEMU said no; `resume` lets the VM go on.
+            OutcomeUnknown, VMGone: no answer.
+        """
+        number, self._next_number = self._next_number, self._next_number + 1
+        self._lingering.add(number)  # removed when the VM runs again, if it ever does
+        await self.pause(timeout_s=timeout_s)
+        added, saved = await self._qmp.execute_all(
+            [
+                ("add-fd", {"fdset-id": number, "opaque": "state"}),
+                ("xen-save-devices-state", {"filename": f"/dev/fdset/{number}", "live": True}),
+            ],
+            fd=state,
+            timeout_s=timeout_s,
+        )
+        for answer in (added, saved):
+            if isinstance(answer, QmpRefused):
+                raise HostRefused(f"saving the state: {answer}", vm=self.process.name) from answer
+
+    async def shown_devices(self, *, timeout_s: float = 5.0) -> dict[str, ShownDevice]:
+        """What the guest sees of each disk, by attachment."""
+        blocks = await self._qmp.execute("query-block", timeout_s=timeout_s)
+        nodes = {inserted["node-name"]: inserted for one in blocks if (inserted := one.get("inserted"))}
+        questions = [
+            ("qom-get", {"path": f"/machine/peripheral/{blockdev.device_id(number)}", "property": name})
+            for number in self._numbers.values()
+            for name in ("serial", "logical_block_size")
+        ]
+        answers = await self._qmp.execute_all(questions, timeout_s=timeout_s)
+        for answer in answers:
+            if isinstance(answer, QmpRefused):
+                raise HostRefused(f"looking at the disks: {answer}", vm=self.process.name) from answer
+        shown = {}
+        for (attachment, number), serial, block in zip(self._numbers.items(), answers[::2], answers[1::2], strict=True):
+            size_bytes = nodes[blockdev.node_name(number)]["image"]["virtual-size"]
+            shown[attachment] = ShownDevice(
+                serial=str(serial),
+                size_bytes=size_bytes,
+                logical_block_bytes=cast(int, block) or blockdev.DEFAULT_BLOCK_BYTES,
+            )
+        return shown
+
     # What the VM's owner asks beside that.
 
     async def attachments(self, *, timeout_s: float = 5.0) -> list[Attachment]:
@@ -352,10 +462,14 @@ class QemuHost:
         """The fdsets that are attachments; what we knew is replaced by what is so."""
         sets = await self._qmp.execute("query-fdsets", timeout_s=timeout_s)
         found: dict[int, tuple[str, Slot]] = {}
+        self._below = {}
         for one in sets:
             for descriptor in one["fds"]:
-                if parsed := blockdev.parse_opaque(descriptor.get("opaque", "")):
+                name = descriptor.get("opaque", "")
+                if parsed := blockdev.parse_opaque(name):
                     found[one["fdset-id"]] = parsed
+                elif (owner := blockdev.parse_base(name)) is not None:
+                    self._below.setdefault(owner, []).append(one["fdset-id"])
         self._numbers = {name: number for number, (name, _) in found.items()}
         self._next_number = max(self._next_number, 1 + max((one["fdset-id"] for one in sets), default=0))
         return found
@@ -404,6 +518,9 @@ class QemuHost:
                 remedy="resume the VM, and ask again",
             )
         self._lingering.discard(number)
+        below = [blockdev.remove_set(one) for one in self._below.get(attachment, [])]
+        await self._qmp.execute_all(below, timeout_s=timeout_s)
+        self._below.pop(attachment, None)
         self._numbers.pop(attachment, None)
 
     async def _has_node(self, number: int, *, timeout_s: float) -> bool:
@@ -466,6 +583,18 @@ class QemuHost:
             host_path=path,
             remedy="QEMU's reason is in the message; nothing of the disk is left in the VM",
         )
+
+    def _check_not_frozen(self, disk: QemuDisk) -> None:
+        """Asked when we have the lock: whoever saves a template has it until the template is there to be seen."""
+        if disk.request.read_only or self._frozen_by is None:
+            return
+        if (template := self._frozen_by(disk.identity)) is not None:
+            raise DiskInUse(
+                f"{disk.request.host_path}: template {template} is made of it, and its clones would see it change",
+                vm=self.process.name,
+                host_path=disk.request.host_path,
+                remedy=f"attach it read-only, or remove the template: uvm template rm {template}",
+            )
 
     def _group(self) -> int:
         try:

@@ -26,9 +26,11 @@ from typing import Any, Final
 
 from utilityvm.errors import InvalidRequest, OutcomeUnknown, SetupError, UtilityVMError, VMExists, VMGone
 from utilityvm.hosts.qemu import accelerator as accelerators
-from utilityvm.hosts.qemu import console, emulator, privileges
+from utilityvm.hosts.qemu import console, emulator, incoming, privileges
 from utilityvm.hosts.qemu.accelerator import Accelerator
+from utilityvm.hosts.qemu.blockdev import FIRST_NUMBER, LOG_SET, ROOT_SET
 from utilityvm.hosts.qemu.emulator import Emulator
+from utilityvm.hosts.qemu.incoming import Incoming
 from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.privileges import Identity
 from utilityvm.hosts.qemu.qmp import Qmp
@@ -43,7 +45,6 @@ AGENT_PORT: Final = "org.utilityvm.bridge"
 ROOT_SERIAL: Final = "utilityvm-root"
 FIRST_CONTROLLER: Final = 0x10  # PCI slot of controller 0; the guest finds disks by it
 LONGEST_SOCKET_PATH: Final = 107  # bytes; unix(7)
-ROOT_SET, LOG_SET = 0, 1  # fdsets that are not attachments
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _COPY: Final = 1 << 20
 _END_S: Final = 5.0  # a killed process ends in milliseconds, unless the kernel waits for its storage
@@ -142,7 +143,7 @@ def kernel_cmdline(config: QemuConfig) -> str:
 
 
 def memory_backend(config: QemuConfig) -> str:
-    """The VM's RAM, as a `-object`. A shared memfd, so that the RAM of a paused VM can be saved from its descriptor."""
+    """The VM's RAM, as a `-object`: a memfd, from whose descriptor the RAM of a paused VM is saved (memory.py)."""
     return f"memory-backend-memfd,id=ram,size={config.memory_mib}M,share=on"
 
 
@@ -163,9 +164,19 @@ class Descriptors:
 
 
 def command_line(
-    config: QemuConfig, emulator: Emulator, accelerator: Accelerator, *, vm_uuid: str, fds: Descriptors
+    config: QemuConfig,
+    emulator: Emulator,
+    accelerator: Accelerator,
+    *,
+    vm_uuid: str,
+    fds: Descriptors,
+    saved: Incoming | None = None,
 ) -> list[str]:
     """The words that start QEMU. Addresses are fixed: the guest, and the state of a template, know devices by them."""
+    if saved is None:
+        memory = memory_backend(config)
+    else:
+        memory = incoming.memory_backend(saved.memory, memory_mib=config.memory_mib, qemu_version=emulator.version)
     # fmt: off
     words = [
         str(emulator.path),
@@ -174,12 +185,13 @@ def command_line(
         "-nodefaults", "-no-user-config", "-no-reboot",
         "-display", "none",
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-        "-machine", f"{emulator.machine},memory-backend=ram,sata=off,smbus=off,vmport=off",
+        "-machine", f"{emulator.machine},memory-backend=ram,sata=off,smbus=off,vmport=off,suppress-vmdesc=on",
         "-accel",   accelerator.name,
         "-cpu",     accelerator.cpu,
         "-smp",     str(config.cpus),
         "-m",       str(config.memory_mib),
-        "-object",  memory_backend(config),
+        "-object",  memory,
+        "-global",  "migration.send-configuration=off",
         "-add-fd",  f"fd={fds.log},set={LOG_SET},opaque=log",
         "-chardev", f"file,id=log,path=/dev/fdset/{LOG_SET},append=on",
         "-serial",  "chardev:log",
@@ -206,14 +218,20 @@ def command_line(
         words += ["-kernel", f"/proc/self/fd/{fds.kernel}", "-append", kernel_cmdline(config)]
     if fds.initramfs is not None:
         words += ["-initrd", f"/proc/self/fd/{fds.initramfs}"]
-    if config.paused:
+    if config.paused or saved is not None:
         words += ["-S"]
     # fmt: on
+    if saved is not None:
+        words += incoming.words(saved, first_number=FIRST_NUMBER)
     return words
 
 
-async def start(config: QemuConfig, *, folder: Path, timeout_s: float = 30.0) -> tuple[QemuProcess, Qmp]:
+async def start(
+    config: QemuConfig, *, folder: Path, saved: Incoming | None = None, timeout_s: float = 30.0
+) -> tuple[QemuProcess, Qmp]:
     """Start QEMU; give its record, and the owner's connection to its monitor, which has answered.
+
+    With `saved` it continues from there: it is paused, and may still be loading.
 
     `folder` is made if it is missing, readable by its owner alone. Call it on the thread that is to own the VM: without
     `keep` the VM is killed when that thread ends. If this fails no process, socket or log is left behind, and the
@@ -234,7 +252,7 @@ async def start(config: QemuConfig, *, folder: Path, timeout_s: float = 30.0) ->
         _make_folder(folder, vm=config.name)
         children = _Children()
         undo.push_async_callback(children.end)
-        process = await _spawn(config, program, accelerator, folder, children, timeout_s=timeout_s)
+        process = await _spawn(config, program, accelerator, folder, children, saved, timeout_s=timeout_s)
         try:
             qmp = await Qmp.connect(folder / QMP_SOCKETS[0], vm=config.name, timeout_s=timeout_s)
         except VMGone as error:
@@ -292,6 +310,7 @@ async def _spawn(
     accelerator: Accelerator,
     folder: Path,
     children: _Children,
+    saved: Incoming | None,
     *,
     timeout_s: float,
 ) -> QemuProcess:
@@ -307,8 +326,9 @@ async def _spawn(
             opened.callback(os.close, log)
             fds = Descriptors(qmp=(qmp0, qmp1), agent=agent, log=log, kernel=kernel, initramfs=initramfs, root=root)
             words = privileges.launcher(who, dies_with_us=not config.keep)
-            words += command_line(config, program, accelerator, vm_uuid=vm_uuid, fds=fds)
-            pid = spawn(words, env=_ENVIRONMENT, stdout=log, stderr=log, pass_fds=fds.all())
+            words += command_line(config, program, accelerator, vm_uuid=vm_uuid, fds=fds, saved=saved)
+            inherited = fds.all() + (saved.fds() if saved else [])
+            pid = spawn(words, env=_ENVIRONMENT, stdout=log, stderr=log, pass_fds=inherited)
             children.qemu = Watch.child(pid)
             # Nobody tells when setpriv has run; it takes about a millisecond.
             while who.drops and started_at(pid) is not None and not privileges.is_used_by(pid, who):  # noqa: ASYNC110

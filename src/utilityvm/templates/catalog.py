@@ -1,0 +1,363 @@
+"""The templates of this user: a folder for each, which appears whole or not at all.
+
+::
+
+    <state>/templates/NAME/manifest.json   what it is (manifest.py)
+                           memory          the RAM, sparse
+                           state           the devices' state
+                           disks/          what were the overlays of a clone that became a template
+
+Who uses a template holds a shared lock on its manifest while he begins with it; who removes it needs it alone. After
+that the store says which VMs are its clones. A disk that a template is made of must not change: `frozen_by` is asked
+before any disk is attached for writing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from utilityvm import paths
+from utilityvm.errors import (
+    InvalidRequest,
+    SetupError,
+    TemplateDamaged,
+    TemplateExists,
+    TemplateInUse,
+    TemplateNotFound,
+)
+from utilityvm.log import logger
+from utilityvm.store import Store
+from utilityvm.templates import manifest as manifests
+from utilityvm.templates.manifest import Fingerprint, Manifest
+
+MANIFEST: Final = "manifest.json"
+MEMORY: Final = "memory"
+STATE: Final = "state"
+DISKS: Final = "disks"
+_NEW: Final = ".new-"
+_OLD: Final = ".old-"
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_READ: Final = 1 << 20
+
+_log = logger(__name__)
+_known: dict[Path, tuple[Fingerprint, Manifest]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A template as it lies in its folder."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def uuid(self) -> str:
+        return self.manifest.uuid
+
+    @property
+    def memory(self) -> Path:
+        return self.folder / MEMORY
+
+    @property
+    def state(self) -> Path:
+        return self.folder / STATE
+
+    def disk_bytes(self) -> int:
+        """What its own files take on the storage."""
+        files = (path.stat() for path in self.folder.rglob("*") if path.is_file())
+        return sum(status.st_blocks * 512 for status in files)
+
+
+def check_name(name: str) -> None:
+    """Raises:
+    InvalidRequest: it cannot be a template's name.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{name!r} cannot be a template's name",
+            remedy="use 1 to 63 letters, digits, '.', '_' and '-', the first a letter or digit",
+        )
+
+
+def names() -> list[str]:
+    """Every template's name, in order."""
+    try:
+        with os.scandir(paths.templates_dir()) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith("."))
+    except FileNotFoundError:
+        return []
+
+
+def load(name: str) -> Template:
+    """Raises:
+    TemplateNotFound: names those that there are.
+    TemplateDamaged: its manifest is not one.
+    """
+    check_name(name)
+    folder = paths.templates_dir() / name
+    try:
+        return Template(folder, _manifest(folder / MANIFEST))
+    except FileNotFoundError:
+        others = ", ".join(names())
+        remedy = f"there are {others}" if others else "save a VM as one: uvm template save VM NAME"
+        raise TemplateNotFound(f"there is no template {name!r}", remedy=remedy) from None
+
+
+def every() -> list[Template]:
+    """Every whole template, by name; what is damaged is left out, with a warning."""
+    found = []
+    for name in names():
+        try:
+            found.append(load(name))
+        except (TemplateNotFound, TemplateDamaged, InvalidRequest) as error:
+            _log.warning("%s", error)
+    return found
+
+
+@contextmanager
+def in_use(name: str) -> Iterator[Template]:
+    """The template, which nobody removes meanwhile.
+
+    Raises:
+        TemplateNotFound, TemplateDamaged: as `load`.
+        TemplateInUse: it is just being removed.
+    """
+    template = load(name)
+    with _locked(template, fcntl.LOCK_SH, refusal="it is just being removed"):
+        yield template
+
+
+def frozen_by(identity: str) -> str | None:
+    """The template that is made of the disk of this identity; None if none is.
+
+    Raises:
+        TemplateDamaged: a template cannot say of what it is made, so any disk may be.
+    """
+    for name in names():
+        try:
+            template = load(name)
+        except TemplateNotFound:
+            continue  # removed meanwhile
+        if any(layer.identity == identity for layer in template.manifest.chain()):
+            return name
+    return None
+
+
+@contextmanager
+def new(name: str) -> Iterator[Path]:
+    """A folder that is the template `name` when the block ends, and gone if it fails.
+
+    Raises:
+        TemplateExists: the name is taken, now or at the end.
+        SetupError: no space or no right.
+    """
+    refuse_taken(name)
+    parent = paths.templates_dir()
+    try:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=_NEW, dir=parent))
+    except OSError as error:
+        raise SetupError(
+            f"cannot write to {parent}: {error.strerror}", remedy="set UTILITYVM_STATE_DIR to a folder of your own"
+        ) from error
+    try:
+        with _held(folder):
+            yield folder
+            for path in (*folder.rglob("*"), folder):
+                _flush(path)
+            try:
+                folder.rename(parent / name)
+            except OSError as error:
+                raise _taken(name) from error
+            _flush(parent)
+    finally:
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_taken(name: str) -> None:
+    """Raises:
+    InvalidRequest: it cannot be a template's name.
+    TemplateExists: the name is taken.
+    """
+    check_name(name)
+    if (paths.templates_dir() / name).exists():
+        raise _taken(name)
+
+
+def users(template: Template, store: Store) -> list[str]:
+    """What depends on the template: VMs that are clones of it, and templates that were."""
+    vms = [f"VM {vm.name}" for vm in store.vms() if clone_of(vm.config) == template.uuid]
+    children = [
+        f"template {other.name}"
+        for other in every()
+        if other.manifest.parent and other.manifest.parent.uuid == template.uuid
+    ]
+    return vms + children
+
+
+def clone_of(config: object) -> str | None:
+    """The UUID of the template that a VM is a clone of, by the config that the store has of it."""
+    clone = config.get("clone") if isinstance(config, dict) else None
+    return str(clone["template_uuid"]) if isinstance(clone, dict) else None
+
+
+def remove(name: str, store: Store) -> None:
+    """Remove the template; the disks that it is made of stay, and may be written to again.
+
+    Raises:
+        TemplateNotFound: there is none.
+        TemplateInUse: it has clones, or they are just being made; nothing was removed.
+    """
+    template = load(name)
+    with _locked(template, fcntl.LOCK_EX, refusal="a clone of it is just being started"):
+        if dependents := users(template, store):
+            raise TemplateInUse(
+                f"template {name} is needed by {', '.join(dependents)}",
+                users=dependents,
+                remedy="stop those VMs and remove those templates first",
+            )
+        gone = template.folder.with_name(f"{_OLD}{template.uuid}")
+        template.folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def leftovers() -> list[Path]:
+    """Folders of templates whose saving or removing was cut short, and that nobody works on."""
+    parent = paths.templates_dir()
+    if not parent.is_dir():
+        return []
+    folders = [path for path in sorted(parent.iterdir()) if path.name.startswith((_NEW, _OLD))]
+    return [folder for folder in folders if not _is_held(folder)]
+
+
+def remove_leftover(folder: Path) -> None:
+    """Remove a folder that `leftovers` named. Removed before is done."""
+    assert folder.name.startswith((_NEW, _OLD)), folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def verify(template: Template) -> list[str]:
+    """Compare every file with what it was when the template was saved; a line for each that differs.
+
+    The template's own files are compared whole, the disks under it by size and time of their last change.
+    """
+    manifest = template.manifest
+    found = []
+    for path, entry in ((template.memory, manifest.memory), (template.state, manifest.state)):
+        try:
+            if digest(path) != entry.digest:
+                found.append(f"{path} is not what was saved")
+        except OSError as error:
+            found.append(f"{path}: {error.strerror}")
+    for layer in manifest.chain():
+        if (difference := difference_of(layer)) is not None:
+            found.append(difference)
+    return found
+
+
+def difference_of(layer: manifests.LayerEntry) -> str | None:
+    """How the file differs from what it was; None if it does not."""
+    try:
+        now = Fingerprint.of(Path(layer.path).stat())
+    except OSError as error:
+        return f"{layer.path}: {error.strerror}"
+    if now == layer.fingerprint:
+        return None
+    if (now.device, now.inode) != (layer.fingerprint.device, layer.fingerprint.inode):
+        return f"{layer.path} is another file than when the template was saved"
+    return f"{layer.path} was written to since the template was saved"
+
+
+def digest(path: Path) -> str:
+    """BLAKE2b-256 of the file's content. Blocks."""
+    digest = hashlib.blake2b(digest_size=32)
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_READ):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _manifest(path: Path) -> Manifest:
+    """The manifest, read again only if it is another file: `frozen_by` asks often."""
+    try:
+        now = Fingerprint.of(path.stat())
+    except NotADirectoryError as error:
+        raise FileNotFoundError(str(path)) from error
+    known = _known.get(path)
+    if known is None or known[0] != now:
+        _known[path] = known = (now, manifests.read(path))
+    return known[1]
+
+
+@contextmanager
+def _locked(template: Template, kind: int, *, refusal: str) -> Iterator[None]:
+    path = template.folder / MANIFEST
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise TemplateNotFound(f"template {template.name} was just removed") from None
+    try:
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TemplateInUse(f"template {template.name}: {refusal}", remedy="try again") from None
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(fd)):
+            raise TemplateNotFound(f"template {template.name} was just removed")
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """A lock that says that somebody works in the folder."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _is_held(folder: Path) -> bool:
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True  # it just became a template
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _flush(path: Path) -> None:
+    """Wait until it is on the storage: a template must be whole also after a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _taken(name: str) -> TemplateExists:
+    return TemplateExists(
+        f"there is a template {name!r} already", remedy=f"choose another name, or remove it: uvm template rm {name}"
+    )

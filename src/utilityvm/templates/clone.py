@@ -1,0 +1,279 @@
+"""Opens what a clone begins with: the template's files, its disks, and an overlay for each that is written to.
+
+Every file is compared with what the template says of it, on the descriptor that QEMU gets, and locked for as long as
+QEMU has it: a writer elsewhere is refused while any clone is alive.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from utilityvm.diskimage import blockdev
+from utilityvm.errors import DiskInUse, InvalidRequest, TemplateDamaged, TemplateDiffers
+from utilityvm.hosts.qemu.disk import describe, lock, open_disk
+from utilityvm.hosts.qemu.emulator import Emulator
+from utilityvm.hosts.qemu.incoming import Incoming, IncomingDisk, Layer, needs_writable_memory
+from utilityvm.hosts.qemu.launch import QemuProcess
+from utilityvm.scsi.ports import (
+    AttachmentType,
+    DiskFormat,
+    DiskRecord,
+    DiskRequest,
+    Holder,
+    MountRecord,
+    Record,
+    ReservationRecord,
+    VMAccess,
+)
+from utilityvm.scsi.slot import Slot
+from utilityvm.scsi.transitions import DiskState, MountState, ReservationState
+from utilityvm.templates import overlay
+from utilityvm.templates.catalog import Template
+from utilityvm.templates.manifest import DiskEntry, Fingerprint, LayerEntry
+
+_CPUINFO: Final = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What QEMU is started with, and what the journal of the clone says then."""
+
+    incoming: Incoming
+    records: tuple[Record, ...]
+
+
+def check_same_machine(template: Template, emulator: Emulator, *, accelerator: str, cpu: str) -> None:
+    """Refuse a template that this machine's QEMU or processor would go on with differently.
+
+    Raises:
+        TemplateDiffers: says each difference.
+    """
+    manifest = template.manifest
+    then_and_now = {
+        "QEMU": (manifest.qemu_version, emulator.version),
+        "accelerator": (manifest.accelerator, accelerator),
+        "processor model": (manifest.cpu, cpu),
+        "processor of the host": (manifest.host_cpu, host_cpu(accelerator)),
+    }
+    differences = [f"{what}: {then!r} then, {now!r} now" for what, (then, now) in then_and_now.items() if then != now]
+    if differences:
+        raise TemplateDiffers(
+            f"template {template.name} was saved on another machine ({'; '.join(differences)})",
+            remedy="start a VM, warm it up, and save it as a new template",
+        )
+
+
+def host_cpu(accelerator: str) -> str:
+    """The processor under a VM, where the VM sees it; "" if it is emulated. Source: proc(5), /proc/cpuinfo."""
+    if accelerator == "tcg":
+        return ""
+    wanted = ("vendor_id", "cpu family", "model", "stepping", "flags", "microcode")
+    fields = dict(line.split("\t:", 1) for line in _first_processor() if "\t:" in line)
+    return " ".join(f"{name.strip()}={value.strip()}" for name, value in fields.items() if name.strip() in wanted)
+
+
+def _first_processor() -> list[str]:
+    try:
+        return [line.replace("\t\t", "\t") for line in _CPUINFO.read_text().partition("\n\n")[0].splitlines()]
+    except OSError:
+        return []
+
+
+@contextmanager
+def prepare(
+    template: Template, folder: Path, *, holder: Holder, replace: Mapping[Slot, DiskRequest]
+) -> Iterator[Prepared]:
+    """Everything opened and locked, the overlays made in `folder`; closed at the end of the block.
+
+    If this or the block fails, no overlay and no folder is left.
+
+    Raises:
+        TemplateDamaged: a file is not what was saved.
+        DiskInUse: somebody writes to a disk of the template, or uses the one that replaces it.
+        InvalidRequest: `replace` names a slot without a disk, one that is mounted, or a disk of another size.
+        SetupError: no space or no right.
+    """
+    manifest = template.manifest
+    _check_replace(template, replace)
+    with ExitStack() as closing:
+        memory = _open_own(template.memory, manifest.memory.fingerprint, closing)
+        state = _open_own(template.state, manifest.state.fingerprint, closing)
+        with ExitStack() as undo:
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            disks: list[IncomingDisk] = []
+            records: list[Record] = []
+            for disk in manifest.disks:
+                replacement = replace.get(disk.slot)
+                if replacement is not None:
+                    incoming, host_path = _replaced(disk, replacement, closing), replacement.host_path
+                else:
+                    incoming, host_path = _taken_over(disk, folder, closing)
+                disks.append(incoming)
+                records += _records(disk, incoming, host_path, holder)
+            yield Prepared(Incoming(memory=memory, state=state, disks=tuple(disks)), tuple(records))
+            undo.pop_all()
+
+
+def _check_replace(template: Template, replace: Mapping[Slot, DiskRequest]) -> None:
+    disks = {disk.slot: disk for disk in template.manifest.disks}
+    for slot, request in replace.items():
+        disk = disks.get(slot)
+        if disk is None:
+            raise InvalidRequest(
+                f"template {template.name} has no disk at {slot}",
+                slot=slot,
+                remedy=f"it has some at {', '.join(map(str, disks)) or 'no slot'}",
+            )
+        if disk.mounts:
+            raise InvalidRequest(
+                f"the disk at {slot} is mounted at {disk.mounts[0].guest_path} in template {template.name}: the guest "
+                "would mix what it remembers of that disk with what is on the other",
+                slot=slot,
+                remedy="replace only disks that are attached without being mounted, and mount them in the clone",
+            )
+        if request.read_only != disk.read_only:
+            mode = "read-only" if disk.read_only else "writable"
+            raise InvalidRequest(
+                f"the disk at {slot} is {mode} in template {template.name}", slot=slot, remedy=f"give a {mode} one"
+            )
+
+
+def _open_own(path: Path, expected: Fingerprint, closing: ExitStack) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _damaged(path, f"cannot be opened: {error.strerror}") from error
+    closing.callback(os.close, fd)
+    if Fingerprint.of(os.fstat(fd)) != expected:
+        raise _damaged(path, "is not what was saved")
+    return fd
+
+
+def _taken_over(disk: DiskEntry, folder: Path, closing: ExitStack) -> tuple[IncomingDisk, str]:
+    layers = [_open_layer(layer, disk, closing) for layer in disk.layers]
+    host_path = disk.host_path
+    if not disk.read_only:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = folder / f"{disk.controller}-{disk.lun}.qcow2"
+        base = disk.layers[0]
+        fd = overlay.create(path, size_bytes=disk.size_bytes, base=Path(base.path), base_format=base.format)
+        closing.callback(os.close, fd)
+        lock(fd, host_path=str(path), read_only=False)
+        top = Layer(fd=fd, path=path, format=DiskFormat.QCOW2, kind=AttachmentType.VIRTUAL_DISK)
+        layers = [top, *layers]
+        host_path = str(path)
+    return _incoming(disk, tuple(layers)), host_path
+
+
+def _open_layer(layer: LayerEntry, disk: DiskEntry, closing: ExitStack) -> Layer:
+    path = Path(layer.path)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise _damaged(path, f"cannot be opened: {error.strerror}", slot=disk.slot) from error
+    closing.callback(os.close, fd)
+    if Fingerprint.of(os.fstat(fd)) != layer.fingerprint:
+        raise _damaged(path, "is not the file that it was, or was written to since", slot=disk.slot)
+    if layer.kind is AttachmentType.PASS_THRU:
+        blockdev.check_unused(fd, host_path=str(path), exclusive=False)
+    if not lock(fd, host_path=str(path), read_only=True):
+        raise DiskInUse(
+            f"{path}: another VM writes to it, and the template needs it as it was",
+            host_path=path,
+            slot=disk.slot,
+            remedy="detach it there; the template may be damaged by then",
+        )
+    return Layer(fd=fd, path=path, format=layer.format, kind=layer.kind)
+
+
+def _replaced(disk: DiskEntry, request: DiskRequest, closing: ExitStack) -> IncomingDisk:
+    opened = open_disk(request)
+    closing.callback(opened.close)
+    if opened.size_bytes != disk.size_bytes:
+        raise InvalidRequest(
+            f"{request.host_path} has {opened.size_bytes} bytes, and the disk at {disk.slot} has {disk.size_bytes}",
+            slot=disk.slot,
+            host_path=request.host_path,
+            remedy="give one of the same size, to the byte",
+        )
+    fd = opened.open_locked()
+    closing.callback(os.close, fd)
+    layer = Layer(fd=fd, path=Path(request.host_path), format=opened.format, kind=request.kind)
+    return _incoming(disk, (layer,))
+
+
+def _incoming(disk: DiskEntry, layers: tuple[Layer, ...]) -> IncomingDisk:
+    return IncomingDisk(
+        attachment=disk.attachment,
+        slot=disk.slot,
+        serial=disk.serial,
+        read_only=disk.read_only,
+        size_bytes=disk.size_bytes,
+        logical_block_bytes=disk.logical_block_bytes,
+        layers=layers,
+    )
+
+
+def _records(disk: DiskEntry, incoming: IncomingDisk, host_path: str, holder: Holder) -> Iterator[Record]:
+    """The clone's journal: its disks are attached, its mounts mounted, and each has one reservation."""
+    now = time.time()
+    top = incoming.layers[0]
+    yield DiskRecord(
+        attachment=disk.attachment,
+        slot=disk.slot,
+        host_path=host_path,
+        identity=describe(Path(f"/proc/self/fd/{top.fd}")),
+        kind=top.kind,
+        format=top.format,
+        access=VMAccess.INDIVIDUAL,
+        read_only=disk.read_only,
+        size_bytes=disk.size_bytes,
+        state=DiskState.ATTACHED,
+        since=now,
+    )
+    for mount in disk.mounts:
+        yield MountRecord(
+            mount=mount.mount,
+            attachment=disk.attachment,
+            guest_path=PurePosixPath(mount.guest_path),
+            config=mount.config(),
+            state=MountState.MOUNTED,
+            since=now,
+        )
+    mounts: list[str | None] = [mount.mount for mount in disk.mounts]
+    for name in mounts or [None]:
+        yield ReservationRecord(
+            reservation=secrets.token_hex(6),
+            attachment=disk.attachment,
+            mount=name,
+            holder=holder,
+            state=ReservationState.HELD,
+            since=now,
+        )
+
+
+def memory_mode(qemu_version: str, process: QemuProcess) -> int:
+    """The mode of the memory's file: whom QEMU runs as must be able to open it, and an old one for writing.
+
+    The folder it lies in is for its owner alone, so others cannot reach it whatever this says.
+    """
+    if not needs_writable_memory(qemu_version):
+        return 0o444
+    return 0o600 if process.uid == os.geteuid() else 0o666
+
+
+def _damaged(path: Path, what: str, *, slot: Slot | None = None) -> TemplateDamaged:
+    return TemplateDamaged(
+        f"{path} {what}",
+        slot=slot,
+        host_path=path,
+        remedy="see all that differs: uvm template verify; then make the template anew",
+    )

@@ -1,0 +1,207 @@
+"""What a template says of itself: a document that is written once, and validated whole before any of it is believed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+import msgspec
+
+from utilityvm.errors import InvalidRequest, TemplateDamaged
+from utilityvm.scsi.ports import (
+    AttachmentType,
+    DiskFormat,
+    MountConfig,
+    ScratchKey,
+    Verity,
+    VMAccess,
+)
+from utilityvm.scsi.slot import Slot
+
+VERSION: Final = 1
+
+
+class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
+    """What tells cheaply that a file is the one that it was, and was not written to since."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Fingerprint:
+        """Of a block device only which one it is: its size and times are not in its inode."""
+        if stat.S_ISBLK(status.st_mode):
+            return cls(device=status.st_rdev, inode=0, size_bytes=0, mtime_ns=0)
+        return cls(device=status.st_dev, inode=status.st_ino, size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
+
+
+class File(msgspec.Struct, frozen=True, kw_only=True):
+    """A file of the template's own, with the digest of its content."""
+
+    fingerprint: Fingerprint
+    digest: str  # BLAKE2b-256, hexadecimal
+
+
+class LayerEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A file of a disk's chain."""
+
+    path: str
+    format: DiskFormat
+    kind: AttachmentType
+    fingerprint: Fingerprint
+
+    @property
+    def identity(self) -> str:
+        """As `QemuDisk.identity`."""
+        if self.kind is AttachmentType.PASS_THRU:
+            return f"block:{os.major(self.fingerprint.device)}:{os.minor(self.fingerprint.device)}"
+        return f"file:{self.fingerprint.device}:{self.fingerprint.inode}"
+
+
+class MountEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A mount that lives in the template's memory."""
+
+    mount: str
+    guest_path: str
+    partition: int
+    read_only: bool
+    options: tuple[str, ...]
+    filesystem: str | None
+    ensure_filesystem: bool
+    reformat: bool
+    block_device: bool
+    scratch_key: bool
+    verity: Verity | None
+
+    @classmethod
+    def of(cls, mount: str, guest_path: PurePosixPath, config: MountConfig) -> MountEntry:
+        """A mount whose key, if it has one, is a scratch key."""
+        return cls(
+            mount=mount,
+            guest_path=str(guest_path),
+            partition=config.partition,
+            read_only=config.read_only,
+            options=config.options,
+            filesystem=config.filesystem,
+            ensure_filesystem=config.ensure_filesystem,
+            reformat=config.reformat,
+            block_device=config.block_device,
+            scratch_key=config.encryption is not None,
+            verity=config.verity,
+        )
+
+    def config(self) -> MountConfig:
+        return MountConfig(
+            partition=self.partition,
+            read_only=self.read_only,
+            options=self.options,
+            filesystem=self.filesystem,
+            ensure_filesystem=self.ensure_filesystem,
+            reformat=self.reformat,
+            block_device=self.block_device,
+            encryption=ScratchKey() if self.scratch_key else None,
+            verity=self.verity,
+        )
+
+
+class DiskEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A disk of the template, at the slot where the guest in it knows it."""
+
+    attachment: str
+    controller: int
+    lun: int
+    serial: str
+    host_path: str  # as whoever attached it wrote it
+    read_only: bool
+    access: VMAccess
+    size_bytes: int
+    logical_block_bytes: int
+    layers: tuple[LayerEntry, ...]  # the top one first
+    mounts: tuple[MountEntry, ...]
+
+    @property
+    def slot(self) -> Slot:
+        return Slot(self.controller, self.lun)
+
+
+class Parent(msgspec.Struct, frozen=True, kw_only=True):
+    """The template that the template's VM was a clone of; its disks are under this one's."""
+
+    name: str
+    uuid: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """All of a template but the two files beside it."""
+
+    version: int
+    name: str
+    uuid: str
+    vm: str  # the VM that it was
+    vm_uuid: str
+    created: float  # seconds since the epoch
+    memory_mib: int
+    cpus: int
+    controllers: int
+    qemu_version: str
+    machine: str
+    accelerator: str
+    cpu: str  # the model that QEMU was told
+    host_cpu: str  # the processor under it, where that shows through; else ""
+    root: LayerEntry  # the guest image's root disk
+    kernel: str  # the release that runs in it
+    memory: File
+    state: File
+    parent: Parent | None
+    disks: tuple[DiskEntry, ...]
+
+    def chain(self) -> list[LayerEntry]:
+        """Every file under the template that is not its own."""
+        return [self.root, *(layer for disk in self.disks for layer in disk.layers)]
+
+
+def encode(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+
+
+def read(path: Path) -> Manifest:
+    """Raises:
+    FileNotFoundError: there is none.
+    TemplateDamaged: it is not one, or of a later version; says where it is wrong.
+    """
+    try:
+        data = path.read_bytes()
+    except (NotADirectoryError, FileNotFoundError) as error:
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
+    except OSError as error:
+        raise TemplateDamaged(f"{path} cannot be read: {error.strerror}", remedy="is it yours?") from error
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+        if manifest.version != VERSION:
+            raise ValueError(f"it is of version {manifest.version}, and this utilityvm knows {VERSION}")
+        if manifest.name != path.parent.name:
+            raise ValueError(f"it is of template {manifest.name!r}")
+        _check(manifest)
+    except (ValueError, InvalidRequest) as error:  # msgspec.DecodeError among them
+        raise TemplateDamaged(
+            f"{path} is not the manifest of a template: {error}", remedy="remove that folder, and save the VM anew"
+        ) from error
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    slots = [disk.slot for disk in manifest.disks]
+    names = [disk.attachment for disk in manifest.disks]
+    if len(set(slots)) != len(slots) or len(set(names)) != len(names):
+        raise ValueError("two disks in one slot, or of one name")
+    for disk in manifest.disks:
+        Slot.checked(*disk.slot)
+        if disk.controller >= manifest.controllers or not disk.layers or disk.size_bytes < 0:
+            raise ValueError(f"the disk at {disk.slot}: no such controller, no file, or no size")
+    paths = [mount.guest_path for disk in manifest.disks for mount in disk.mounts]
+    if len(set(paths)) != len(paths) or not all(path.startswith("/") for path in paths):
+        raise ValueError("two mounts at one guest path, or a relative one")
