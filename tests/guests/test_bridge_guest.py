@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from guest_end import AgentThread, FakeDisks, FakeSerialPort
+from utilityvm.agent import serve
 from utilityvm.bridge import messages
 from utilityvm.errors import (
     DeadlineExceeded,
@@ -243,7 +244,7 @@ async def test_a_hundred_pings_at_once(guest: BridgeGuest) -> None:
 async def test_info_is_of_the_agents_kernel(guest: BridgeGuest) -> None:
     info = await guest.info()
     assert info["BootId"] == guest.boot_id == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    assert info["Agent"] == 1
+    assert info["Agent"] == serve.VERSION
 
 
 async def test_shutdown_is_begun(port: FakeSerialPort, start_agent: StartAgent) -> None:

@@ -1,14 +1,18 @@
 """The guest's end of the bridge without a VM: our real agent in a thread, on disks that are only remembered.
 
 `FakeSerialPort` stands for QEMU between a Unix socket and a virtio-serial port; `AgentThread` runs the agent on what it
-plugs in; `FakeDisks` keeps the disks and refuses what a guest refuses.
+plugs in; `FakeDisks` keeps the disks and refuses what a guest refuses; `FakeFilesystems` and `FakeKernel` are what the
+agent freezes and makes unique, for nothing of that may be done to the machine that the tests run on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -17,8 +21,11 @@ from types import TracebackType
 from typing import Any
 
 from utilityvm.agent.faults import Fault
+from utilityvm.agent.freezing import Filesystem, Freezer
+from utilityvm.agent.identity import Identity
 from utilityvm.agent.port import Port
 from utilityvm.agent.serve import Disks, Serve
+from utilityvm.agent.template import Template
 
 _READ_BYTES = 65536
 _CONTROLLERS = 4
@@ -125,13 +132,141 @@ class FakeDisks:
         return slot in self.attached
 
 
+class FakeFilesystems:
+    """Implements `agent.freezing.Filesystems`: `mounted` in order; `frozen` and `flushed` is what became of them."""
+
+    def __init__(self, *paths: str) -> None:
+        self.mounted = list(paths)
+        self.frozen: list[str] = []
+        self.flushed: list[str] = []
+        self.cannot_freeze: dict[str, int] = {}  # path: errno
+        self.cannot_thaw: dict[str, int] = {}
+        self._open: dict[int, str] = {}
+        self._slow: dict[str, threading.Event] = {}
+
+    @property
+    def open_count(self) -> int:
+        return len(self._open)
+
+    def hang(self, path: str) -> Callable[[], None]:
+        """From now on freezing `path` does not end until what this gives is called."""
+        gate = self._slow[path] = threading.Event()
+        return gate.set
+
+    def written(self) -> list[Filesystem]:
+        return [Filesystem((8, number), (path,)) for number, path in enumerate(self.mounted)]
+
+    def open(self, filesystem: Filesystem) -> int:
+        fd = max(self._open, default=0) + 1
+        self._open[fd] = filesystem.paths[0]
+        return fd
+
+    def close(self, fd: int) -> None:
+        del self._open[fd]
+
+    def freeze(self, fd: int) -> None:
+        path = self._open[fd]
+        if gate := self._slow.get(path):
+            gate.wait()
+        self._refuse(self.cannot_freeze.get(path, errno.EBUSY if path in self.frozen else 0))
+        self.frozen.append(path)
+
+    def thaw(self, fd: int) -> None:
+        path = self._open[fd]
+        self._refuse(self.cannot_thaw.get(path, 0 if path in self.frozen else errno.EINVAL))
+        self.frozen.remove(path)
+
+    def flush(self, path: str) -> None:
+        self.flushed.append(path)
+
+    def flush_all(self) -> None:
+        self.flushed += self.mounted
+
+    def _refuse(self, number: int) -> None:
+        if number:
+            raise OSError(number, os.strerror(number))
+
+
+class FakeKernel:
+    """Implements `agent.identity.Kernel`, below `root`: what is mounted there is read through `read`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.seeds: list[bytes] = []
+        self.clock_ns = 0
+        self.hostname = "template"
+        self.binds: dict[Path, Path] = {}  # target: source
+        self.refuses: set[str] = set()  # names of what follows
+
+    def read(self, path: str) -> str:
+        """What a program reads at `path`."""
+        target = self.root / path.lstrip("/")
+        return self.binds.get(target, target).read_text()
+
+    def seed(self, data: bytes) -> None:
+        self._refuse("seed")
+        self.seeds.append(data)
+
+    def set_clock(self, clock_ns: int) -> None:
+        self._refuse("set_clock")
+        self.clock_ns = clock_ns
+
+    def set_hostname(self, name: str) -> None:
+        self._refuse("set_hostname")
+        self.hostname = name
+
+    def bind(self, source: str, target: str) -> None:
+        self._refuse("bind")
+        assert Path(target) not in self.binds, "mounted over twice"
+        self.binds[Path(target)] = Path(source)
+
+    def _refuse(self, name: str) -> None:
+        if name in self.refuses:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+class FakeSystem:
+    """A system in a folder, for the agent to freeze and to make unique: a `Template` and what it works on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder
+        self.hooks = folder / "template.d"
+        self.filesystems = FakeFilesystems("/data", "/data/inner")
+        self.kernel = FakeKernel(folder)
+        for name, text in (
+            ("etc/hostname", "template\n"),
+            ("etc/hosts", "127.0.0.1 localhost template\n::1 localhost\n"),
+            ("etc/machine-id", ""),
+            ("proc/sys/kernel/random/boot_id", "11111111-2222-3333-4444-555555555555\n"),
+        ):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        self.template = self.new_template()
+
+    def new_template(self) -> Template:
+        """What an agent that was started has."""
+        freezer = Freezer(self.filesystems, mark=self.root / "run/frozen")
+        return Template(freezer, Identity(self.kernel, root=str(self.root)), folder=str(self.hooks))
+
+    def hook(self, name: str, script: str, *, mode: int = 0o755) -> Path:
+        """Put a hook there: a shell script that finds the system's folder in $ROOT."""
+        self.hooks.mkdir(exist_ok=True)
+        path = self.hooks / name
+        path.write_text(f"#!/bin/sh\nROOT={self.root}\n{script}\n")
+        path.chmod(mode)
+        return path
+
+
 class AgentThread:
     """The agent on one descriptor, until that is closed at the other end."""
 
-    def __init__(self, end: socket.socket, disks: Disks) -> None:
+    def __init__(self, end: socket.socket, disks: Disks, system: FakeSystem | None = None) -> None:
         self._end = end
         self.was_shut_down = threading.Event()
-        self.serve = Serve(Port(end.fileno()), disks, shutdown=self.was_shut_down.set)
+        self._folder = tempfile.TemporaryDirectory(prefix="uvm-test-")
+        self.system = system or FakeSystem(Path(self._folder.name))
+        self.serve = Serve(Port(end.fileno()), disks, self.system.template, shutdown=self.was_shut_down.set)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -140,7 +275,7 @@ class AgentThread:
         self._thread.join()
 
     def _run(self) -> None:
-        with self._end:
+        with self._folder, self._end:
             while self.serve.step():
                 pass
 

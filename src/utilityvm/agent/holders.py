@@ -21,6 +21,7 @@ class MountLine(NamedTuple):
     filesystem: str
     source: str
     read_only: bool
+    is_written: bool  # the file system itself is not read-only, whatever this mount of it is
 
 
 def mount_lines(mountinfo: Path = Path("/proc/self/mountinfo")) -> Iterator[MountLine]:
@@ -30,9 +31,14 @@ def mount_lines(mountinfo: Path = Path("/proc/self/mountinfo")) -> Iterator[Moun
             before, _, after = line.partition(" - ")
             fields, rest = before.split(), after.split()
             major, minor = fields[2].split(":")
-            options = fields[5].split(",")
             yield MountLine(
-                (int(major), int(minor)), fields[3], _plain(fields[4]), rest[0], _plain(rest[1]), "ro" in options
+                (int(major), int(minor)),
+                fields[3],
+                _plain(fields[4]),
+                rest[0],
+                _plain(rest[1]),
+                read_only="ro" in fields[5].split(","),
+                is_written="rw" in rest[-1].split(","),
             )
 
 

@@ -122,11 +122,15 @@ def _reap_until_end_of(agent: int) -> None:
 def _serve() -> NoReturn:
     # Imported here so that process 1 stays small, and the agent is as new after a restart.
     from utilityvm.agent.disks import DiskTable
+    from utilityvm.agent.freezing import Freezer, KernelFilesystems
+    from utilityvm.agent.identity import Identity, ThisKernel
     from utilityvm.agent.port import Port, find_port
     from utilityvm.agent.serve import Serve
+    from utilityvm.agent.template import Template
 
     port = Port(os.open(find_port(timeout_s=_PORT_S), os.O_RDWR | os.O_CLOEXEC))
-    Serve(port, DiskTable(_controllers()), shutdown=power.off).forever()
+    template = Template(Freezer(KernelFilesystems()), Identity(ThisKernel()))
+    Serve(port, DiskTable(_controllers()), template, shutdown=power.off).forever()
     sys.exit("unreachable")
 
 

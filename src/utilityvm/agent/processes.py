@@ -41,6 +41,18 @@ def send(pid: int, number: int) -> None:
         pass
 
 
+def let_be_killed(pid: int) -> None:
+    """Let the kernel end the program when memory runs out. The agent may not be, and its children inherit that.
+
+    Nothing can be run in the child before it becomes the program, for the agent has threads.
+    """
+    try:
+        with open(f"/proc/{pid}/oom_score_adj", "w") as file:
+            file.write("0")
+    except OSError:
+        pass  # it has ended already
+
+
 def kill_session(leader: int) -> None:
     """Kill every process of the session whose leader is `leader`, which was not reaped, so that its number is its."""
     for _ in range(_KILL_ROUNDS):

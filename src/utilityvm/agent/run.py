@@ -19,11 +19,12 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from utilityvm.agent.faults import Fault
-from utilityvm.agent.processes import kill_session
+from utilityvm.agent.processes import kill_session, let_be_killed
 from utilityvm.bridge import messages
 
 AT_MOST: Final = 256  # programs at once
 _MAX_SIGNAL: Final = 64  # SIGRTMAX
+_SHOWN: Final = 100  # characters of a command
 _ENVIRONMENT: Final = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
@@ -76,6 +77,11 @@ class Programs:
             case messages.RUN_CANCEL:
                 program.cancel()
 
+    def running(self) -> list[str]:
+        """What runs, for people."""
+        with self._lock:
+            return [program.name for program in self._known.values()]
+
     def end_all(self) -> None:
         """The host is gone: kill every program."""
         with self._lock:
@@ -122,13 +128,7 @@ class _Command:
             raise Fault(f"cannot run {self.argv[0]}: {error.strerror}{where}", kind=kind) from None
         except ValueError as error:  # a NUL, or what is no text
             raise Fault(f"cannot run {self.argv[0]!r}: {error}", kind="invalid") from None
-        try:
-            # The agent is not killed when memory runs out; its programs are. Nothing can be run in the child before
-            # it becomes the program, for the agent has threads.
-            with open(f"/proc/{process.pid}/oom_score_adj", "w") as file:
-                file.write("0")
-        except OSError:
-            pass  # it has ended already
+        let_be_killed(process.pid)
         return process
 
 
@@ -137,6 +137,7 @@ class Program:
 
     def __init__(self, number: int, command: _Command, notify: Notify, forget: Callable[[int], None]) -> None:
         self._number = number
+        self.name = f"process {number}: {' '.join(command.argv)[:_SHOWN]}"
         self._command = command
         self._notify = notify
         self._forget = forget

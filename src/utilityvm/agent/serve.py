@@ -16,15 +16,18 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from utilityvm.agent.faults import Fault
+from utilityvm.agent.identity import Given
 from utilityvm.agent.port import Port
 from utilityvm.agent.run import Program, Programs
+from utilityvm.agent.template import Template
 from utilityvm.agent.watch import Watch
 from utilityvm.agent.workers import Workers
 from utilityvm.bridge import messages
 from utilityvm.bridge.frame import Decoder, Frame, FrameError, encode, guest_json
 
-VERSION: Final = 1  # of what this agent can do beyond GCS
+VERSION: Final = 2  # of what this agent can do beyond GCS; 2: templates
 DEFAULT_DEADLINE_S: Final = 60.0
+DEFAULT_HOLD_S: Final = 60.0
 MAX_DEADLINE_S: Final = 3600.0
 MAX_REQUESTS: Final = 512  # under way at once
 _GRACE_S: Final = 0.5  # after its deadline a request is answered for its handler, which seems stuck
@@ -94,7 +97,7 @@ class Call:
         self.body = body
         self.extension: dict[str, Any] = extension if isinstance(extension, dict) else {}
         self.activity = activity if isinstance(activity, str) and len(activity) <= 64 else messages.NULL_GUID
-        self.seconds = _seconds(self.extension)
+        self.seconds = _seconds(self.extension.get("TimeoutMs"), DEFAULT_DEADLINE_S)
         self.due = time.monotonic() + self.seconds
         self.deadline = self.due + _GRACE_S  # of the answer, for `Watch`
         self._answered = threading.Lock()
@@ -117,9 +120,10 @@ Handler = Callable[[Call], dict[str, Any]]
 class Serve:
     """The bridge's guest end on one port."""
 
-    def __init__(self, port: Port, disks: Disks, *, shutdown: Callable[[], None]) -> None:
+    def __init__(self, port: Port, disks: Disks, template: Template, *, shutdown: Callable[[], None]) -> None:
         self._port = port
         self._disks = disks
+        self._template = template
         self._shutdown = shutdown
         self._workers = Workers(at_most=MAX_REQUESTS)
         self._watch = Watch(_expire)
@@ -131,7 +135,9 @@ class Serve:
             messages.RUN: lambda _call: {},  # see `_hand_over`
             messages.PROBE: lambda call: self._disks.probe(*_slot(call.body)),
             messages.MOUNTS: self._mounts,
-            messages.GROW: lambda call: self._disks.grow(*_slot(call.body), call.due),
+            messages.GROW: self._grow,
+            messages.QUIESCE: self._quiesce,
+            messages.THAW: self._thaw,
             messages.SHUTDOWN: self._power_off,
         }
 
@@ -181,6 +187,11 @@ class Serve:
         elif handler := self._at_once.get(frame.kind):
             if call := self._checked(self._session, frame):
                 call.answer(handler(call))
+        elif frame.kind == messages.UNIQUE:
+            if call := self._checked(self._session, frame):
+                # A clone's first request, and nobody waits behind it: another thread would only cost time. But a hook
+                # may take as long as it likes.
+                (self._hand_over if self._template.has_clone_hooks() else self._work)(call, self._make_unique)
         elif handler := self._in_a_worker.get(frame.kind):
             if call := self._checked(self._session, frame):
                 self._hand_over(call, handler)
@@ -204,7 +215,8 @@ class Serve:
         if call.frame.kind == messages.RUN:
             # Known at once: what the host says about the program next may come before a worker has begun.
             try:
-                program = call.session.programs.take(call.body)
+                with self._template.changing():
+                    program = call.session.programs.take(call.body)
             except Fault as fault:
                 call.refuse(fault)
                 return
@@ -253,6 +265,11 @@ class Serve:
             pass  # it makes no sense, and nobody waits for an answer
 
     def _modify(self, call: Call) -> dict[str, Any]:
+        with self._template.changing():
+            self._change_disks(call)
+        return {}
+
+    def _change_disks(self, call: Call) -> None:
         request = call.body.get("Request")
         if not isinstance(request, dict):
             raise Fault("a ModifySettings without a Request", code=messages.E_INVALID_JSON, kind="invalid")
@@ -269,7 +286,21 @@ class Serve:
                 raise Fault(f'the RequestType "{what}" is not supported', kind="invalid")
             case _:
                 raise Fault(f'the ResourceType "{resource}" is not supported', kind="invalid")
+
+    def _grow(self, call: Call) -> dict[str, Any]:
+        with self._template.changing():
+            return self._disks.grow(*_slot(call.body), call.due)
+
+    def _quiesce(self, call: Call) -> dict[str, Any]:
+        hold_s = _seconds(call.body.get("HoldMs"), DEFAULT_HOLD_S)
+        return self._template.quiesce(call.due, hold_s=hold_s, programs=call.session.programs.running)
+
+    def _thaw(self, call: Call) -> dict[str, Any]:
+        self._template.thaw(call.due)
         return {}
+
+    def _make_unique(self, call: Call) -> dict[str, Any]:
+        return self._template.make_unique(Given.of(call.body), call.due)
 
     def _mounts(self, call: Call) -> dict[str, Any]:
         """The mounts whose paths come after `After`, as many as fit a frame; `More` says that there are more."""
@@ -355,9 +386,8 @@ def _slot(body: dict[str, Any]) -> tuple[int, int]:
     return controller, lun
 
 
-def _seconds(extension: dict[str, Any]) -> float:
-    """The time that a request was given: its own, or ours if it says nothing that makes sense."""
-    milliseconds = extension.get("TimeoutMs")
+def _seconds(milliseconds: object, default: float) -> float:
+    """A time that the host gave: its own, or `default` if it says nothing that makes sense."""
     if not isinstance(milliseconds, int | float) or isinstance(milliseconds, bool):
-        return DEFAULT_DEADLINE_S
+        return default
     return min(max(milliseconds / 1000, 0.0), MAX_DEADLINE_S)

@@ -45,6 +45,9 @@ MOUNTS: Final = 0x10F00901
 GROW: Final = 0x10F00A01
 SHUTDOWN: Final = 0x10F00B01
 INFO: Final = 0x10F00C01
+QUIESCE: Final = 0x10F00E01  # {HoldMs}: freeze, to become a template; thaw again if nothing more is heard for so long
+THAW: Final = 0x10F00F01
+UNIQUE: Final = 0x10F01001  # {Seed, Hostname, MachineId, ClockNs}: this is a clone, and becomes a VM of its own
 # Notifications of the host:
 RUN_INPUT: Final = 0x30F00301
 RUN_SIGNAL: Final = 0x30F00401

@@ -41,14 +41,18 @@ from utilityvm.guests.mount_settings import (
     nonzero,
 )
 from utilityvm.guests.program import GuestProgram, OutputSink
+from utilityvm.log import logger
 from utilityvm.scsi.ports import MountConfig
 from utilityvm.scsi.slot import Slot
 
 __all__ = ["BridgeGuest", "CommandResult", "OutputSink"]
 
+_log = logger(__name__)
+
 _ANSWER_S: Final = 2.0  # our agent keeps the caller's deadline itself; this long we wait for it to say so
 _START_S: Final = 30.0  # for a program to be started
 _MAX_OUTPUT_BYTES: Final = 64 << 20
+_TEMPLATES_SINCE: Final = 2  # of the agent's versions
 _BUSY: Final = "device or resource busy"  # Go's text of EBUSY, which is all that gcs says
 
 
@@ -119,6 +123,11 @@ class BridgeGuest:
         """Hang up. Programs that we run in the guest end; mounts stay. Twice is once."""
         self._closed = True
         self._source.close()
+        if self._client:
+            await self._client.close()
+
+    async def hang_up(self) -> None:
+        """End the connection; the next request connects anew. Programs that we run in the guest end; mounts stay."""
         if self._client:
             await self._client.close()
 
@@ -239,6 +248,54 @@ class BridgeGuest:
                     return mounts
             except (KeyError, TypeError):
                 raise ProtocolError("the guest's list of mounts makes no sense", message=answer, vm=self._vm) from None
+
+    async def quiesce(self, *, timeout_s: float, hold_s: float = 60.0) -> None:
+        """Freeze the guest, so that it can be stopped and saved as a template.
+
+        Then its hooks in /etc/utilityvm/template.d were told `save`, what was written is on the disks, and whoever
+        writes to them waits. It is frozen until `thaw`, or for `hold_s` seconds of its own time: stop it within those.
+        A second time holds it anew. If it fails the guest goes on as before.
+
+        Raises:
+            GuestBusy: programs run that were started with `run`; `holders` names them.
+            GuestRefused: a hook failed, or the kernel refused; names it.
+            DeadlineExceeded: it took more than `timeout_s` seconds.
+            NotSupported: the agent is of a guest image from before there were templates.
+        """
+        self._need_templates("become a template")
+        answer = await self._ask(messages.QUIESCE, messages.request(HoldMs=int(hold_s * 1000)), timeout_s)
+        for path in answer.get("Flushed") or ():
+            _log.warning("%s cannot be frozen, and was only written out", path, vm=self._vm)
+
+    async def thaw(self, *, timeout_s: float) -> None:
+        """Let the guest go on as before `quiesce`; a guest that is not frozen does.
+
+        Raises:
+            GuestRefused: a file system stays frozen; or a hook failed, after all were thawed.
+        """
+        self._need_templates("be thawed")
+        await self._ask(messages.THAW, messages.request(), timeout_s)
+
+    async def make_unique(
+        self, *, seed: bytes, hostname: str, machine_id: str, clock_ns: int | None = None, timeout_s: float
+    ) -> None:
+        """Make this clone a VM of its own: random numbers, clock, hostname, machine id and boot id. Thaws it first.
+
+        Its hooks in /etc/utilityvm/template.d are told `clone`, with UTILITYVM_NAME and UTILITYVM_MACHINE_ID. `seed` is
+        of 32 bytes or more that nobody else knows; `clock_ns` is the time since 1970, the host's if it is None. If it
+        fails the clone is not fit to be used; it may be asked again.
+
+        Raises:
+            InvalidRequest: an argument makes no sense; nothing was changed.
+            GuestRefused: a hook failed, or the kernel refused; names it.
+            DeadlineExceeded: it took more than `timeout_s` seconds.
+        """
+        self._need_templates("be made unique")
+        clock_ns = time.time_ns() if clock_ns is None else clock_ns
+        body = messages.request(Seed=seed.hex(), Hostname=hostname, MachineId=machine_id, ClockNs=clock_ns)
+        answer = await self._ask(messages.UNIQUE, body, timeout_s)
+        if self._client:
+            self._client.capabilities[messages.EXTENSION]["BootId"] = answer.get("BootId")
 
     async def shutdown(self, *, timeout_s: float = 10.0) -> None:
         """Have the guest end its programs, unmount everything and power off. Returns when it has begun.
@@ -512,6 +569,13 @@ class BridgeGuest:
     def _refuse_force(self, slot: Slot, force: bool) -> None:
         if force:
             raise NotSupported("this guest's agent knows no force", vm=self._vm, slot=slot)
+
+    def _need_templates(self, what: str) -> None:
+        self._need_our_agent(what)
+        about = self._client.capabilities[messages.EXTENSION] if self._client else {}
+        if about.get("Agent", 0) < _TEMPLATES_SINCE:
+            remedy = "stop the VM, and start it anew with the guest image of this utilityvm"
+            raise NotSupported(f"this guest's agent is too old to {what}", vm=self._vm, remedy=remedy)
 
     def _need_our_agent(self, what: str, slot: Slot | None = None) -> None:
         if self._client and not self.has_our_agent:
