@@ -30,8 +30,10 @@ MAY: dict[str, set[str]] = {
     "hostpath": set(),
     "config": {"hostpath", "scsi", "hosts", "guestimage"},  # what callers ask for
     "mounts": {"scsi", "vm"},  # the VM only for a type
-    "lifecycle": {"scsi", "hosts", "guests", "store", "paths", "pids"},
+    "templates": {"scsi", "diskimage", "hosts", "store", "paths"},
+    "lifecycle": {"scsi", "hosts", "guests", "store", "paths", "pids", "templates"},
     "vm": {
+        "templates",
         "config",
         "lifecycle",
         "hostpath",
@@ -47,6 +49,7 @@ MAY: dict[str, set[str]] = {
         "diskimage",
     },
     "cli": {
+        "templates",
         "vm",
         "config",
         "hostpath",
@@ -62,7 +65,18 @@ MAY: dict[str, set[str]] = {
         "",
     },
     "testing": {"scsi", "process", "hosts", "bridge", "agent", "guests"},
-    "": {"vm", "config", "mounts", "scsi", "guests", "hosts", "store"},  # the package itself: the public names
+    "pool": {"vm", "templates"},
+    "": {
+        "pool",
+        "templates",
+        "vm",
+        "config",
+        "mounts",
+        "scsi",
+        "guests",
+        "hosts",
+        "store",
+    },  # the package itself: the public names
 }
 STANDARD_LIBRARY_ONLY = {"agent", "bridge"}  # they run in the guest, which has nothing else
 

@@ -48,6 +48,11 @@ if TYPE_CHECKING:
         StoreDamaged,
         StoreError,
         StoreTooNew,
+        TemplateDamaged,
+        TemplateDiffers,
+        TemplateExists,
+        TemplateInUse,
+        TemplateNotFound,
         TooManyAttachments,
         UtilityVMError,
         VMExists,
@@ -58,6 +63,7 @@ if TYPE_CHECKING:
         WrongState,
     )
     from utilityvm.guests.bridge_guest import CommandResult
+    from utilityvm.pool import ClonePool
     from utilityvm.scsi.events import ScsiEvent
     from utilityvm.scsi.ports import (
         AttachmentType,
@@ -70,6 +76,7 @@ if TYPE_CHECKING:
     )
     from utilityvm.scsi.slot import Slot
     from utilityvm.scsi.views import MountView, SlotView
+    from utilityvm.templates.catalog import Template
     from utilityvm.vm import GENERATED, DiskSpec, SCSIMount, UtilityVM, VMConfig
 
 __all__ = [
@@ -79,6 +86,7 @@ __all__ = [
     "AlreadyReleased",
     "AttachmentType",
     "CallerKey",
+    "ClonePool",
     "CommandResult",
     "ConfigDiffers",
     "DeadlineExceeded",
@@ -114,6 +122,12 @@ __all__ = [
     "StoreDamaged",
     "StoreError",
     "StoreTooNew",
+    "Template",
+    "TemplateDamaged",
+    "TemplateDiffers",
+    "TemplateExists",
+    "TemplateInUse",
+    "TemplateNotFound",
     "TooManyAttachments",
     "UtilityVM",
     "UtilityVMError",
@@ -143,6 +157,8 @@ _MODULES = {
         "Verity",
     ),
     "utilityvm.scsi.slot": ("Slot",),
+    "utilityvm.pool": ("ClonePool",),
+    "utilityvm.templates.catalog": ("Template",),
     "utilityvm.vm": ("GENERATED", "DiskSpec", "SCSIMount", "UtilityVM", "VMConfig"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

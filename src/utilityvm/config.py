@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal, Self, TypeAlias
 
 from utilityvm.errors import InvalidRequest
@@ -73,6 +73,10 @@ class VMConfig:
             accelerator=self.accelerator,
             uuid=uuid,
         )
+
+    def for_clone(self, root: Path, *, uuid: str) -> QemuConfig:
+        """What a clone's QEMU is started with: no kernel, as that is in its memory already."""
+        return replace(self.for_qemu(None, uuid=uuid), root=root)
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)

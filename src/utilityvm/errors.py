@@ -21,7 +21,11 @@
     │   ├── VMExists             the name is taken
     │   ├── VMNotRunning         the VM is stopped, or its hypervisor is gone
     │   ├── VMOwned              another process owns the VM; .owner says which
-    │   ├── Migrating            the manager's state was exported; nothing may change until resume
+    │   ├── TemplateNotFound     no template of that name
+    │   ├── TemplateExists       the name is taken
+    │   ├── TemplateInUse        clones or templates depend on it; .users says which
+    │   ├── TemplateDiffers      it was saved with another QEMU or processor
+    │   ├── Migrating            the disks must stay as they are: an export, or saving a template, is under way
     │   └── WrongState           the event does not fit the state of the thing
     ├── SetupError               something this machine needs is missing: a program, an image, space
     ├── HostRefused              the hypervisor said no; the bus is as it was
@@ -35,6 +39,7 @@
     ├── ImageError               a disk image cannot be used
     │   ├── ImageDamaged         it is not what its header says, or is cut short
     │   └── ImageUnsafe          it would make the hypervisor open something that was not asked for
+    ├── TemplateDamaged          a file of a template, or a disk under it, is not what was saved
     └── StoreError               the journal would not take a line; an intent unwritten is a step unsent
         ├── StoreTooNew          a later version of utilityvm wrote the store
         └── StoreDamaged         the store was not whole and was moved aside; .kept says where
@@ -186,7 +191,7 @@ class TemplateDamaged(UtilityVMError):
 
 
 class Migrating(RequestError):
-    """The manager's state was exported; nothing may change until it is resumed."""
+    """The VM's disks must stay as they are: its manager's state was exported, or it is being saved as a template."""
 
 
 class WrongState(RequestError):

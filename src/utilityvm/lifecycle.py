@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
@@ -32,6 +33,7 @@ from utilityvm.scsi.ports import DiskRecord
 from utilityvm.scsi.slot import Slot
 from utilityvm.store import SqliteJournal, Store, StoredVM, VMState
 from utilityvm.store.ownership import Ownership, owner_of
+from utilityvm.templates import catalog
 
 BOOT_S: Final = 120.0  # KVM needs one second, an emulated processor on a busy machine a good part of a minute
 SHUTDOWN_S: Final = 15.0
@@ -40,6 +42,28 @@ _CONSOLE_LINES: Final = 20
 _TELLING: Final = ("utilityvm:", "Kernel panic", "error", "Error")  # what a line has in it that says why
 
 _log = logger(__name__)
+
+
+async def claim_name(
+    undo: AsyncExitStack, store: Store, name: str, vm_uuid: str, document: Mapping[str, object]
+) -> tuple[StoredVM, Ownership, Path]:
+    """Become the owner of a new VM of that name; a dead one of the name is replaced. `undo` leaves nothing of it.
+
+    Raises:
+        VMExists: a VM of that name runs.
+        VMOwned: another process is just starting or ending one.
+    """
+    folder = paths.vm_dir(name)
+    refuse_running(store, name)
+    ownership = await Ownership.acquire(folder, vm=name)
+    undo.callback(ownership.release, remove=True)
+    refuse_running(store, name)
+    if (dead := store.find(name)) is not None:
+        await clear(dead, store)
+    record = store.add(name, uuid=vm_uuid, config=document)
+    undo.callback(store.remove, record)
+    undo.callback(remove_copy, folder)
+    return record, ownership, folder
 
 
 async def boot(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
@@ -61,6 +85,24 @@ async def boot(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
             vm=name,
             remedy="give it more memory or time; `uvm doctor` tells whether this machine can run VMs",
         ) from error
+
+
+async def wake(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
+    """Let a clone run, and connect to its agent. What we say first is there before it runs, so it is heard at once.
+
+    Raises:
+        StartFailed: the agent did not answer, or QEMU ended.
+    """
+    connecting = asyncio.ensure_future(boot(host, name, timeout_s=timeout_s))
+    try:
+        await host.resume(timeout_s=timeout_s)
+        return await connecting
+    except BaseException:
+        connecting.cancel()
+        await asyncio.wait([connecting])
+        if not connecting.cancelled() and connecting.exception() is None:
+            await connecting.result().close()
+        raise
 
 
 async def own(store: Store, name: str, *, wait_s: float, must_run: bool = False) -> tuple[StoredVM, Ownership]:
@@ -112,6 +154,19 @@ def check_running(record: StoredVM, store: Store) -> None:
     if record.state is not VMState.STARTING:
         store.set_dead(record)
     raise not_running(record)
+
+
+def refuse_unfinished(record: StoredVM) -> None:
+    """Raises:
+    VMNotRunning: it is a clone that was not made unique, or a template was made of it: it must not go on.
+    """
+    if record.state is VMState.STARTING and catalog.clone_of(record.config):
+        what = "is a clone whose start was cut short"
+    elif record.state is VMState.SAVING and (template := catalog.made_of(record.uuid)) is not None:
+        what = f"was saved as template {template}"
+    else:
+        return
+    raise VMNotRunning(f"VM {record.name} {what}", vm=record.name, remedy=f"clear it away: uvm stop {record.name}")
 
 
 def not_running(record: StoredVM) -> VMNotRunning:
@@ -172,8 +227,14 @@ async def clear(record: StoredVM, store: Store) -> None:
         await _kill(*found)
     folder = paths.vm_dir(record.name)
     launch.clean(folder)
+    remove_overlays(record)
     remove_copy(folder)
     store.remove(record)
+
+
+def remove_overlays(record: StoredVM) -> None:
+    """Remove what a clone wrote to its disks. Its QEMU must have ended. Removed before is done."""
+    shutil.rmtree(paths.overlays_dir(record.uuid), ignore_errors=True)
 
 
 def write_copy(folder: Path, record: StoredVM, process: Mapping[str, object]) -> None:

@@ -11,7 +11,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Final, Literal, Self
 
 from utilityvm import lifecycle, paths
@@ -41,8 +41,15 @@ from utilityvm.scsi.views import MountView, SlotView
 from utilityvm.store import SqliteJournal, Store, StoredVM, VMState
 from utilityvm.store.ownership import Ownership
 from utilityvm.store.recover import open_store
+from utilityvm.templates import catalog
+from utilityvm.templates import clone as cloning
+from utilityvm.templates import save as saving
+from utilityvm.templates.catalog import Template
 
 SETTLE_S: Final = 3.0
+CLONE_S: Final = 60.0
+SAVE_S: Final = 120.0
+_SEED_BYTES: Final = 64
 ROOT_SLOT: Final = Slot(0, 0)
 
 _log = logger(__name__)
@@ -71,6 +78,7 @@ class UtilityVM:
         self._host = host
         self._guest = guest
         self._ended: UtilityVMError | None = None
+        self._resting: UtilityVMError | None = None
         self._is_stopping = False
         self._ending = asyncio.Lock()
         self._is_closed = False
@@ -109,18 +117,13 @@ class UtilityVM:
             raise SetupError("there is no guest image", vm=config.name, remedy="build it: uvm image build")
         async with AsyncExitStack() as undo:
             store = undo.enter_context(open_store())
-            folder = paths.vm_dir(config.name)
-            lifecycle.refuse_running(store, config.name)
-            ownership = await Ownership.acquire(folder, vm=config.name)
-            undo.callback(ownership.release, remove=True)
-            lifecycle.refuse_running(store, config.name)
-            if (dead := store.find(config.name)) is not None:
-                await lifecycle.clear(dead, store)
-            record = store.add(config.name, uuid=vm_uuid, config=config.to_json())
-            undo.callback(store.remove, record)
-            undo.callback(lifecycle.remove_copy, folder)
+            saved = {**config.to_json(), "root": str(image.root)}
+            record, ownership, folder = await lifecycle.claim_name(undo, store, config.name, vm_uuid, saved)
             host = await QemuHost.start(
-                config.for_qemu(image, uuid=vm_uuid), folder=folder, who_uses=_who_uses(store, record)
+                config.for_qemu(image, uuid=vm_uuid),
+                folder=folder,
+                who_uses=_who_uses(store, record),
+                frozen_by=catalog.frozen_by,
             )
             undo.push_async_callback(host.stop)
             document = host.process.to_json()
@@ -132,6 +135,74 @@ class UtilityVM:
             vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest)
             undo.pop_all()
         vm._log.info("started on %s", host.process.accelerator)
+        return vm
+
+    @classmethod
+    async def clone(
+        cls,
+        template: str,
+        name: str,
+        *,
+        keep: bool = False,
+        replace: Mapping[Slot, DiskSpec] | None = None,
+        timeout_s: float = CLONE_S,
+    ) -> UtilityVM:
+        """Start a VM that goes on where the template's was saved, as a VM of its own.
+
+        Its disks are at the same slots and guest paths, each mount with one reference of a holder named after the
+        template. What is read-only is shared; what is writable is an overlay of the clone's, which goes when the clone
+        is stopped. Its random numbers, clock, host name, machine id and boot id are its own before this returns, and
+        the template's hooks have run. `replace` puts another disk of the same size at a slot that has no mount.
+
+        As `start` for threads, names and what is left after a failure: no process, record, folder, lock or overlay.
+
+        Raises:
+            TemplateNotFound, TemplateInUse: there is no such template, or it is just being removed.
+            TemplateDiffers: QEMU or the processor is another one than the template was saved with.
+            TemplateDamaged: one of its files, or a disk under it, is not what was saved.
+            others: as `start`.
+        """
+        requests = {slot: spec.request().disk for slot, spec in (replace or {}).items()}
+        vm_uuid = str(uuid.uuid4())
+        async with AsyncExitStack() as undo:
+            with catalog.in_use(template) as source:
+                config = VMConfig(
+                    name=name,
+                    memory_mib=source.manifest.memory_mib,
+                    cpus=source.manifest.cpus,
+                    controllers=source.manifest.controllers,
+                    keep=keep,
+                )
+                config.check()
+                await cloning.check_machine(source)
+                store = undo.enter_context(open_store())
+                document = {**config.to_json(), "clone": {"template": template, "template_uuid": source.uuid}}
+                record, ownership, folder = await lifecycle.claim_name(undo, store, name, vm_uuid, document)
+                overlays = paths.overlays_dir(vm_uuid)
+                holder = Holder(name=f"template {template}")
+                with cloning.prepare(source, overlays, holder=holder, replace=requests) as prepared:
+                    undo.callback(lifecycle.remove_overlays, record)
+                    host = await QemuHost.start(
+                        config.for_clone(source.root, uuid=vm_uuid),
+                        folder=folder,
+                        saved=prepared.incoming,
+                        who_uses=_who_uses(store, record),
+                        frozen_by=catalog.frozen_by,
+                    )
+            undo.push_async_callback(host.stop)
+            process = host.process.to_json()
+            store.set_process(record, process)
+            lifecycle.write_copy(folder, record, process)
+            SqliteJournal(store, record).write(prepared.records)
+            await host.loaded(prepared.incoming.disks, timeout_s=timeout_s)
+            guest = await lifecycle.wake(host, name, timeout_s=timeout_s)
+            undo.push_async_callback(guest.close)
+            await _make_unique(guest, name, timeout_s=timeout_s)
+            store.set_state(record, VMState.RUNNING)
+            vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest)
+            await vm.scsi.restore(is_alive=_is_alive)
+            undo.pop_all()
+        vm._log.info("cloned from template %s", template)
         return vm
 
     @classmethod
@@ -151,18 +222,28 @@ class UtilityVM:
             store = undo.enter_context(open_store())
             record, ownership = await lifecycle.own(store, name, wait_s=wait_s, must_run=True)
             undo.callback(ownership.release)
+            lifecycle.refuse_unfinished(record)
             process = lifecycle.process_of(record)
             try:
-                host = await QemuHost.connect(process, who_uses=_who_uses(store, record), timeout_s=CONNECT_S)
+                host = await QemuHost.connect(
+                    process, who_uses=_who_uses(store, record), frozen_by=catalog.frozen_by, timeout_s=CONNECT_S
+                )
             except VMGone as error:
                 raise lifecycle.not_running(record) from error
             undo.push_async_callback(host.close)
+            found = []
+            if record.state is VMState.SAVING:
+                found.append("saving it as a template was cut short: it goes on")
+                await host.resume(timeout_s=CONNECT_S)
             guest = await BridgeGuest.connect(process.agent_socket, timeout_s=CONNECT_S, vm=name)
             undo.push_async_callback(guest.close)
+            if record.state is VMState.SAVING:
+                await guest.thaw(timeout_s=CONNECT_S)
+                store.set_state(record, VMState.RUNNING)
             strays = await lifecycle.strays(host, SqliteJournal(store, record))
             config = VMConfig.from_json(record.config)
             vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest, strays=strays)
-            found = [f"slot {slot} has a disk that is in no journal: it stays taken" for slot in strays]
+            found += [f"slot {slot} has a disk that is in no journal: it stays taken" for slot in strays]
             vm.findings = (*found, *await vm.scsi.restore(is_alive=_is_alive))
             undo.pop_all()
         for finding in vm.findings:
@@ -456,6 +537,91 @@ class UtilityVM:
         self._check_running()
         await self._guest.ping(timeout_s=timeout_s)
 
+    # What it can become.
+
+    async def save_as_template(self, name: str, *, timeout_s: float = SAVE_S) -> Template:
+        """Make the VM a template, from which clones start in a fraction of a second: see `clone`.
+
+        True on return: the template is there; the VM has ended and cannot run again; its disks stay as they are for as
+        long as the template exists, and nobody can attach one of them for writing. Programs that were run in it by this
+        process have ended; what they had started, and its other programs, go on in each clone. Everything in its
+        memory is in the template's files, keys of scratch disks among them.
+
+        If this fails there is no such template, and the VM goes on.
+
+        Raises:
+            InvalidRequest, TemplateExists: the name cannot be, or is taken.
+            WrongState: a disk or a mount is half-way.
+            NotSupported: a mount has a key of a caller's.
+            GuestRefused: the guest did not quiesce, or a hook of its refused.
+            SetupError: no space, or no right to read the VM's memory.
+            HostRefused, OutcomeUnknown, VMGone: QEMU did not save its state.
+        """
+        self._check_running()
+        catalog.refuse_taken(name)
+        async with self._ending:
+            self._check_running()
+            template = await self._save(name, timeout_s=timeout_s)
+            self._is_stopping = True
+            self._end(
+                VMNotRunning(
+                    f"VM {self.name} was saved as template {name}",
+                    vm=self.name,
+                    remedy=f"clone it: uvm clone {name} NAME",
+                )
+            )
+            await self._clear_away()
+        self._log.info("saved as template %s", name)
+        return template
+
+    async def _save(self, name: str, *, timeout_s: float) -> Template:
+        with self.scsi.held_still(f"VM {self.name} is being saved as template {name}"):
+            await self.scsi.settle()
+            records = SqliteJournal(self._store, self._record).read()
+            saving.check_settled(records, vm=self.name)
+            parent = catalog.parent_of(self._record.config)
+            kernel = str((await self._guest.info())["Kernel"])
+            self._store.set_state(self._record, VMState.SAVING)
+            try:
+                await self._guest.quiesce(timeout_s=timeout_s)
+                await self._guest.hang_up()
+                return await saving.write(
+                    name,
+                    host=self._host,
+                    config=self.config,
+                    root=Path(str(self._record.config["root"])) if parent is None else parent.root,
+                    kernel=kernel,
+                    records=records,
+                    parent=parent,
+                    timeout_s=timeout_s,
+                )
+            except BaseException:
+                await self._go_on()
+                raise
+
+    async def _go_on(self) -> None:
+        """After a save that failed: the VM runs as before."""
+        with suppress(VMGone):
+            await self._host.resume()
+            await self._guest.thaw(timeout_s=CONNECT_S)
+            self._store.set_state(self._record, VMState.RUNNING)
+
+    async def rest(self, *, timeout_s: float = 10.0) -> None:
+        """Stop its processors until `wake`; meanwhile every other call is refused. For `ClonePool`."""
+        self._check_running()
+        self._store.set_state(self._record, VMState.WAITING)
+        await self._host.pause(timeout_s=timeout_s)
+        self._resting = VMNotRunning(f"VM {self.name} waits in a pool", vm=self.name)
+
+    async def wake(self, *, timeout_s: float = 10.0) -> None:
+        """Let it run again, and make it unique again: its clock stood still."""
+        if self._ended is not None:
+            raise self._ended
+        await self._host.resume(timeout_s=timeout_s)
+        await _make_unique(self._guest, self.name, timeout_s=timeout_s)
+        self._store.set_state(self._record, VMState.RUNNING)
+        self._resting = None
+
     # Its end.
 
     async def wait(self) -> UtilityVMError:
@@ -480,14 +646,18 @@ class UtilityVM:
                     await self._guest.shutdown(timeout_s=timeout_s)
                     await asyncio.wait([self._host.gone], timeout=timeout_s)
                 self._end(VMNotRunning(f"VM {self.name} was stopped", vm=self.name))
-            await self._guest.close()
-            await self._host.stop()
-            lifecycle.remove_copy(self._host.process.folder)
-            self._store.remove(self._record)
-            self._ownership.release(remove=True)
-            self._store.close()
-            self._is_closed = True
+            await self._clear_away()
         self._log.info("stopped")
+
+    async def _clear_away(self) -> None:
+        await self._guest.close()
+        await self._host.stop()
+        lifecycle.remove_overlays(self._record)
+        lifecycle.remove_copy(self._host.process.folder)
+        self._store.remove(self._record)
+        self._ownership.release(remove=True)
+        self._store.close()
+        self._is_closed = True
 
     async def close(self) -> None:
         """Let go of the VM: with `keep` it runs on, and can be opened by whoever comes next; without, it is stopped.
@@ -524,6 +694,8 @@ class UtilityVM:
     def _check_running(self) -> None:
         if self._ended is not None:
             raise self._ended
+        if self._resting is not None:
+            raise self._resting
 
     def _on_gone(self, reason: UtilityVMError) -> None:
         if self._ended is not None:
@@ -541,6 +713,12 @@ class UtilityVM:
         """Whoever waits for something of the VM is told now."""
         self._ended = reason
         self.scsi.mark_gone(reason)
+
+
+async def _make_unique(guest: BridgeGuest, name: str, *, timeout_s: float) -> None:
+    await guest.make_unique(
+        seed=os.urandom(_SEED_BYTES), hostname=name, machine_id=uuid.uuid4().hex, timeout_s=timeout_s
+    )
 
 
 def _who_uses(store: Store, record: StoredVM) -> Callable[[str], str | None]:

@@ -181,7 +181,8 @@ def test_a_guest_path_given_is_found_whatever_the_disk_is_called(name: str) -> N
 def test_every_command_has_help_and_json(uvm: Uvm, name: str) -> None:
     text = uvm(name, "--help").output
     assert "Usage: " in text
-    inner = ["image build", "image ls"] if name == "image" else [name]
+    groups = {"image": ["build", "ls"], "template": ["save", "ls", "show", "verify", "rm"]}
+    inner = [f"{name} {word}" for word in groups[name]] if name in groups else [name]
     for words in inner:
         assert ("--json" in uvm(*words.split(), "--help").output) is (name != "completion")
 

@@ -1,7 +1,8 @@
 """The command `uvm`.
 
-Each noun has a file: `vm`, `disk`, `image`, `doctor`, `completion`. They are loaded when they are used, and what they
-need of the library when they run, so that a command which only reads the store (`ps`, `ls`, `path`) is done in a blink.
+Each noun has a file: `vm`, `disk`, `template`, `image`, `doctor`, `completion`. They are loaded when they are used, and
+what they need of the library when they run, so that a command which only reads the store (`ps`, `ls`, `path`) is done
+in a blink.
 
 What a command prints: on a terminal, tables and progress; into a pipe, plain lines of tab-separated fields without a
 heading; with `--json`, one JSON document. Progress, warnings and errors go to the standard error. An error is one line
@@ -26,6 +27,8 @@ COMMANDS = {
     "ls": "disk",
     "path": "disk",
     "detach": "disk",
+    "template": "template",
+    "clone": "template",
     "image": "image",
     "completion": "completion",
 }
@@ -35,12 +38,12 @@ Exit codes:
   0    done
   1    refused by the hypervisor or the guest, or another error
   2    wrong usage, or a value that cannot be
-  3    no such VM, disk or reservation
+  3    no such VM, disk, reservation or template
   4    busy: owned, in use, or taken by another
   5    no answer in time; the outcome is unknown
   6    this machine lacks something, or the store cannot be used
   7    the VM is not running
-  8    the disk image is damaged or unsafe
+  8    the disk image is damaged or unsafe, or a template is
   130  interrupted
 `uvm exec` ends with the program's own code; 125 means that uvm failed, 127 that the program could not be started.
 """

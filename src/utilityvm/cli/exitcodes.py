@@ -23,12 +23,15 @@ INTERRUPTED: Final = 130
 TABLE: Final[tuple[tuple[type[errors.UtilityVMError], int], ...]] = (
     (errors.VMNotFound, NOT_FOUND),
     (errors.NotAttached, NOT_FOUND),
+    (errors.TemplateNotFound, NOT_FOUND),
     (errors.AlreadyReleased, NOT_FOUND),
     (errors.VMNotRunning, NOT_RUNNING),
     (errors.VMGone, NOT_RUNNING),
     (errors.StartFailed, NOT_RUNNING),
     (errors.VMOwned, BUSY),
     (errors.VMExists, BUSY),
+    (errors.TemplateExists, BUSY),
+    (errors.TemplateInUse, BUSY),
     (errors.DiskInUse, BUSY),
     (errors.GuestBusy, BUSY),
     (errors.GuestPathInUse, BUSY),
@@ -40,6 +43,8 @@ TABLE: Final[tuple[tuple[type[errors.UtilityVMError], int], ...]] = (
     (errors.SetupError, SETUP),
     (errors.StoreError, SETUP),
     (errors.ImageError, IMAGE),
+    (errors.TemplateDamaged, IMAGE),
+    (errors.TemplateDiffers, SETUP),
     (errors.UtilityVMError, ERROR),
 )
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Final, Literal, TypeAlias
@@ -100,6 +101,7 @@ class ScsiManager:
         self._workers = Workers(self._book, self._steps, self._ledger, self._events, self._log)
         self._gone: UtilityVMError | None = None
         self._migrating = False
+        self._still: str | None = None  # why nothing may change just now
 
     async def add(
         self,
@@ -400,7 +402,19 @@ class ScsiManager:
             raise self._gone
         self._check_not_migrating()
 
+    @contextmanager
+    def held_still(self, why: str) -> Iterator[None]:
+        """Whoever asks for a change until the block ends is refused, with these words. What had begun goes on."""
+        self._check_open()
+        self._still = why
+        try:
+            yield
+        finally:
+            self._still = None
+
     def _check_not_migrating(self) -> None:
+        if self._still is not None:
+            raise Migrating(self._still, vm=self._vm, remedy="wait until that is done")
         if self._migrating:
             raise Migrating("the manager's state was exported", vm=self._vm, remedy="resume it first")
 

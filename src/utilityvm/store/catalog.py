@@ -23,6 +23,7 @@ class VMState(StrEnum):
 
     STARTING = "starting"  # its QEMU may run; nothing is attached
     RUNNING = "running"  # the guest answered
+    WAITING = "waiting"  # a clone in a pool, paused
     SAVING = "saving"  # it is becoming a template: frozen and paused, or about to be
     STOPPING = "stopping"  # it is being ended, and everything of it removed
     DEAD = "dead"  # its QEMU ended by itself; its disks are free

@@ -76,6 +76,11 @@ class Template:
     def state(self) -> Path:
         return self.folder / STATE
 
+    @property
+    def root(self) -> Path:
+        """The guest image's root disk."""
+        return Path(self.manifest.root.path)
+
     def disk_bytes(self) -> int:
         """What its own files take on the storage."""
         files = (path.stat() for path in self.folder.rglob("*") if path.is_file())
@@ -214,6 +219,21 @@ def clone_of(config: object) -> str | None:
     """The UUID of the template that a VM is a clone of, by the config that the store has of it."""
     clone = config.get("clone") if isinstance(config, dict) else None
     return str(clone["template_uuid"]) if isinstance(clone, dict) else None
+
+
+def parent_of(config: object) -> Template | None:
+    """The template that a VM is a clone of; it is there for as long as the VM is.
+
+    Raises:
+        TemplateNotFound, TemplateDamaged: somebody removed or changed its folder.
+    """
+    clone = config.get("clone") if isinstance(config, dict) else None
+    return load(str(clone["template"])) if isinstance(clone, dict) else None
+
+
+def made_of(vm_uuid: str) -> str | None:
+    """The template that was made of the VM of this UUID; None if none was."""
+    return next((one.name for one in every() if one.manifest.vm_uuid == vm_uuid), None)
 
 
 def remove(name: str, store: Store) -> None:

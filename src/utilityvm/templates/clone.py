@@ -18,8 +18,9 @@ from typing import Final
 
 from utilityvm.diskimage import blockdev
 from utilityvm.errors import DiskInUse, InvalidRequest, TemplateDamaged, TemplateDiffers
+from utilityvm.hosts.qemu import accelerator as accelerators
+from utilityvm.hosts.qemu import emulator as emulators
 from utilityvm.hosts.qemu.disk import describe, lock, open_disk
-from utilityvm.hosts.qemu.emulator import Emulator
 from utilityvm.hosts.qemu.incoming import Incoming, IncomingDisk, Layer, needs_writable_memory
 from utilityvm.hosts.qemu.launch import QemuProcess
 from utilityvm.scsi.ports import (
@@ -36,7 +37,7 @@ from utilityvm.scsi.ports import (
 from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.transitions import DiskState, MountState, ReservationState
 from utilityvm.templates import overlay
-from utilityvm.templates.catalog import Template
+from utilityvm.templates.catalog import Template, difference_of
 from utilityvm.templates.manifest import DiskEntry, Fingerprint, LayerEntry
 
 _CPUINFO: Final = Path("/proc/cpuinfo")
@@ -50,18 +51,25 @@ class Prepared:
     records: tuple[Record, ...]
 
 
-def check_same_machine(template: Template, emulator: Emulator, *, accelerator: str, cpu: str) -> None:
+async def check_machine(template: Template) -> None:
     """Refuse a template that this machine's QEMU or processor would go on with differently.
 
     Raises:
         TemplateDiffers: says each difference.
+        TemplateDamaged: the guest image's root disk is not what it was.
+        SetupError: QEMU is missing.
     """
     manifest = template.manifest
+    if (difference := difference_of(manifest.root)) is not None:
+        raise TemplateDamaged(difference, remedy="make the template anew")
+    program = await emulators.find()
+    chosen = await accelerators.choose(program)
     then_and_now = {
-        "QEMU": (manifest.qemu_version, emulator.version),
-        "accelerator": (manifest.accelerator, accelerator),
-        "processor model": (manifest.cpu, cpu),
-        "processor of the host": (manifest.host_cpu, host_cpu(accelerator)),
+        "QEMU": (manifest.qemu_version, program.version),
+        "machine": (manifest.machine, program.machine),
+        "accelerator": (manifest.accelerator, chosen.name),
+        "processor model": (manifest.cpu, chosen.cpu),
+        "processor of the host": (manifest.host_cpu, host_cpu(chosen.name)),
     }
     differences = [f"{what}: {then!r} then, {now!r} now" for what, (then, now) in then_and_now.items() if then != now]
     if differences:

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from utilityvm import paths
 from utilityvm.errors import DeadlineExceeded, NotSupported, SetupError, WrongState
@@ -41,6 +41,17 @@ from utilityvm.templates.manifest import (
 T = TypeVar("T")
 
 _HEADROOM: Final = 64 << 20
+
+
+class Shape(Protocol):
+    """What of a VM's config its clones have too."""
+
+    @property
+    def memory_mib(self) -> int: ...
+    @property
+    def cpus(self) -> int: ...
+    @property
+    def controllers(self) -> int: ...
 
 
 def check_settled(records: Sequence[Record], *, vm: str) -> None:
@@ -72,7 +83,7 @@ async def write(
     name: str,
     *,
     host: QemuHost,
-    config: Mapping[str, int],
+    config: Shape,
     root: Path,
     kernel: str,
     records: Sequence[Record],
@@ -89,7 +100,7 @@ async def write(
         HostRefused, OutcomeUnknown, VMGone: QEMU did not save its state.
     """
     process = host.process
-    size_bytes = config["memory_mib"] << 20
+    size_bytes = config.memory_mib << 20
     with catalog.new(name) as folder:
         _check_space(folder, size_bytes)
         with _file(folder / STATE, os.O_WRONLY) as state:
@@ -106,9 +117,9 @@ async def write(
             vm=process.name,
             vm_uuid=process.uuid,
             created=time.time(),
-            memory_mib=config["memory_mib"],
-            cpus=config["cpus"],
-            controllers=config["controllers"],
+            memory_mib=config.memory_mib,
+            cpus=config.cpus,
+            controllers=config.controllers,
             qemu_version=process.qemu_version,
             machine=process.machine,
             accelerator=process.accelerator,
