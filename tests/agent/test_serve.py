@@ -234,6 +234,22 @@ def test_answers_come_as_the_work_is_done(host: RawHost, disks: FakeDisks) -> No
     assert host.receive().id == first
 
 
+def test_a_probe_tells_what_is_so_after_what_was_asked_before_it_also_by_a_host_that_died(
+    host: RawHost, disks: FakeDisks
+) -> None:
+    release = disks.hang(0, 2, even_probes=False)
+    host.send(messages.MODIFY, messages.modify_request("Add", "MappedVirtualDisk", {**MOUNTED, "Lun": 2}))
+    assert host.negotiate()["Result"] == 0
+    in_vain = host.send(messages.PROBE, messages.request(Lun=2, Utilityvm={"TimeoutMs": 10}))
+    answer = host.receive()
+    assert (answer.id, answer.body()["Utilityvm"]["Kind"]) == (in_vain, "timeout")
+    probe = host.send(messages.PROBE, messages.request(Lun=2))
+    assert host.ask(messages.PROBE, messages.request(Lun=1))["MountPaths"] == []
+    release()
+    answer = host.receive()
+    assert (answer.id, answer.body()["MountPaths"]) == (probe, [MOUNTED["MountPath"]])
+
+
 def test_a_hundred_requests_at_once_are_all_answered(host: RawHost) -> None:
     sent = [host.send(messages.PROBE, messages.request(Lun=number % 5)) for number in range(100)]
     assert sorted(host.receive().id for _ in sent) == sent

@@ -40,11 +40,14 @@ class FakeDisks:
         self.keys: dict[str, str] = {}  # guest path: the key it was opened with
         self._mounts: dict[str, dict[str, Any]] = {}
         self._stuck: dict[tuple[int, int], threading.Event] = {}
+        self._answering: set[tuple[int, int]] = set()  # those of them that can be probed
         self._lock = threading.Lock()
 
-    def hang(self, controller: int, lun: int) -> Callable[[], None]:
+    def hang(self, controller: int, lun: int, *, even_probes: bool = True) -> Callable[[], None]:
         """From now on no request on the slot ends, whatever its deadline, until what this gives is called."""
         gate = threading.Event()
+        if not even_probes:
+            self._answering.add((controller, lun))
         self._stuck[controller, lun] = gate
         return gate.set
 
@@ -90,7 +93,8 @@ class FakeDisks:
 
     def probe(self, controller: int, lun: int) -> dict[str, Any]:
         self._slot({"Controller": controller, "Lun": lun})
-        self._pass((controller, lun))
+        if (controller, lun) not in self._answering:
+            self._pass((controller, lun))
         with self._lock:
             is_there = (controller, lun) in self.attached
             return {"Present": is_there, "SizeBytes": is_there << 20, "MountPaths": self._at(controller, lun)}

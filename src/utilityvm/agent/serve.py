@@ -12,7 +12,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, Protocol
 
 from utilityvm.agent.faults import Fault
@@ -101,6 +102,16 @@ class Call:
         self.due = time.monotonic() + self.seconds
         self.deadline = self.due + _GRACE_S  # of the answer, for `Watch`
         self._answered = threading.Lock()
+        self.has_ended = threading.Event()  # nothing is done for it any more, answered or not
+
+    @property
+    def slot(self) -> tuple[object, object]:
+        """Where the disk is that it is about, as the host wrote it."""
+        about: Any = self.body
+        if self.frame.kind == messages.MODIFY:
+            request = about.get("Request")
+            about = request.get("Settings") if isinstance(request, dict) else None
+        return (about.get("Controller") or 0, about.get("Lun") or 0) if isinstance(about, dict) else (None, None)
 
     def answer(self, fields: dict[str, Any]) -> None:
         self._send(messages.success(self.activity, **fields))
@@ -129,11 +140,12 @@ class Serve:
         self._watch = Watch(_expire)
         self._decoder = _decoder()
         self._session: Session | None = None
+        self._changes: list[Call] = []  # what may be changing disks, whichever host asked for it
         self._at_once: dict[int, Handler] = {messages.PING: lambda _call: {}, messages.INFO: lambda _call: _about()}
         self._in_a_worker: dict[int, Handler] = {
             messages.MODIFY: self._modify,
             messages.RUN: lambda _call: {},  # see `_hand_over`
-            messages.PROBE: lambda call: self._disks.probe(*_slot(call.body)),
+            messages.PROBE: self._probe,
             messages.MOUNTS: self._mounts,
             messages.GROW: self._grow,
             messages.QUIESCE: self._quiesce,
@@ -221,9 +233,13 @@ class Serve:
                 call.refuse(fault)
                 return
             handler = _starter(program)
+        elif call.frame.kind in (messages.MODIFY, messages.GROW):
+            self._changes = [*(change for change in self._changes if not change.has_ended.is_set()), call]
+        elif call.frame.kind == messages.PROBE:
+            handler = partial(self._probe, before=self._changes)
         self._watch.add(call)
         if not self._workers.do(lambda: self._work(call, handler)):
-            self._watch.remove(call)
+            self._end(call)
             call.refuse(Fault(f"{MAX_REQUESTS} requests are under way and none ends"))
 
     def _work(self, call: Call, handler: Handler) -> None:
@@ -236,7 +252,11 @@ class Serve:
         except Exception as error:  # whatever it is, the host must hear of it
             call.refuse(Fault(f"the agent failed: {type(error).__name__}: {error}", kind="unknown"))
         finally:
-            self._watch.remove(call)
+            self._end(call)
+
+    def _end(self, call: Call) -> None:
+        self._watch.remove(call)
+        call.has_ended.set()
 
     def _negotiate(self, frame: Frame) -> None:
         self._end_session()
@@ -290,6 +310,14 @@ class Serve:
     def _grow(self, call: Call) -> dict[str, Any]:
         with self._template.changing():
             return self._disks.grow(*_slot(call.body), call.due)
+
+    def _probe(self, call: Call, *, before: Sequence[Call] = ()) -> dict[str, Any]:
+        """What is so when all that was asked for `before` has ended: a host that died may have asked for it."""
+        slot = _slot(call.body)
+        for change in before:
+            if change.slot == slot and not change.has_ended.wait(max(0.0, call.due - time.monotonic())):
+                raise Fault(f"another request on the disk at {slot[0]}:{slot[1]} does not end", kind="timeout")
+        return self._disks.probe(*slot)
 
     def _quiesce(self, call: Call) -> dict[str, Any]:
         hold_s = _seconds(call.body.get("HoldMs"), DEFAULT_HOLD_S)
