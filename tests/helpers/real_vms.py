@@ -1,0 +1,175 @@
+"""Real VMs as fixtures, by how far they have got: `guest_image`, then `vm_booted`, then `vm_with_disk`.
+
+A plugin of all tests (tests/conftest.py), so that all who want a real VM share one; who wants none pays nothing.
+
+One booted VM is shared by the whole session, for a boot costs seconds where there is no KVM; each test has to leave it
+without disks, and is told if it does not. A test that ends it makes the next one get a new one. Stores and runtime
+folders are of the session's own, and after it every VM in them is ended, whatever the tests did.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from utilityvm import SCSIMount, UtilityVM, VMConfig
+from utilityvm.errors import SetupError
+from utilityvm.guestimage import build
+from utilityvm.guestimage.build import GuestImage
+from utilityvm.testing.images import ext4_image
+
+Uvm = Callable[..., "subprocess.CompletedProcess[str]"]
+
+_CONSOLE_CHARACTERS = 8000
+
+
+# Ends every VM of the session, whoever owns it, and removes its folder, once its standard input is closed: so also when
+# pytest was killed.
+GUARD = """
+import asyncio, shutil, signal, sys
+from pathlib import Path
+from utilityvm.hosts.qemu import QemuProcess, launch
+from utilityvm.store import Store
+
+async def end_all(store):
+    for vm in store.vms():
+        if vm.process:
+            await launch.destroy(QemuProcess.from_json(vm.process))
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.stdin.read()
+folder = Path(sys.argv[1])
+if (folder / "state/state.db").exists():
+    with Store.open(folder / "state/state.db") as store:
+        asyncio.run(end_all(store))
+shutil.rmtree(folder)
+"""
+
+
+@pytest.fixture(scope="session")
+def own_folders() -> Iterator[Path]:
+    """Folders of the session's own for the store and the sockets; short names, as a socket's path has 107 bytes."""
+    folder = tempfile.mkdtemp(prefix="uvm-")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UTILITYVM_STATE_DIR", f"{folder}/state")
+        patch.setenv("UTILITYVM_RUNTIME_DIR", f"{folder}/run")
+        with subprocess.Popen([sys.executable, "-c", GUARD, folder], stdin=subprocess.PIPE) as guard:
+            yield Path(folder)
+            assert guard.stdin is not None
+            guard.stdin.close()
+            assert guard.wait() == 0
+
+
+@pytest.fixture(scope="session")
+def guest_image() -> GuestImage:
+    """The guest image; override it to boot another one."""
+    try:
+        return build.ensure()
+    except SetupError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"{error}: {error.remedy}")
+
+
+class SharedVM:
+    """The session's VM; started when it is first wanted, and again when a test has ended it."""
+
+    def __init__(self, image: GuestImage) -> None:
+        self._image = image
+        self._started = 0
+        self.vm: UtilityVM | None = None
+
+    async def get(self) -> UtilityVM:
+        if self.vm is None or not self.vm.is_running:
+            await self.stop()
+            self._started += 1
+            self.vm = await UtilityVM.start(VMConfig(name=f"shared{self._started}"), image=self._image)
+        return self.vm
+
+    async def stop(self) -> None:
+        if self.vm is not None:
+            await self.vm.stop()
+
+
+@pytest_asyncio.fixture(scope="session")
+async def shared_vm(own_folders: Path, guest_image: GuestImage) -> AsyncIterator[SharedVM]:
+    shared = SharedVM(guest_image)
+    yield shared
+    await shared.stop()
+
+
+@pytest_asyncio.fixture
+async def vm_booted(shared_vm: SharedVM) -> AsyncIterator[UtilityVM]:
+    """A VM whose agent answers, without disks."""
+    vm = await shared_vm.get()
+    yield vm
+    if vm.is_running:
+        await vm.scsi.settle()
+        left = vm.scsi_slots()
+        for mount in vm.scsi_reservations():
+            await mount.release(force=True)
+        assert not left, "the test left disks in the VM"
+
+
+Start = Callable[..., Awaitable[UtilityVM]]
+
+
+@pytest_asyncio.fixture
+async def start(own_folders: Path, guest_image: GuestImage) -> AsyncIterator[Start]:
+    """Start VMs of the test's own; they are stopped after it."""
+    started: list[UtilityVM] = []
+
+    async def start_vm(name: str, **settings: Any) -> UtilityVM:
+        vm = await UtilityVM.start(VMConfig(name=name, **settings), image=guest_image)
+        started.append(vm)
+        return vm
+
+    yield start_vm
+    for vm in started:
+        await vm.stop()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """A raw ext4 image with the file `greeting`."""
+    return ext4_image(tmp_path / "disk.raw", {"greeting": "hello\n"})
+
+
+@pytest_asyncio.fixture
+async def vm_with_disk(vm_booted: UtilityVM, disk: Path) -> AsyncIterator[SCSIMount]:
+    """The reservation of `disk`, mounted writable at /data."""
+    mount = await vm_booted.add_scsi(disk, "/data")
+    yield mount
+    if vm_booted.is_running and mount.ref_count:
+        await mount.release(force=True)
+
+
+@pytest.fixture
+def uvm() -> Uvm:
+    """Run the command `uvm` as a process; gives what it printed and its exit code."""
+
+    def run(*words: str | Path, input: str | None = None) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", "from utilityvm.cli import main; main()", *map(str, words)]
+        stdin = subprocess.DEVNULL if input is None else None
+        return subprocess.run(command, input=input, stdin=stdin, capture_output=True, text=True, check=False)
+
+    return run
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None]:
+    """Keep the console with a failure."""
+    outcome = yield
+    report: pytest.TestReport = outcome.get_result()  # type: ignore[attr-defined]
+    arguments = getattr(item, "funcargs", {})
+    for name, thing in arguments.items():
+        if report.failed and isinstance(thing, UtilityVM):
+            report.sections.append((f"console of {name}", thing.console()[-_CONSOLE_CHARACTERS:]))
