@@ -244,7 +244,7 @@ class UtilityVM:
             config = VMConfig.from_json(record.config)
             vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest, strays=strays)
             found += [f"slot {slot} has a disk that is in no journal: it stays taken" for slot in strays]
-            vm.findings = (*found, *await vm.scsi.restore(is_alive=_is_alive))
+            vm.findings = (*found, *await vm.scsi.restore(is_alive=_is_alive, sizes=await host.sizes()))
             undo.pop_all()
         for finding in vm.findings:
             vm._log.warning("%s", finding)

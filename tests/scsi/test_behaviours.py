@@ -33,6 +33,7 @@ from utilityvm.scsi.ports import (
     AttachmentType,
     CallerKey,
     DiskFormat,
+    DiskRecord,
     DiskRequest,
     Holder,
     MountConfig,
@@ -797,6 +798,19 @@ async def test_resizing_grows_disk_and_filesystem_and_never_shrinks(bench: Bench
     assert bench.world.bus[Slot(0, 0)].size_bytes == 1 << 21
     assert bench.manager.slots()[0].size_bytes == 1 << 21
     assert bench.world.log[-2:] == ["resize 0:0", "grow 0:0"]
+
+
+async def test_a_resize_that_was_done_and_not_written_down_is_found(bench: Bench) -> None:
+    held = await bench.add("a", read_only=False)
+    there = bench.world.bus[held.slot]
+    there.size_bytes = 1 << 21
+    bench.kill_owner()
+    findings = await bench.manager.restore(
+        is_alive=lambda holder: True, sizes={there.attachment: there.size_bytes, "another": 7}
+    )
+    assert findings == ["a at 0:0 was being resized: it has 2097152 bytes"]
+    assert bench.manager.slots()[0].size_bytes == 1 << 21
+    assert [record.size_bytes for record in bench.journal.read() if isinstance(record, DiskRecord)] == [1 << 21]
 
 
 async def test_events_tell_what_happened_and_how_long_it_took(bench: Bench) -> None:

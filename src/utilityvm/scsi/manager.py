@@ -348,13 +348,19 @@ class ScsiManager:
         """What happens from now on. A listener that is slower than that is told how many it lost."""
         return self._events.listen()
 
-    async def restore(self, *, is_alive: Callable[[Holder], bool]) -> list[str]:
+    async def restore(self, *, is_alive: Callable[[Holder], bool], sizes: Mapping[str, int] | None = None) -> list[str]:
         """Take over from an owner that died: read the journal, and finish or undo what it was in the middle of.
 
         Reservations whose caller never got them, or was giving them back, or is dead, are given back. Says what was
-        found, a line each; a disk that could not be settled stays visible in its state.
+        found, a line each; a disk that could not be settled stays visible in its state. `sizes` are what the host says
+        that attachments have, in bytes: a resize may have been done and not written down.
         """
         findings = self._book.restore(self._journal.read(), is_alive)
+        for disk in self._book.disks.values():
+            if (size_bytes := (sizes or {}).get(disk.id, disk.size_bytes)) != disk.size_bytes:
+                findings.append(f"{disk.request.host_path} at {disk.slot} was being resized: it has {size_bytes} bytes")
+                disk.size_bytes = size_bytes
+                self._ledger.note([disk.record()])
         for disk in list(self._book.disks.values()):
             self._workers.kick(disk)
         await self.settle()

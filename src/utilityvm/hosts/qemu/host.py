@@ -409,6 +409,13 @@ class QemuHost:
             for number, (name, slot) in sorted(found.items())
         ]
 
+    async def sizes(self, *, timeout_s: float = 5.0) -> dict[str, int]:
+        """The bytes of each disk as the guest sees it, by attachment."""
+        blocks = await self._qmp.execute("query-block", timeout_s=timeout_s)
+        sizes = {one["node-name"]: one["image"]["virtual-size"] for block in blocks if (one := block.get("inserted"))}
+        nodes = {attachment: blockdev.node_name(number) for attachment, number in self._numbers.items()}
+        return {attachment: sizes[node] for attachment, node in nodes.items() if node in sizes}
+
     async def status(self, *, timeout_s: float = 5.0) -> str:
         """QEMU's run state: `running`, `paused`, `prelaunch`, `io-error`, … Source: qapi/run-state.json, RunState."""
         return str((await self._qmp.execute("query-status", timeout_s=timeout_s))["status"])

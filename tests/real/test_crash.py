@@ -1,0 +1,205 @@
+"""The owner of a VM is killed at each point where it writes or sends, and the next one finds everything as promised.
+
+A point is a write to the store, or a message that is sent or answered, before it and after it: see `crash_points`. The
+default takes every twentieth of them, beginning with another one each day; UTILITYVM_CRASH=all takes all, and
+UTILITYVM_CRASH=N begins with number N.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+import crash_owner
+from agreement import check_agreement, folders, read_in_guest, sizes_in_guest, until_guest_has_no_disks
+from crash_owner import JOB, KEEPER, KEPT, OPERATIONS, WRITTEN, Outcome, Task
+from utilityvm import SCSIMount, UtilityVM, VMConfig, VMNotFound
+from utilityvm.guestimage.build import GuestImage
+from utilityvm.process import find_program, run
+from utilityvm.scsi.ports import DiskFormat
+from utilityvm.testing.images import ext4_image
+
+pytestmark = pytest.mark.real
+
+EVERY = 20
+NAME = "crashes"
+GREETING = "hello\n"
+BLANK = "blank.raw"
+
+
+def chosen(points: int, every: int = EVERY) -> range:
+    """The numbers of the points at which a process is killed, of so many."""
+    wanted = os.environ.get("UTILITYVM_CRASH") or str(datetime.date.today().toordinal())
+    if wanted == "all":
+        return range(1, points + 1)
+    return range(1 + int(wanted) % min(every, points), points + 1, every)
+
+
+class Owners:
+    """Has processes own the VM, one after the other; each is gone when its outcome is known."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, crash_owner.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, task: Task) -> Outcome:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asdict(task)) + "\n")
+        self._process.stdin.flush()
+        outcome = Outcome(**self._read())
+        killed = self._read()["killed"]
+        assert killed is (outcome.point is not None), outcome.error
+        return outcome
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        document: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return document
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("crash")
+    ext4_image(folder / "one.raw", {"greeting": GREETING})
+    ext4_image(folder / "two.qcow2", {"greeting": GREETING}, image_format=DiskFormat.QCOW2)
+    ext4_image(folder / "shared.raw", {"greeting": GREETING})
+    make_blank(folder)
+    return folder
+
+
+def make_blank(folder: Path) -> None:
+    path = folder / BLANK
+    path.touch()
+    os.truncate(path, 0)
+    os.truncate(path, 16 << 20)
+
+
+@pytest.fixture(scope="module")
+def owners() -> Iterator[Owners]:
+    owners = Owners()
+    yield owners
+    owners.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def spoiled(own_folders: Path, guest_image: GuestImage) -> AsyncIterator[set[str]]:
+    """The VM runs, without an owner and without disks. Whoever leaves it otherwise puts its name in here."""
+    spoiled: set[str] = {NAME}
+    yield spoiled
+    await UtilityVM.remove(NAME, force=True)
+
+
+@pytest_asyncio.fixture
+async def kept_vm(spoiled: set[str], guest_image: GuestImage) -> tuple[set[str], set[str]]:
+    """The VM without an owner; gives what is in its folders."""
+    if spoiled:
+        with suppress(VMNotFound):
+            await UtilityVM.remove(NAME, force=True)
+        vm = await UtilityVM.start(VMConfig(name=NAME, keep=True), image=guest_image)
+        await vm.close()
+        spoiled.clear()
+    return folders(NAME)
+
+
+class Check:
+    """What must be true after each end of an owner."""
+
+    def __init__(self, operation: str, folder: Path, places: tuple[set[str], set[str]]) -> None:
+        self._operation = operation
+        self._folder = folder
+        self._images = sorted(path for path in folder.iterdir() if path.suffix in (".raw", ".qcow2"))
+        self._places = places
+
+    async def run(self, task: Task) -> None:
+        """The next owner finds all as promised, and leaves the VM without disks."""
+        vm = await UtilityVM.open(NAME)
+        try:
+            await check_agreement(vm, self._images)
+            held = vm.scsi_reservations()
+            self._check_holders(held, task.holder)
+            mounted = [
+                f"{path}/greeting" for path in {one.guest_path for one in held if one.host_path.name != BLANK} if path
+            ]
+            assert await read_in_guest(vm, "/dev/null", *mounted) == GREETING * len(mounted)
+            if self._operation == "resize":
+                await self._check_size(vm)
+            for mount in held:
+                await mount.release()
+            assert not vm.scsi_slots()
+            if written := WRITTEN.get(self._operation):
+                async with await vm.add_scsi(self._folder / written, "/again"):
+                    assert await read_in_guest(vm, "/again/greeting", "/again/written") == GREETING + task.text
+            await check_agreement(vm, self._images)
+            await until_guest_has_no_disks(vm)
+        finally:
+            await vm.close()
+        assert folders(NAME) == self._places
+        for name in ("one.raw", "shared.raw"):
+            run([find_program("e2fsck", package="e2fsprogs"), "-fn", self._folder / name])
+
+    def _check_holders(self, held: list[SCSIMount], holder: str | None) -> None:
+        kept = [(one.host_path.name, one.guest_path and str(one.guest_path)) for one in held if one.holder == KEEPER]
+        assert kept == ([KEPT[self._operation]] if self._operation in KEPT else [])
+        assert {one.holder for one in held} <= {KEEPER, *([holder] if holder else [])}
+
+    async def _check_size(self, vm: UtilityVM) -> None:
+        """Grown or not, it can be asked for again, and the guest has all of it then."""
+        image = self._folder / "one.raw"
+        size_bytes = image.stat().st_size
+        await vm.resize_scsi(image, size_bytes)
+        assert await sizes_in_guest(vm) == [size_bytes]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+async def test_wherever_its_owner_dies_the_next_one_finds_all_as_promised(
+    operation: str,
+    owners: Owners,
+    folder: Path,
+    kept_vm: tuple[set[str], set[str]],
+    spoiled: set[str],
+    record_property: Callable[[str, object], None],
+) -> None:
+    check = Check(operation, folder, kept_vm)
+    spoiled.add(NAME)
+
+    async def end_at(number: int, holder: str | None) -> Outcome:
+        make_blank(folder)
+        task = Task(operation=operation, vm=NAME, folder=str(folder), kill_at=number, holder=holder)
+        outcome = owners.run(task)
+        assert outcome.error is None, outcome.error
+        try:
+            await check.run(task)
+        except BaseException as error:
+            error.add_note(f"the owner of {operation} for {holder} died at point {number}: {outcome.point}")
+            raise
+        return outcome
+
+    killed = 0
+    points = (await end_at(0, JOB)).points
+    for number in chosen(points):
+        for holder in (JOB, None):
+            killed += (await end_at(number, holder)).point is not None
+    await end_at(0, None)  # every disk can be attached again
+    spoiled.clear()
+    record_property("points", points)
+    record_property("owners killed, and all came right", killed)
+    sys.stderr.write(f"{operation}: {killed} owners killed at {points} points, and all came right\n")
