@@ -207,6 +207,9 @@ class FakeKernel:
         target = self.root / path.lstrip("/")
         return self.binds.get(target, target).read_text()
 
+    def prepare(self) -> None:
+        self._refuse("prepare")
+
     def seed(self, data: bytes) -> None:
         self._refuse("seed")
         self.seeds.append(data)

@@ -23,6 +23,7 @@ from utilityvm.agent.faults import Fault
 _FIFREEZE: Final = 0xC0045877  # linux/fs.h
 _FITHAW: Final = 0xC0045878
 _NOT_KNOWN: Final = (errno.EOPNOTSUPP, errno.ENOTTY)
+_IS_FROZEN, _IS_THAWED = b"1", b"0"
 MARK: Final = Path("/run/utilityvm/frozen")
 
 
@@ -70,7 +71,7 @@ class KernelFilesystems:
         """See `Filesystems.written`."""
         on_disks = _types_on_disks()
         found: dict[tuple[int, int], list[str]] = {}
-        for line in holders.mount_lines():
+        for line in mountinfo.mount_lines():
             if line.filesystem in on_disks and line.is_written:
                 found.setdefault(line.number, []).append(line.path)
         return [Filesystem(number, tuple(paths)) for number, paths in found.items()]
@@ -114,11 +115,12 @@ class Freezer:
     def __init__(self, filesystems: Filesystems, *, mark: Path = MARK) -> None:
         """An agent that died while they were frozen left its mark: they are thawed."""
         self._filesystems = filesystems
-        self._mark = mark
         self._frozen: list[tuple[int, str]] = []  # in the order in which they were frozen
-        if mark.exists():
+        mark.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._mark = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if os.pread(self._mark, 1, 0) == _IS_FROZEN:
             self._thaw_whatever_is_frozen()
-            mark.unlink()
+            self._write_mark(_IS_THAWED)
 
     def freeze(self, deadline: float) -> list[str]:
         """Freeze every file system of a disk; give the paths of those that could only be written out.
@@ -127,8 +129,7 @@ class Freezer:
             Fault: one cannot be written out, or it takes too long. All are thawed again.
         """
         flushed: list[str] = []
-        self._mark.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._mark.touch()
+        self._write_mark(_IS_FROZEN)
         try:
             self._filesystems.flush_all()
             for filesystem in reversed(list(self._filesystems.written())):
@@ -160,7 +161,10 @@ class Freezer:
                 self._filesystems.close(fd)
         if failures:
             raise Fault("; ".join(failures))
-        self._mark.unlink(missing_ok=True)
+        self._write_mark(_IS_THAWED)
+
+    def _write_mark(self, mark: bytes) -> None:
+        os.pwrite(self._mark, mark, 0)
 
     def _freeze(self, filesystem: Filesystem) -> bool:
         path = filesystem.paths[0]

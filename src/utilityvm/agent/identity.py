@@ -19,18 +19,23 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from functools import partial
+from typing import Any, Final, Protocol, TypeVar
 
 from utilityvm.agent import mounting
 from utilityvm.agent.faults import Fault
 
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207  # linux/random.h
+_ENTROPY: Final = struct.Struct("ii")  # bits, bytes
 SEED_BYTES: Final = range(32, 513)
 BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
-_HOSTNAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_MACHINE_ID: Final = re.compile(r"[0-9a-f]{32}")
+_HOSTNAME, _HOSTS, _MACHINE_ID = "/etc/hostname", "/etc/hosts", "/etc/machine-id"
+_MACHINE_ID_DIGITS: Final = 32
 _COPIES: Final = ("/run/machine-id", "/var/lib/dbus/machine-id")  # of the machine id, on some systems
 _OURS: Final = "/run/utilityvm/own"  # files of ours that are mounted over those that cannot be written
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +52,23 @@ class Given:
         """Raises:
         Fault: a part is missing or makes no sense.
         """
-        seed, hostname, machine_id, clock_ns = (body.get(key) for key in ("Seed", "Hostname", "MachineId", "ClockNs"))
         try:
-            data = bytes.fromhex(seed) if isinstance(seed, str) else b""
-        except ValueError:
-            data = b""
-        if len(data) not in SEED_BYTES:
-            raise Fault(f"Seed must be {SEED_BYTES[0]} to {SEED_BYTES[-1]} bytes, in hex", kind="invalid")
-        if not isinstance(hostname, str) or not _HOSTNAME.fullmatch(hostname):
-            raise Fault(f"{str(hostname)[:100]!r} cannot be a hostname", kind="invalid")
-        if not isinstance(machine_id, str) or not _MACHINE_ID.fullmatch(machine_id) or not machine_id.strip("0"):
-            raise Fault(f"{str(machine_id)[:100]!r} is no machine id: 32 hexadecimal digits, not all 0", kind="invalid")
-        if not isinstance(clock_ns, int) or isinstance(clock_ns, bool) or not 0 < clock_ns < 1 << 63:
-            raise Fault("ClockNs must be nanoseconds since 1970", kind="invalid")
-        return cls(data, hostname, machine_id, clock_ns)
+            seed, hostname, machine_id = bytes.fromhex(body["Seed"]), body["Hostname"], body["MachineId"]
+            # No name or id that would be taken for something else in a file; what is a good one the host has looked at.
+            is_right = hostname.isprintable() and " " not in hostname and len(machine_id) == _MACHINE_ID_DIGITS
+        except (AttributeError, KeyError, TypeError, ValueError):
+            is_right = False
+        clock_ns = body.get("ClockNs")
+        if not is_right or not isinstance(clock_ns, int) or len(seed) not in SEED_BYTES or not hostname:
+            text = "a clone needs a Seed of 32 to 512 bytes in hex, a Hostname, a MachineId and the ClockNs"
+            raise Fault(text, kind="invalid")
+        return cls(seed, hostname, machine_id, clock_ns)
 
 
 class Kernel(Protocol):
     """What the kernel is told. Each raises OSError."""
 
+    def prepare(self) -> None: ...
     def seed(self, data: bytes) -> None: ...
     def set_clock(self, clock_ns: int) -> None: ...
     def set_hostname(self, name: str) -> None: ...
@@ -75,11 +78,19 @@ class Kernel(Protocol):
 class ThisKernel:
     """The one that we run on."""
 
+    def __init__(self) -> None:
+        self._random = -1
+
+    def prepare(self) -> None:
+        """Open what will be needed."""
+        if self._random < 0:
+            self._random = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
+
     def seed(self, data: bytes) -> None:
         """Mix `data` into the random numbers, and draw none any more from what was before."""
-        with open("/dev/urandom", "wb", buffering=0) as device:
-            fcntl.ioctl(device, _RNDADDENTROPY, struct.pack("ii", len(data) * 8, len(data)) + data)
-            fcntl.ioctl(device, _RNDRESEEDCRNG)
+        self.prepare()
+        fcntl.ioctl(self._random, _RNDADDENTROPY, _ENTROPY.pack(len(data) * 8, len(data)) + data)
+        fcntl.ioctl(self._random, _RNDRESEEDCRNG)
 
     def set_clock(self, clock_ns: int) -> None:
         """Set the real-time clock."""
@@ -103,15 +114,30 @@ class Identity:
     def __init__(self, kernel: Kernel, *, root: str = "") -> None:
         self._kernel = kernel
         self._root = root
+        self._files: dict[str, _File] = {}
+        self._around_name: list[str] = []  # the text of /etc/hosts, cut where it has the hostname
+        self._is_prepared = False
 
     def prepare(self) -> None:
-        """Give the system what it has already, so that a clone finds all of it written once, and in memory.
+        """Have all at hand that `become` writes to, for in a clone each new thing that the kernel does takes time.
 
         Nothing that a program can see is changed, but that the boot id is a file of ours from now on.
+
+        Raises:
+            Fault: a file cannot be written, nor be covered by one of ours.
         """
-        for path in ("/etc/hostname", "/etc/machine-id", BOOT_ID):
-            if (text := self._read(path)) is not None:
-                self._write(path, text)
+        _do("open /dev/urandom", self._kernel.prepare)
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        copies = [path for path in _COPIES if os.path.isfile(self._root + path)]
+        for path in (_HOSTNAME, _HOSTS, _MACHINE_ID, *copies, BOOT_ID):
+            self._files[path] = _do(f"write {path}", partial(self._open, path))
+        name = self._files[_HOSTNAME].text().strip()
+        hosts = self._files[_HOSTS].text()
+        is_whole = rf"(?<=\s){re.escape(name)}(?=\s|$)"
+        self._around_name = re.split(is_whole, hosts) if name and name != "localhost" else [hosts]
+        self._is_prepared = True
 
     def draw_anew(self, given: Given) -> None:
         """Random numbers and the clock: before anything of the template's goes on.
@@ -119,10 +145,10 @@ class Identity:
         Raises:
             Fault: the kernel refused.
         """
-        self._do("seed the random numbers", lambda: self._kernel.seed(given.seed))
+        _do("seed the random numbers", partial(self._kernel.seed, given.seed))
         if random := sys.modules.get("random"):
             random.seed(os.urandom(32))
-        self._do("set the clock", lambda: self._kernel.set_clock(given.clock_ns))
+        _do("set the clock", partial(self._kernel.set_clock, given.clock_ns))
 
     def become(self, given: Given) -> str:
         """Take the name and the ids; give the boot id.
@@ -130,68 +156,74 @@ class Identity:
         Raises:
             Fault: a step was refused; names it. Those before it are done.
         """
-        old = self._read("/etc/hostname")
-        self._do("set the hostname", lambda: self._kernel.set_hostname(given.hostname))
-        self._write("/etc/hostname", f"{given.hostname}\n")
-        self._rename_in_hosts((old or "").strip(), given.hostname)
-        copies = [path for path in _COPIES if os.path.isfile(self._root + path)]
-        for path in ("/etc/machine-id", *copies):
-            self._write(path, f"{given.machine_id}\n")
+        if not self._is_prepared:
+            self.prepare()
+        self._is_prepared = False  # from now on others may replace the files
+        _do("set the hostname", partial(self._kernel.set_hostname, given.hostname))
         boot_id = _uuid(os.urandom(16))
-        self._write(BOOT_ID, f"{boot_id}\n")
+        for path, file in self._files.items():
+            if path == _HOSTNAME:
+                text = f"{given.hostname}\n"
+            elif path == _HOSTS:
+                if len(self._around_name) == 1:
+                    continue
+                text = given.hostname.join(self._around_name)
+            elif path == BOOT_ID:
+                text = f"{boot_id}\n"
+            else:
+                text = f"{given.machine_id}\n"
+            _do(f"write {path}", partial(file.write, text.encode()))
         return boot_id
 
-    def _rename_in_hosts(self, old: str, new: str) -> None:
-        hosts = self._read("/etc/hosts")
-        if old and hosts and old in hosts and old != "localhost":
-            name = re.compile(rf"(?<=\s){re.escape(old)}(?=\s|$)")
-            self._write("/etc/hosts", name.sub(new, hosts))
-
-    def _read(self, path: str) -> str | None:
-        try:
-            with open(self._root + path) as file:
-                return file.read()
-        except FileNotFoundError:
-            return None
-
-    def _write(self, path: str, text: str) -> None:
-        """Let `path` read as `text`: written, or where that cannot be, by a file of ours that is mounted over it."""
-        self._do(f"write {path}", lambda: self._put(path, text.encode()))
-
-    def _put(self, path: str, data: bytes) -> None:
+    def _open(self, path: str) -> _File:
+        """What `path` reads from: itself, or where that cannot be written, a file of ours that is mounted over it."""
         target, ours = self._root + path, f"{self._root}{_OURS}/{path.rpartition('/')[2]}"
+        if os.path.exists(ours):
+            return _File(ours)
         try:
-            # In place: what is mounted elsewhere from this file is the same then.
-            if os.path.exists(ours):
-                _overwrite(ours, data)
-                return
-            if path == BOOT_ID:
-                raise PermissionError(errno.EPERM, "the kernel's own")
-            _overwrite(target, data)
+            if path != BOOT_ID:  # root may not write the kernel's own, but only a file system would say that
+                return _File(target)
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
-            os.makedirs(os.path.dirname(ours), mode=0o755, exist_ok=True)
-            _overwrite(ours, data)
-            try:
-                self._kernel.bind(ours, target)
-            except OSError:
-                os.unlink(ours)
-                raise
-
-    def _do(self, what: str, act: Callable[[], None]) -> None:
+        os.makedirs(os.path.dirname(ours), mode=0o755, exist_ok=True)
+        file = _File(ours)
         try:
-            act()
-        except OSError as error:
-            raise Fault(f"cannot {what}: {error.strerror}") from None
+            with open(target, "rb") as original:
+                file.write(original.read())
+            self._kernel.bind(ours, target)
+        except BaseException:
+            file.close()
+            os.unlink(ours)
+            raise
+        return file
 
 
-def _overwrite(path: str, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+class _File:
+    """A file that is held open, and made if need be. Written in place: what is mounted from it elsewhere is it too."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._size = os.fstat(self._fd).st_size
+
+    def text(self) -> str:
+        return os.pread(self._fd, self._size, 0).decode(errors="surrogateescape")
+
+    def write(self, data: bytes) -> None:
+        os.pwrite(self._fd, data, 0)
+        if len(data) != self._size:
+            os.ftruncate(self._fd, len(data))
+            self._size = len(data)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _do(what: str, act: Callable[[], T]) -> T:
     try:
-        os.write(fd, data)
-    finally:
-        os.close(fd)
+        return act()
+    except OSError as error:
+        raise Fault(f"cannot {what}: {error.strerror}") from None
 
 
 def _uuid(data: bytes) -> str:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from utilityvm.agent.faults import Fault
-from utilityvm.agent.identity import Given
+from utilityvm.agent.identity import BOOT_ID, Given
 from utilityvm.agent.port import Port
 from utilityvm.agent.run import Program, Programs
 from utilityvm.agent.template import Template
@@ -141,7 +141,14 @@ class Serve:
         self._decoder = _decoder()
         self._session: Session | None = None
         self._changes: list[Call] = []  # what may be changing disks, whichever host asked for it
-        self._at_once: dict[int, Handler] = {messages.PING: lambda _call: {}, messages.INFO: lambda _call: _about()}
+        # What does not change is read here, and not when a clone's first answer waits for it.
+        self._kernel = os.uname().release
+        with open(BOOT_ID) as file:
+            self._boot_id = file.read().strip()
+        self._at_once: dict[int, Handler] = {
+            messages.PING: lambda _call: {},
+            messages.INFO: lambda _call: self._about(),
+        }
         self._in_a_worker: dict[int, Handler] = {
             messages.MODIFY: self._modify,
             messages.RUN: lambda _call: {},  # see `_hand_over`
@@ -274,7 +281,7 @@ class Serve:
             session.answer(frame, messages.failure(messages.E_UNSUPPORTED_VERSION, text))
         else:
             self._session = session
-            capabilities = {"RuntimeOsType": "linux", messages.EXTENSION: _about()}
+            capabilities = {"RuntimeOsType": "linux", messages.EXTENSION: self._about()}
             session.answer(frame, messages.success(Version=messages.PROTOCOL_VERSION, Capabilities=capabilities))
 
     def _tell(self, frame: Frame) -> None:
@@ -328,7 +335,13 @@ class Serve:
         return {}
 
     def _make_unique(self, call: Call) -> dict[str, Any]:
-        return self._template.make_unique(Given.of(call.body), call.due)
+        answer = self._template.make_unique(Given.of(call.body), call.due)
+        self._boot_id = answer["BootId"]
+        return answer
+
+    def _about(self) -> dict[str, Any]:
+        uptime_ms = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+        return {"Agent": VERSION, "Kernel": self._kernel, "BootId": self._boot_id, "UptimeMs": uptime_ms}
 
     def _mounts(self, call: Call) -> dict[str, Any]:
         """The mounts whose paths come after `After`, as many as fit a frame; `More` says that there are more."""
@@ -366,16 +379,6 @@ def _starter(program: Program) -> Handler:
 def _expire(call: Call) -> None:
     text = f"it was not done within {call.seconds:g} s, and its end is not in sight"
     call.refuse(Fault(text, kind="timeout"))
-
-
-def _about() -> dict[str, Any]:
-    with open("/proc/sys/kernel/random/boot_id") as boot_id, open("/proc/uptime") as uptime:
-        return {
-            "Agent": VERSION,
-            "Kernel": os.uname().release,
-            "BootId": boot_id.read().strip(),
-            "UptimeMs": int(float(uptime.read().split()[0]) * 1000),
-        }
 
 
 def _path_of(entry: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ class Template:
         self._turn = threading.Lock()  # guards the three below, and the freezer and the identity
         self._gate = _Gate()
         self._told: list[str] = []  # the hooks that were told `save`
+        self._clone_hooks: list[str] | None = None  # known since it was frozen
         self._hold: _Hold | None = None  # while it is frozen
         self._watch = Watch(self._free)
 
@@ -85,7 +86,10 @@ class Template:
 
     def has_clone_hooks(self) -> bool:
         """Will `make_unique` run programs? Without them it takes no time to speak of."""
-        return bool(hooks.found(self._folder))
+        return bool(self._hooks_of_clone())
+
+    def _hooks_of_clone(self) -> list[str]:
+        return hooks.found(self._folder) if self._clone_hooks is None else self._clone_hooks
 
     def make_unique(self, given: Given, deadline: float) -> dict[str, Any]:
         """Be a clone of its own: draw anew, thaw, take name and ids, and tell the hooks. May be done again.
@@ -100,7 +104,8 @@ class Template:
             boot_id = self._identity.become(given)
             self._told.clear()
             self._gate.open()
-            if paths := hooks.found(self._folder):
+            paths, self._clone_hooks = self._hooks_of_clone(), None
+            if paths:
                 env = {"UTILITYVM_NAME": given.hostname, "UTILITYVM_MACHINE_ID": given.machine_id}
                 hooks.run(paths, hooks.CLONE, deadline, env=env)
             return {"BootId": boot_id}
@@ -110,6 +115,7 @@ class Template:
             for path in hooks.found(self._folder):
                 self._told.append(path)  # also the one that fails may have begun
                 hooks.run([path], hooks.SAVE, deadline)
+            self._clone_hooks = hooks.found(self._folder)
             self._identity.prepare()
             # What is garbage now would be in every clone, and its collector would copy each page that it looks at.
             gc.collect()
@@ -125,7 +131,7 @@ class Template:
         finally:
             gc.unfreeze()
             self._gate.open()
-            told, self._told = self._told[::-1], []
+            told, self._told, self._clone_hooks = self._told[::-1], [], None
             failures = []
             for path in told:
                 try:
