@@ -33,9 +33,10 @@ class Monitor:
         self._text = ""
         self._queue: list[dict[str, Any]] = []
         self._held: int | None = None
-        self._negotiated = False
+        self.negotiated = False
         self.paused = False
         self.greets = True
+        self.before_greeting = self.after_greeting = b""  # what is left of the client before
         self.seen: list[str] = []
         self.files: dict[int, int] = {}  # fdset -> inode of what it holds
 
@@ -45,7 +46,9 @@ class Monitor:
         self.client.setblocking(False)
         self._loop.add_reader(self.client, self._read)
         if self.greets:
+            self.send_raw(self.before_greeting)
             self.send({"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}}, "capabilities": ["oob"]}})
+            self.send_raw(self.after_greeting)
 
     def send(self, message: object) -> None:
         self.send_raw(json.dumps(message).encode() + b"\r\n")
@@ -90,10 +93,10 @@ class Monitor:
                 self.send({**answer, "id": command["id"]})
 
     def _do(self, name: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
-        if name == "qmp_capabilities" and not self._negotiated:
-            self._negotiated = True
+        if name == "qmp_capabilities" and not self.negotiated:
+            self.negotiated = True
             return {"return": {}}
-        if not self._negotiated or name not in ("query-status", "add-fd", "device_del", "echo", "length"):
+        if not self.negotiated or name not in ("query-status", "add-fd", "device_del", "echo", "length"):
             return {"error": {"class": "CommandNotFound", "desc": f"The command {name} has not been found"}}
         if name == "echo":
             return {"return": arguments}
@@ -157,6 +160,24 @@ def open_fds() -> int:
 async def test_connect_negotiates_and_knows_the_version(qmp: Qmp, monitor: Monitor) -> None:
     assert qmp.version == "7.2.22"
     assert monitor.seen == ["qmp_capabilities"]
+
+
+@pytest.mark.parametrize("before", [b"", b'"the end": "of an answer"}, "id": 0}\r\n', b'{"return": {}, "id": 0}\r\n'])
+@pytest.mark.parametrize("after", [b"", b'{"return": {}, "id": 0}\r\n', b'{"error": {"class": "E", "desc": "?"}}\r\n'])
+async def test_what_was_meant_for_the_client_before_is_skipped(
+    monitor: Monitor, path: Path, before: bytes, after: bytes
+) -> None:
+    monitor.before_greeting, monitor.after_greeting = before, after
+    qmp = await Qmp.connect(path, vm="test", timeout_s=T)
+    assert await qmp.execute("echo", {"a": 1}, timeout_s=T) == {"a": 1}
+    qmp.close()
+
+
+async def test_a_negotiation_that_the_client_before_had_begun_is_ours(monitor: Monitor, path: Path) -> None:
+    monitor.negotiated = True
+    qmp = await Qmp.connect(path, vm="test", timeout_s=T)
+    assert await qmp.execute("echo", {"a": 1}, timeout_s=T) == {"a": 1}
+    qmp.close()
 
 
 async def test_answers_reach_those_who_asked(qmp: Qmp) -> None:

@@ -11,6 +11,9 @@ How QEMU reads this socket decides how we write to it (monitor/qmp.c and chardev
   first. Two in flight could put one caller's file on another caller's disk. So a descriptor travels in the same
   `sendmsg` as its `add-fd`, and the next one waits for that answer.
 * One client is served at a time; a second one is accepted by the kernel and hears nothing.
+* What a client leaves behind reaches the next one: the rest of an answer that was not all written, before the
+  greeting, and the answer to the command that QEMU was busy with, after it. So nothing is looked at before the
+  greeting, and from there nothing before the answer to our first command, whose `id` nobody else has.
 
 This is why the library `qemu.qmp` is not used here: see docs/decisions/0003-own-qmp-client.md.
 """
@@ -23,7 +26,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -113,7 +116,8 @@ class Qmp:
         self._out: deque[_Chunk] = deque()
         self._with_fd: deque[_Batch] = deque()  # those that wait for the answer to an add-fd before them
         self._fd_in_flight: asyncio.Future[Answer] | None = None
-        self._next_id = 0
+        self._next_id = _IDS + int.from_bytes(os.urandom(6))  # of the first; then they are digits
+        self._is_in_step = False  # the first answer came
         self._pending: deque[_Question] = deque()  # sent, in this order
         self._waiters: list[_Waiter] = []
         self._greeting: asyncio.Future[dict[str, Any]] = self._loop.create_future()
@@ -150,7 +154,7 @@ class Qmp:
             async with asyncio.timeout(timeout_s):
                 greeting = await qmp._first(qmp._greeting)
                 qmp.version = _version(greeting)
-                await qmp.execute("qmp_capabilities", timeout_s=timeout_s)
+                await qmp._negotiate(timeout_s=timeout_s)
         except TimeoutError as error:
             qmp.close()
             raise DeadlineExceeded(
@@ -239,6 +243,14 @@ class Qmp:
         """Hang up. Everyone who waits gets VMGone. Twice is once."""
         self._end(VMGone(f"the connection to QEMU of VM {self._vm} was closed", vm=self._vm))
 
+    async def _negotiate(self, *, timeout_s: float) -> None:
+        try:
+            await self.execute("qmp_capabilities", timeout_s=timeout_s)
+        except QmpRefused as error:
+            if error.kind != "CommandNotFound":
+                raise
+            # That of a client that died was done when ours had connected already. Source: monitor/qmp-cmds-control.c
+
     # From here on: what the event loop calls.
 
     def _put(self, questions: Sequence[_Question], fd: int | None = None) -> None:
@@ -316,15 +328,23 @@ class Qmp:
 
     def _take(self, line: bytes) -> None:
         self._log.debug("<-- %s", line[:_SHOWN])
+        if not self._greeting.done():
+            self._take_greeting(line)
+            return
         message = json.loads(line)
         if "event" in message:
             self._take_event(Event(str(message["event"]), dict(message.get("data", {}))))
         elif "QMP" in message:
-            if self._greeting.done():
-                raise ValueError("a second greeting")
-            self._greeting.set_result(message)
-        else:
+            raise ValueError("a second greeting")
+        elif self._is_in_step or (self._pending and message.get("id") == self._pending[0].id):
+            self._is_in_step = True
             self._take_answer(message)
+
+    def _take_greeting(self, line: bytes) -> None:
+        with suppress(ValueError, TypeError):
+            message = json.loads(line)
+            if "QMP" in message:
+                self._greeting.set_result(message)
 
     def _take_answer(self, message: dict[str, Any]) -> None:
         question = self._pending[0]  # taken off only when the message made sense: if it does not, this one is told too
