@@ -56,9 +56,9 @@ class Given:
             seed, hostname, machine_id = bytes.fromhex(body["Seed"]), body["Hostname"], body["MachineId"]
             # No name or id that would be taken for something else in a file; what is a good one the host has looked at.
             is_right = hostname.isprintable() and " " not in hostname and len(machine_id) == _MACHINE_ID_DIGITS
+            clock_ns = body["ClockNs"]
         except (AttributeError, KeyError, TypeError, ValueError):
             is_right = False
-        clock_ns = body.get("ClockNs")
         if not is_right or not isinstance(clock_ns, int) or len(seed) not in SEED_BYTES or not hostname:
             text = "a clone needs a Seed of 32 to 512 bytes in hex, a Hostname, a MachineId and the ClockNs"
             raise Fault(text, kind="invalid")

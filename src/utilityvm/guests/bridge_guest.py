@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import re
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from utilityvm.bridge import messages
 from utilityvm.errors import (
     DeadlineExceeded,
     GuestBusy,
+    GuestPathInUse,
     GuestRefused,
     InvalidRequest,
     NotSupported,
@@ -53,6 +55,9 @@ _ANSWER_S: Final = 2.0  # our agent keeps the caller's deadline itself; this lon
 _START_S: Final = 30.0  # for a program to be started
 _MAX_OUTPUT_BYTES: Final = 64 << 20
 _TEMPLATES_SINCE: Final = 2  # of the agent's versions
+_SEED_BYTES: Final = range(32, 513)
+_HOSTNAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_MACHINE_ID: Final = re.compile(r"[0-9a-f]{32}")
 _BUSY: Final = "device or resource busy"  # Go's text of EBUSY, which is all that gcs says
 
 
@@ -164,7 +169,11 @@ class BridgeGuest:
         settings = disk_settings(slot, config, guest_path)
         if self.has_our_agent:
             settings |= disk_extension(config)
-            await self._modify("Add", "MappedVirtualDisk", settings, _Where(slot, guest_path), timeout_s)
+            try:
+                await self._modify("Add", "MappedVirtualDisk", settings, _Where(slot, guest_path), timeout_s)
+            except GuestBusy as error:  # the path is: the disk may be mounted as often as one likes
+                remedy = "choose another path, or unmount what is there"
+                raise GuestPathInUse(str(error), vm=self._vm, slot=slot, remedy=remedy) from error
             return
         self._ledger.before_mount(slot, guest_path)
         with self._learning(slot, guest_path, Fact.MOUNTED):
@@ -264,6 +273,8 @@ class BridgeGuest:
         """
         self._need_templates("become a template")
         answer = await self._ask(messages.QUIESCE, messages.request(HoldMs=int(hold_s * 1000)), timeout_s)
+        # The agent's thread that answered has to come to rest, or each clone would begin by doing so.
+        await self.ping(timeout_s=timeout_s)
         for path in answer.get("Flushed") or ():
             _log.warning("%s cannot be frozen, and was only written out", path, vm=self._vm)
 
@@ -290,12 +301,25 @@ class BridgeGuest:
             GuestRefused: a hook failed, or the kernel refused; names it.
             DeadlineExceeded: it took more than `timeout_s` seconds.
         """
-        self._need_templates("be made unique")
         clock_ns = time.time_ns() if clock_ns is None else clock_ns
+        self._check_unique(seed, hostname, machine_id, clock_ns)
+        self._need_templates("be made unique")
         body = messages.request(Seed=seed.hex(), Hostname=hostname, MachineId=machine_id, ClockNs=clock_ns)
         answer = await self._ask(messages.UNIQUE, body, timeout_s)
         if self._client:
             self._client.capabilities[messages.EXTENSION]["BootId"] = answer.get("BootId")
+
+    def _check_unique(self, seed: bytes, hostname: str, machine_id: str, clock_ns: int) -> None:
+        if len(seed) not in _SEED_BYTES:
+            raise InvalidRequest(f"a seed of {len(seed)} bytes: 32 to 512 are needed", vm=self._vm)
+        if not _HOSTNAME.fullmatch(hostname):
+            remedy = "use 1 to 63 letters, digits, '.', '_' and '-', the first a letter or digit"
+            raise InvalidRequest(f"{hostname!r} cannot be a hostname", vm=self._vm, remedy=remedy)
+        if not _MACHINE_ID.fullmatch(machine_id) or not machine_id.strip("0"):
+            remedy = "give 32 lower-case hexadecimal digits, not all 0"
+            raise InvalidRequest(f"{machine_id!r} is no machine id", vm=self._vm, remedy=remedy)
+        if not 0 < clock_ns < 1 << 63:
+            raise InvalidRequest(f"{clock_ns} is no time in nanoseconds since 1970", vm=self._vm)
 
     async def shutdown(self, *, timeout_s: float = 10.0) -> None:
         """Have the guest end its programs, unmount everything and power off. Returns when it has begun.
