@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -19,6 +21,7 @@ class Bench:
 
     controllers: int = 1
     reserved: dict[Slot, str] = field(default_factory=dict)
+    clock: Callable[[], float] = time.time
     world: FakeWorld = field(default_factory=FakeWorld)
     journal: MemoryJournal = field(default_factory=MemoryJournal)
 
@@ -36,6 +39,7 @@ class Bench:
             controllers=self.controllers,
             reserved=self.reserved,
             new_id=lambda: f"id{next(numbers)}",
+            clock=self.clock,
         )
 
     def kill_owner(self) -> None:

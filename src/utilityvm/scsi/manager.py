@@ -18,6 +18,7 @@ from pathlib import PurePosixPath
 from typing import Final, Literal, TypeAlias
 
 from utilityvm.errors import (
+    AlreadyAttached,
     AlreadyReleased,
     DeadlineExceeded,
     InvalidRequest,
@@ -25,11 +26,13 @@ from utilityvm.errors import (
     NoControllers,
     NotAttached,
     UtilityVMError,
+    WrongState,
 )
 from utilityvm.log import logger
 from utilityvm.scsi.book import Book
 from utilityvm.scsi.events import Events, ScsiEvent
 from utilityvm.scsi.ledger import Ledger
+from utilityvm.scsi.migration import ScsiState, check_fits, locate
 from utilityvm.scsi.mount import checked_config, checked_guest_path
 from utilityvm.scsi.ports import DiskRequest, GuestBackend, Holder, HostBackend, Journal, MountConfig, Record
 from utilityvm.scsi.reservation import Claim, Reservation
@@ -85,6 +88,7 @@ class ScsiManager:
         self._journal = journal
         self._timeouts = timeouts or StepTimeouts()
         self._clock = clock
+        self._new_id = new_id
         self._vm = vm
         self._ledger = Ledger(journal, self._log)
         self._events = Events(self._log, clock)
@@ -100,7 +104,9 @@ class ScsiManager:
         )
         self._workers = Workers(self._book, self._steps, self._ledger, self._events, self._log)
         self._gone: UtilityVMError | None = None
-        self._migrating = False
+        self._exported = False
+        self._imported: tuple[ScsiState, Holder] | None = None
+        self._resizing = 0
         self._still: str | None = None  # why nothing may change just now
 
     async def add(
@@ -177,6 +183,7 @@ class ScsiManager:
             GuestBusy, GuestRefused, HostRefused, OutcomeUnknown: a step failed; the disk is as `slots` shows it.
             DeadlineExceeded: not done within `timeout_s` seconds; it goes on in the background.
         """
+        self._check_not_migrating()
         id = reservation if isinstance(reservation, str) else reservation.id
         claim = self._book.claims.get(id)
         if claim is None:
@@ -190,7 +197,6 @@ class ScsiManager:
             raise NotAttached(
                 f"there is no reservation {id}", vm=self._vm, remedy="`uvm ls` shows those that there are"
             )
-        self._check_not_migrating()
         if claim.waiter is not None and not claim.waiter.done():
             raise AlreadyReleased(f"reservation {id} is being released", vm=self._vm)
         if force:
@@ -228,6 +234,7 @@ class ScsiManager:
             NotAttached: the disk, or that holder's reservation, is not there.
             others: as `release`.
         """
+        self._check_not_migrating()
         disk = self._book.find(host_path, identity)
         candidates = [
             claim
@@ -306,13 +313,17 @@ class ScsiManager:
         if size_bytes % 512:
             raise InvalidRequest(f"{size_bytes} bytes", remedy="give a multiple of 512")
         limit = self._timeouts.resize
-        if size_bytes > disk.size_bytes:
-            await self._host.resize(disk.slot, attachment=disk.id, size_bytes=size_bytes, timeout_s=limit)
-            disk.size_bytes = size_bytes
-            self._ledger.note([disk.record()])
-            self._ledger.flush()
-        mounted = [(m.config, m.guest_path) for m in disk.mounts.values() if m.state is MountState.MOUNTED]
-        await self._guest.grow(disk.slot, mounts=mounted, timeout_s=limit)
+        self._resizing += 1
+        try:
+            if size_bytes > disk.size_bytes:
+                await self._host.resize(disk.slot, attachment=disk.id, size_bytes=size_bytes, timeout_s=limit)
+                disk.size_bytes = size_bytes
+                self._ledger.note([disk.record()])
+                self._ledger.flush()
+            mounted = [(m.config, m.guest_path) for m in disk.mounts.values() if m.state is MountState.MOUNTED]
+            await self._guest.grow(disk.slot, mounts=mounted, timeout_s=limit)
+        finally:
+            self._resizing -= 1
 
     def guest_path(self, host_path: str, *, identity: str | None = None) -> PurePosixPath | None:
         """Where the disk is mounted first; None if it is attached only.
@@ -355,9 +366,14 @@ class ScsiManager:
         found, a line each; a disk that could not be settled stays visible in its state. `sizes` are what the host says
         that attachments have, in bytes: a resize may have been done and not written down.
         """
-        findings = self._book.restore(self._journal.read(), is_alive)
+        return await self._take_up(self._journal.read(), is_alive, sizes or {})
+
+    async def _take_up(
+        self, records: Sequence[Record], is_alive: Callable[[Holder], bool], sizes: Mapping[str, int]
+    ) -> list[str]:
+        findings = self._book.restore(records, is_alive)
         for disk in self._book.disks.values():
-            if (size_bytes := (sizes or {}).get(disk.id, disk.size_bytes)) != disk.size_bytes:
+            if (size_bytes := sizes.get(disk.id, disk.size_bytes)) != disk.size_bytes:
                 findings.append(f"{disk.request.host_path} at {disk.slot} was being resized: it has {size_bytes} bytes")
                 disk.size_bytes = size_bytes
                 self._ledger.note([disk.record()])
@@ -367,10 +383,114 @@ class ScsiManager:
         for disk in self._book.disks.values():
             if disk.state is not DiskState.ATTACHED or not disk.is_wanted:
                 findings.append(f"{disk.request.host_path} at {disk.slot} is left {disk.state}")
+                continue
+            findings += [
+                f"{disk.request.host_path} at {mount.guest_path} is left {mount.state}"
+                for mount in disk.mounts.values()
+                if mount.state is not MountState.MOUNTED or not mount.is_wanted
+            ]
         return findings
 
+    async def export_state(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ScsiState:
+        """The state as a document, for the owner of this VM on the host that it moves to.
+
+        From then on every change is refused with `Migrating`, until `resume`: what the document says stays true. If
+        this fails, the manager goes on as before.
+
+        Raises:
+            WrongState: a disk or a mount is half-way, or is being resized; names it.
+            DeadlineExceeded: what was under way did not end within `timeout_s` seconds.
+        """
+        self._check_open()
+        self._exported = True
+        limit = asyncio.timeout(timeout_s)
+        try:
+            async with limit:
+                await self.settle()
+            if self._gone is not None:
+                raise self._gone
+            if self._resizing:
+                raise WrongState("a disk is being resized", vm=self._vm, remedy="export when that is done")
+            state = ScsiState.of(self._book.in_order(), controllers=self._book.free.controllers)
+            self._ledger.flush()
+        except BaseException as error:
+            self._exported = False
+            if isinstance(error, TimeoutError) and limit.expired():
+                raise DeadlineExceeded(f"not settled within {timeout_s:g} s", vm=self._vm, remedy="ask again") from None
+            raise
+        return state
+
+    def import_state(self, state: ScsiState, *, holder: Holder) -> None:
+        """Take up what another manager exported, in a VM that has no disks yet. Nothing is sent, nothing is written.
+
+        Every change is refused with `Migrating` until `resume`. Reservations keep their names; those of processes are
+        `holder`'s from then on.
+
+        Raises:
+            AlreadyAttached: there are disks, or a slot is taken.
+            InvalidRequest: the VM has fewer controllers.
+            NotSupported: the guest cannot express a mount.
+        """
+        self._check_open()
+        if self._book.disks:
+            raise AlreadyAttached(
+                f"the VM has {len(self._book.disks)} disks", vm=self._vm, remedy="import into a VM without disks"
+            )
+        check_fits(state, self._book.free, self._guest)
+        self._imported = (state, holder)
+
+    async def resume(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[str]:
+        """Go on after `export_state`, if the VM stays; or after `import_state`, once it runs here.
+
+        What was imported is looked for in the VM first. What is there is taken over; what is not is attached and
+        mounted, in the slot and at the path that it had. Says what was left half-way, a line each. If this fails with
+        an error nothing changed, and it can be called again.
+
+        Raises:
+            WrongState: nothing was exported or imported; or an encrypted mount is not there, and its key is nowhere.
+            ConfigDiffers: a file is not the one that it was: another format or size, or two are one.
+            DeadlineExceeded: not everything was looked at within `timeout_s` seconds.
+            StoreError: the journal did not take it.
+            others: as `add`, for a disk that cannot be opened here.
+        """
+        if self._gone is not None:
+            raise self._gone
+        if not self._exported and self._imported is None:
+            raise WrongState("nothing was exported or imported", vm=self._vm)
+        self._exported = False
+        if self._imported is None:
+            return []
+        state, holder = self._imported
+        limit = asyncio.timeout(timeout_s)
+        try:
+            async with limit:
+                records = await locate(
+                    state,
+                    self._host,
+                    self._guest,
+                    holder=holder,
+                    new_id=self._new_id,
+                    timeout_s=self._timeouts.probe,
+                )
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(
+                f"not everything was looked at within {timeout_s:g} s", vm=self._vm, remedy="resume again"
+            ) from None
+        if self._imported is None or self._gone is not None:
+            raise self._gone or WrongState("it was resumed meanwhile", vm=self._vm)
+        self._journal.write(records)
+        self._imported = None
+        return await self._take_up(records, lambda _: True, {})
+
     async def repair(self) -> None:
-        """Go on with every disk that stopped half-way."""
+        """Go on with every disk that stopped half-way.
+
+        Raises:
+            Migrating: the state was exported, and not resumed.
+        """
+        self._check_not_migrating()
         for disk in list(self._book.disks.values()):
             self._workers.kick(disk)
         await self.settle()
@@ -421,8 +541,9 @@ class ScsiManager:
     def _check_not_migrating(self) -> None:
         if self._still is not None:
             raise Migrating(self._still, vm=self._vm, remedy="wait until that is done")
-        if self._migrating:
-            raise Migrating("the manager's state was exported", vm=self._vm, remedy="resume it first")
+        if self._exported or self._imported:
+            what = "exported" if self._exported else "imported, and not resumed"
+            raise Migrating(f"the manager's state was {what}", vm=self._vm, remedy="resume it first")
 
     async def _until_settled(self, claim: Claim) -> None:
         """Wait until the claim is held, or gone. Who stops waiting for one that is not held gives it up."""

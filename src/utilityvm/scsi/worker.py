@@ -98,10 +98,13 @@ class Workers:
                 tell(claim, error)
         if not any(claim.waiter is not None for claim, _ in failed) and not disk.leaving:
             self._log.warning("%s", error, slot=disk.slot, host_path=disk.request.host_path)
+        # Who still wants it now, held it in another VM: it is tried again when somebody asks, and not for ever.
         if mount is not None:
-            if mount.state is not MountState.RESERVED:
+            if mount.state is not MountState.RESERVED or mount.is_wanted:
                 disk.stuck.add(mount.id)
-        elif disk.state is not DiskState.RESERVED and not (disk.state is DiskState.ATTACHED and disk.is_wanted):
+        elif disk.state is DiskState.RESERVED:
+            disk.halted = disk.is_wanted
+        elif disk.state is not DiskState.ATTACHED or not disk.is_wanted:
             disk.halted = True
 
     async def _advance(self, disk: Disk) -> bool:
