@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from utilityvm.guests.bridge_guest import CommandResult
     from utilityvm.pool import ClonePool
     from utilityvm.scsi.events import ScsiEvent
+    from utilityvm.scsi.migration import ScsiState
     from utilityvm.scsi.ports import (
         AttachmentType,
         CallerKey,
@@ -115,6 +116,7 @@ __all__ = [
     "SCSIMount",
     "ScratchKey",
     "ScsiEvent",
+    "ScsiState",
     "SetupError",
     "Slot",
     "SlotView",
@@ -146,6 +148,7 @@ __all__ = [
 _MODULES = {
     "utilityvm.guests.bridge_guest": ("CommandResult",),
     "utilityvm.scsi.events": ("ScsiEvent",),
+    "utilityvm.scsi.migration": ("ScsiState",),
     "utilityvm.scsi.views": ("MountView", "SlotView"),
     "utilityvm.scsi.ports": (
         "AttachmentType",

@@ -34,6 +34,7 @@ from utilityvm.mounts import SCSIMount
 from utilityvm.pids import is_running, own_start
 from utilityvm.scsi.events import ScsiEvent
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S, ScsiManager
+from utilityvm.scsi.migration import ScsiState
 from utilityvm.scsi.ports import CallerKey, DiskFormat, Holder, ScratchKey, Verity, VMAccess
 from utilityvm.scsi.reservation import Reservation
 from utilityvm.scsi.slot import Slot
@@ -489,6 +490,48 @@ class UtilityVM:
     def scsi_events(self) -> AsyncIterator[ScsiEvent]:
         """What happens to disks and mounts from now on."""
         return self.scsi.events()
+
+    async def export_scsi_state(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ScsiState:
+        """The disks, mounts and reservations as a document, for whoever owns the VM, or one like it, after a move.
+
+        From then on every change of them is refused with `Migrating`, until `resume_scsi` or the VM's end. If this
+        fails they are as before.
+
+        Raises:
+            WrongState: a disk or a mount is half-way, or is being resized; names it.
+            DeadlineExceeded: what was under way did not end within `timeout_s` seconds.
+        """
+        self._check_running()
+        return await self.scsi.export_state(timeout_s=timeout_s)
+
+    def import_scsi_state(self, state: ScsiState) -> None:
+        """Take up what another VM's owner exported; this VM has no disks yet. Nothing is sent until `resume_scsi`.
+
+        Until then every change is refused with `Migrating`. Reservations keep their names; those of processes are this
+        process's from then on.
+
+        Raises:
+            AlreadyAttached: there are disks, or a slot is taken.
+            InvalidRequest: the VM has fewer controllers.
+            NotSupported: the guest cannot express a mount.
+        """
+        self._check_running()
+        self.scsi.import_state(state, holder=_holder(None))
+
+    async def resume_scsi(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[str]:
+        """Go on after `export_scsi_state` or `import_scsi_state`. Says what was left half-way, a line each.
+
+        What was imported is looked for in the VM: what is there is taken over, the rest is attached and mounted in its
+        slot and at its path. If this fails with an error nothing changed, and it can be called again.
+
+        Raises:
+            WrongState: nothing was exported or imported; or an encrypted mount is not there, and its key is nowhere.
+            ConfigDiffers: a file is not the one that it was: another format or size, or two are one.
+            DeadlineExceeded: not everything was looked at within `timeout_s` seconds.
+            others: as `add_scsi`, for a disk that cannot be opened here.
+        """
+        self._check_running()
+        return await self.scsi.resume(timeout_s=timeout_s)
 
     # The guest.
 
