@@ -145,6 +145,7 @@ class FakeFilesystems:
         self.flushed: list[str] = []
         self.cannot_freeze: dict[str, int] = {}  # path: errno
         self.cannot_thaw: dict[str, int] = {}
+        self.inside: dict[str, str] = {}  # path: the file system that its disk is a file of
         self._open: dict[int, str] = {}
         self._slow: dict[str, threading.Event] = {}
 
@@ -172,11 +173,13 @@ class FakeFilesystems:
         path = self._open[fd]
         if gate := self._slow.get(path):
             gate.wait()
+        self._check_outer(path)
         self._refuse(self.cannot_freeze.get(path, errno.EBUSY if path in self.frozen else 0))
         self.frozen.append(path)
 
     def thaw(self, fd: int) -> None:
         path = self._open[fd]
+        self._check_outer(path)
         self._refuse(self.cannot_thaw.get(path, 0 if path in self.frozen else errno.EINVAL))
         self.frozen.remove(path)
 
@@ -185,6 +188,9 @@ class FakeFilesystems:
 
     def flush_all(self) -> None:
         self.flushed += self.mounted
+
+    def _check_outer(self, path: str) -> None:
+        assert self.inside.get(path) not in self.frozen, f"{path} writes to a file that is frozen, and hangs for ever"
 
     def _refuse(self, number: int) -> None:
         if number:
@@ -239,6 +245,7 @@ class FakeSystem:
         self.root = folder
         self.hooks = folder / "template.d"
         self.filesystems = FakeFilesystems("/data", "/data/inner")
+        self.filesystems.inside["/data/inner"] = "/data"
         self.kernel = FakeKernel(folder)
         for name, text in (
             ("etc/hostname", "template\n"),
