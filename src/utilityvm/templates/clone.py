@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from utilityvm.diskimage import blockdev
+from utilityvm.diskimage import blockdev, headers
 from utilityvm.errors import DiskInUse, InvalidRequest, TemplateDamaged, TemplateDiffers
 from utilityvm.hosts.qemu import accelerator as accelerators
 from utilityvm.hosts.qemu import emulator as emulators
@@ -167,6 +167,7 @@ def _open_own(path: Path, expected: Fingerprint, closing: ExitStack) -> int:
 
 def _taken_over(disk: DiskEntry, folder: Path, closing: ExitStack) -> tuple[IncomingDisk, str]:
     layers = [_open_layer(layer, disk, closing) for layer in disk.layers]
+    _check_size(layers[0], disk)
     host_path = disk.host_path
     if not disk.read_only:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -200,6 +201,15 @@ def _open_layer(layer: LayerEntry, disk: DiskEntry, closing: ExitStack) -> Layer
             remedy="detach it there; the template may be damaged by then",
         )
     return Layer(fd=fd, path=path, format=layer.format, kind=layer.kind)
+
+
+def _check_size(layer: Layer, disk: DiskEntry) -> None:
+    """An overlay has the size that the guest knows whatever is under it, so QEMU would not see the difference."""
+    header = headers.read(layer.fd, name=str(layer.path), expected=layer.format)
+    if disk.size_bytes not in (header.virtual_size_bytes, header.other_size_bytes):
+        raise _damaged(
+            layer.path, f"has {header.virtual_size_bytes} bytes, not {disk.size_bytes} as was saved", slot=disk.slot
+        )
 
 
 def _replaced(disk: DiskEntry, request: DiskRequest, closing: ExitStack) -> IncomingDisk:

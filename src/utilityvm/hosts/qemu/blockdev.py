@@ -76,15 +76,17 @@ def layer_node(
     read_only: bool,
     options: Mapping[str, object] | None = None,
     backing: Mapping[str, object] | None = None,
+    is_backing: bool = False,
 ) -> dict[str, object]:
-    """A node without its name: the driver of the format over a file, and over `backing` if that is given."""
+    """A node without its name: the driver of the format over a file, and over `backing` if that is given.
+
+    `is_backing`: it is to be under another, which takes nodes of formats only.
+    """
     # Writable is the default; what the guest trims is given back to the host's file system.
     mode: dict[str, object] = {"read-only": True} if read_only else {"discard": "unmap"}
-    if kind is AttachmentType.PASS_THRU:
-        return {"driver": "host_device", **mode, "filename": file}
-    if image_format is DiskFormat.RAW:
-        return {"driver": "file", **mode, "filename": file}  # a layer `raw` over it would add nothing
-    below = {"driver": "file", "filename": file}
+    below = {"driver": "host_device" if kind is AttachmentType.PASS_THRU else "file", "filename": file}
+    if image_format is DiskFormat.RAW and not is_backing:
+        return {**below, **mode}  # a layer `raw` over it would add nothing
     chain = {"backing": backing} if backing is not None else (options or {})
     return {"driver": image_format.value, **mode, **chain, "file": below}
 

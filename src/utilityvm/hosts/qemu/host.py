@@ -34,13 +34,12 @@ from utilityvm.errors import (
     OutcomeUnknown,
     ProtocolError,
     SetupError,
-    TemplateDamaged,
     UtilityVMError,
     VMGone,
 )
 from utilityvm.hosts.qemu import acl, blockdev, console, launch
 from utilityvm.hosts.qemu.disk import QemuDisk, WhoUses, open_disk, unlock
-from utilityvm.hosts.qemu.incoming import Incoming, IncomingDisk
+from utilityvm.hosts.qemu.incoming import Incoming, IncomingDisk, not_taken
 from utilityvm.hosts.qemu.incoming import check as check_disks
 from utilityvm.hosts.qemu.launch import QemuConfig, QemuProcess
 from utilityvm.hosts.qemu.lifetime import Watch
@@ -344,11 +343,7 @@ class QemuHost:
             ) from error
         except VMGone as error:
             last = self.console().decode(errors="replace").strip().splitlines()[-1:]
-            raise TemplateDamaged(
-                f"QEMU does not take the saved state: {last[0] if last else 'it said nothing'}",
-                vm=self.process.name,
-                remedy="make the template again from a VM that was started",
-            ) from error
+            raise not_taken(last[0] if last else "it said nothing", vm=self.process.name) from error
         check_disks(disks, found, vm=self.process.name)
 
     async def save(self, state: int, *, timeout_s: float) -> None:

@@ -99,6 +99,7 @@ def _node(disk: IncomingDisk, numbers: Sequence[int]) -> dict[str, object]:
             file=f"/dev/fdset/{numbers[depth]}",
             read_only=read_only,
             backing=below,
+            is_backing=depth > 0,
         )
     assert below is not None, f"a disk without layers: {disk.slot}"
     return {"node-name": blockdev.node_name(numbers[0]), **below}
@@ -107,6 +108,15 @@ def _node(disk: IncomingDisk, numbers: Sequence[int]) -> dict[str, object]:
 def _device(disk: IncomingDisk, number: int) -> dict[str, object]:
     return blockdev.device_of(
         number, disk.slot, serial=disk.serial, read_only=disk.read_only, logical_block_bytes=disk.logical_block_bytes
+    )
+
+
+def not_taken(said: str, *, vm: str) -> TemplateDamaged:
+    """What to raise when QEMU ended over the saved state; `said` is its last words."""
+    return TemplateDamaged(
+        f"QEMU does not take the saved state: {said}",
+        vm=vm,
+        remedy="make the template again from a VM that was started",
     )
 
 

@@ -246,7 +246,7 @@ async def start(
     config.check()
     program = await emulator.find()
     accelerator = await accelerators.choose(program, wanted=config.accelerator)
-    _check_unused(folder, vm=config.name)
+    check_unused(folder, vm=config.name)
     async with AsyncExitStack() as undo:
         undo.callback(clean, folder)
         _make_folder(folder, vm=config.name)
@@ -257,7 +257,7 @@ async def start(
             qmp = await Qmp.connect(folder / QMP_SOCKETS[0], vm=config.name, timeout_s=timeout_s)
         except VMGone as error:
             await children.end()
-            raise _failure(process) from error
+            raise _failure(process, saved) from error
         children.close()
         undo.pop_all()
     _log.info("started QEMU %s as process %d (%s)", qmp.version, process.pid, accelerator.name, vm=config.name)
@@ -373,11 +373,13 @@ class _Children:
                 watch.close()
 
 
-def _failure(process: QemuProcess) -> UtilityVMError:
+def _failure(process: QemuProcess, saved: Incoming | None) -> UtilityVMError:
     """Why QEMU ended, in its own words."""
     lines = console.read(process.folder).decode(errors="replace").splitlines()
     said = [line.partition(": ")[2] or line for line in lines if line.strip()]
     last = said[-1] if said else "it said nothing"
+    if saved is not None and any("load of migration failed" in line for line in said):
+        return incoming.not_taken("; ".join(said[-2:]), vm=process.name)
     remedy = next((remedy for part, remedy in _REMEDIES if part in last), "run `uvm doctor`, and mend what it names")
     return SetupError(f"QEMU did not start VM {process.name}: {last}", vm=process.name, remedy=remedy)
 
@@ -427,8 +429,12 @@ def _make_folder(folder: Path, *, vm: str) -> None:
         ) from error
 
 
-def _check_unused(folder: Path, *, vm: str) -> None:
-    """Sockets that nobody listens at are left from a VM that ended; a VM that runs is not pushed out of its folder."""
+def check_unused(folder: Path, *, vm: str) -> None:
+    """Sockets that nobody listens at are left from a VM that ended; a VM that runs is not pushed out of its folder.
+
+    Raises:
+        VMExists: a VM runs there.
+    """
     with socket.socket(socket.AF_UNIX) as sock:
         sock.setblocking(False)
         try:
