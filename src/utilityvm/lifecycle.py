@@ -14,6 +14,7 @@ from typing import Final
 from utilityvm import paths
 from utilityvm.errors import (
     DeadlineExceeded,
+    InvalidRequest,
     ProtocolError,
     SetupError,
     StartFailed,
@@ -23,6 +24,7 @@ from utilityvm.errors import (
     VMGone,
     VMNotFound,
     VMNotRunning,
+    VMOwned,
 )
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import QemuHost, QemuProcess, launch
@@ -130,6 +132,27 @@ async def own(store: Store, name: str, *, wait_s: float, must_run: bool = False)
         ownership.release()
         raise
     return record, ownership
+
+
+async def sweep(store: Store, name: str) -> None:
+    """Remove the runtime folder of a VM without a record: an owner died just before it wrote one, or had removed it.
+
+    One that a process owns stays, and so does one in which QEMU runs: its store was lost.
+    """
+    folder = paths.vm_dir(name)
+    with suppress(InvalidRequest, VMOwned, VMExists):
+        launch.QemuConfig(name=name).check()
+        if not folder.is_dir():
+            return
+        ownership = await Ownership.acquire(folder, vm=name)
+        try:
+            launch.check_unused(folder, vm=name)
+            if store.find(name) is None:
+                launch.clean(folder)
+                remove_copy(folder)
+                ownership.release(remove=True)
+        finally:
+            ownership.release()
 
 
 def refuse_running(store: Store, name: str) -> None:

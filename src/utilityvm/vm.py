@@ -21,6 +21,7 @@ from utilityvm.errors import (
     SetupError,
     UtilityVMError,
     VMGone,
+    VMNotFound,
     VMNotRunning,
 )
 from utilityvm.guestimage.build import GuestImage
@@ -246,6 +247,8 @@ class UtilityVM:
             vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest, strays=strays)
             found += [f"slot {slot} has a disk that is in no journal: it stays taken" for slot in strays]
             vm.findings = (*found, *await vm.scsi.restore(is_alive=_is_alive, sizes=await host.sizes()))
+            if record.state is not VMState.RUNNING:
+                store.set_state(record, VMState.RUNNING)  # its owner died when it started, or was about to stop
             undo.pop_all()
         for finding in vm.findings:
             vm._log.warning("%s", finding)
@@ -262,7 +265,11 @@ class UtilityVM:
         """
         async with AsyncExitStack() as undo:
             store = undo.enter_context(open_store())
-            record, ownership = await lifecycle.own(store, name, wait_s=wait_s)
+            try:
+                record, ownership = await lifecycle.own(store, name, wait_s=wait_s)
+            except VMNotFound:
+                await lifecycle.sweep(store, name)
+                raise
             undo.callback(ownership.release)
             if record.is_alive() and not force:
                 await lifecycle.shut_down(record)

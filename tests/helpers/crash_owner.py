@@ -23,6 +23,7 @@ from utilityvm import DiskSpec, SCSIMount, UtilityVM, VMConfig
 KEEPER: Final = "keeper"  # holds what the operation must leave alone
 JOB: Final = "job"  # holds what the operation adds or gives back, and outlives the process
 MIB: Final = 1 << 20
+STOP: Final = "stop"  # begins the name of each point of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +186,7 @@ async def _disk_operation(task: Task, points: Points) -> None:
     vm = await UtilityVM.open(task.vm)
     work = Work(vm=vm, folder=Path(task.folder), holder=task.holder, text=task.text)
     act = await OPERATIONS[task.operation](work)
-    points.arm()
+    points.arm(task.operation)
     await act()
     points.disarm()
     await vm.close()
@@ -194,13 +195,14 @@ async def _disk_operation(task: Task, points: Points) -> None:
 async def _start_and_stop(task: Task, points: Points) -> None:
     install_start_and_stop(points)
     config = VMConfig(name=task.vm, keep=task.holder is not None, memory_mib=128)
-    points.arm()
+    points.arm("start")
     vm = await UtilityVM.start(config)
     points.disarm()
-    await vm.add_scsi(Path(task.folder) / "one.raw", "/data", holder=task.holder)
-    done = await vm.run(["sh", "-c", "echo kept > /data/written && sync -f /data"])
-    assert done.exit_code == 0, done.stderr
-    points.arm()
+    work = Work(vm=vm, folder=Path(task.folder), holder=task.holder, text=task.text)
+    await work.add("one.raw", "/data")
+    await work.write("/data")
+    await vm.run(["sync"])  # whoever finds the VM may end it without a word to the guest
+    points.arm(STOP)
     await vm.stop()
     points.disarm()
 

@@ -32,9 +32,11 @@ class Points:
         self._kill_at = kill_at
         self._tell = tell
         self._is_armed = False
+        self._doing = ""
         self.count = 0
 
-    def arm(self) -> None:
+    def arm(self, doing: str) -> None:
+        self._doing = doing
         self._is_armed = True
 
     def disarm(self) -> None:
@@ -46,7 +48,7 @@ class Points:
             return
         self.count += 1
         if self.count == self._kill_at:
-            self._tell(name)
+            self._tell(f"{self._doing}: {name}")
             os.kill(os.getpid(), signal.SIGKILL)
 
     def around(self, owner: Any, name: str, what: str) -> None:

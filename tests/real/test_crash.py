@@ -7,6 +7,7 @@ UTILITYVM_CRASH=N begins with number N.
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import json
 import os
@@ -22,13 +23,15 @@ import pytest
 import pytest_asyncio
 
 import crash_owner
-from agreement import check_agreement, folders, read_in_guest, sizes_in_guest, until_guest_has_no_disks
-from crash_owner import JOB, KEEPER, KEPT, OPERATIONS, WRITTEN, Outcome, Task
-from utilityvm import SCSIMount, UtilityVM, VMConfig, VMNotFound
+from agreement import check_agreement, folders, is_locked, read_in_guest, sizes_in_guest, until_guest_has_no_disks
+from crash_owner import JOB, KEEPER, KEPT, OPERATIONS, STOP, WRITTEN, Outcome, Task
+from utilityvm import DeadlineExceeded, SCSIMount, UtilityVM, VMConfig, VMGone, VMNotFound, VMNotRunning
+from utilityvm import paths as places
 from utilityvm.guestimage.build import GuestImage
 from utilityvm.process import find_program, run
 from utilityvm.scsi.ports import DiskFormat
-from utilityvm.testing.images import ext4_image
+from utilityvm.store import Store, VMState
+from utilityvm.testing.images import ext4_image, read_file
 
 pytestmark = pytest.mark.real
 
@@ -38,12 +41,12 @@ GREETING = "hello\n"
 BLANK = "blank.raw"
 
 
-def chosen(points: int, every: int = EVERY) -> range:
+def chosen(points: int) -> range:
     """The numbers of the points at which a process is killed, of so many."""
     wanted = os.environ.get("UTILITYVM_CRASH") or str(datetime.date.today().toordinal())
     if wanted == "all":
         return range(1, points + 1)
-    return range(1 + int(wanted) % min(every, points), points + 1, every)
+    return range(1 + int(wanted) % min(EVERY, points), points + 1, EVERY)
 
 
 class Owners:
@@ -203,3 +206,73 @@ async def test_wherever_its_owner_dies_the_next_one_finds_all_as_promised(
     record_property("points", points)
     record_property("owners killed, and all came right", killed)
     sys.stderr.write(f"{operation}: {killed} owners killed at {points} points, and all came right\n")
+
+
+# Start and stop.
+
+
+async def find_out(name: str) -> None:
+    """What a person does who finds a VM whose owner died while it started or stopped: own it, and stop it."""
+    try:
+        vm = await UtilityVM.open(name)
+    except (VMNotFound, VMNotRunning, DeadlineExceeded, VMGone):
+        await remove(name, force=False)
+        return
+    with Store.open() as store:
+        assert store.get(name).state is VMState.RUNNING
+    await vm.stop()
+
+
+async def remove(name: str, *, force: bool = True) -> None:
+    """End what there is of it. It may have had no record yet, or no more."""
+    with suppress(VMNotFound):
+        await UtilityVM.remove(name, force=force)
+
+
+async def until_no_process_has(word: str) -> None:
+    """The log's writer ends by itself, when it sees that nobody writes any more."""
+    async with asyncio.timeout(10):
+        while any(word in words for words in command_lines()):
+            await asyncio.sleep(0)
+
+
+def command_lines() -> Iterator[str]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            yield path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+
+
+async def test_wherever_a_start_or_a_stop_is_cut_short_nothing_is_left_of_it(
+    owners: Owners, folder: Path, guest_image: GuestImage
+) -> None:
+    image = folder / "one.raw"
+    which = chosen(sys.maxsize)
+    # Without a holder's name the VM dies with its owner.
+    holders = (JOB, None) if which.step == 1 else ((JOB, None)[which.start % 2],)
+    killed = 0
+
+    async def cut_short(number: int, holder: str | None) -> Outcome:
+        task = Task(operation="start_and_stop", vm="cut", folder=str(folder), kill_at=number, holder=holder)
+        outcome = owners.run(task)
+        assert outcome.error is None, outcome.error
+        try:
+            await (find_out if number % 2 else remove)(task.vm)
+            assert not places.vm_dir(task.vm).exists()
+            with Store.open() as store:
+                assert store.find(task.vm) is None
+            await until_no_process_has(f" {task.vm} ")
+            await until_no_process_has(str(places.vm_dir(task.vm)))
+            assert not is_locked(image)
+            if outcome.point is None or outcome.point.startswith(STOP):
+                assert read_file(image, "/written", image_format=DiskFormat.RAW) == task.text
+        except BaseException as error:
+            error.add_note(f"the owner, {holder}, died at point {number}: {outcome.point}")
+            raise
+        return outcome
+
+    for number in which:
+        outcomes = [await cut_short(number, holder) for holder in holders]
+        killed += sum(outcome.point is not None for outcome in outcomes)
+        if outcomes[0].point is None:
+            break
+    sys.stderr.write(f"start and stop: {killed} owners killed at {outcomes[0].points} points, and all came right\n")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from utilityvm import InvalidRequest, SetupError, StartFailed, UtilityVM, VMConfig
+from utilityvm import InvalidRequest, SetupError, StartFailed, UtilityVM, VMConfig, VMNotFound
 from utilityvm import paths as places
 from utilityvm.guestimage.build import GuestImage
 from utilityvm.store import Store
+from utilityvm.store.ownership import Ownership
 
 pytestmark = pytest.mark.real
 
@@ -62,3 +63,18 @@ async def test_an_agent_that_does_not_answer_is_given_up_in_time(guest_image: Gu
 async def test_a_file_of_the_image_that_is_missing(guest_image: GuestImage, tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="none"):
         await UtilityVM.start(VMConfig(name="failing"), image=dataclasses.replace(guest_image, root=tmp_path / "none"))
+
+
+async def test_a_folder_that_a_killed_starter_left_goes_and_one_that_is_owned_stays() -> None:
+    folder = places.vm_dir("failing")
+    ownership = await Ownership.acquire(folder, vm="failing")
+    with pytest.raises(VMNotFound):
+        await UtilityVM.remove("failing")
+    assert folder.exists()
+    ownership.release()
+    with pytest.raises(VMNotFound):
+        await UtilityVM.remove("failing")
+    assert not folder.exists()
+    for name in ("..", "a/b", ""):
+        with pytest.raises(VMNotFound):
+            await UtilityVM.remove(name)
