@@ -1,3 +1,8 @@
 from __future__ import annotations
 
-pytest_plugins = ["real_vms"]
+try:
+    import fcntl  # noqa: F401
+except ImportError:  # Windows: there is no real VM, and what is tested there needs none
+    pytest_plugins: list[str] = []
+else:
+    pytest_plugins = ["real_vms"]

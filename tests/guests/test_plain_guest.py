@@ -16,6 +16,7 @@ from utilityvm.errors import (
     GuestBusy,
     GuestPathInUse,
     GuestRefused,
+    InvalidRequest,
     NotSupported,
     OutcomeUnknown,
     UtilityVMError,
@@ -229,7 +230,7 @@ async def test_a_slot_used_again_is_told_of_again(guest: BridgeGuest, gcs: FakeG
 
 async def test_an_unmount_of_another_disks_path_is_not_sent(guest: BridgeGuest, gcs: FakeGcs) -> None:
     await mount(guest)
-    with pytest.raises(GuestRefused, match="0:1, not the one at 1:2"):
+    with pytest.raises(InvalidRequest, match="0:1, not the one at 1:2"):
         await unmount(guest, OTHER)
     assert gcs.mounts[str(PATH)] == [SLOT]
 

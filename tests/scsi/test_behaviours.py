@@ -6,6 +6,7 @@ S: the seed (2021). M: the newest manager. C: the newest controller. Some concer
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import pytest
@@ -37,12 +38,13 @@ from utilityvm.scsi.ports import (
     DiskRequest,
     Holder,
     MountConfig,
+    OpenDisk,
     ScratchKey,
     Verity,
 )
 from utilityvm.scsi.reservation import Reservation
 from utilityvm.scsi.slot import Slot
-from utilityvm.testing import Break, FakeGuest
+from utilityvm.testing import Break, FakeGuest, FakeHost
 
 WHO = Holder(name="test")
 
@@ -188,7 +190,6 @@ async def test_everyone_who_waits_for_an_attach_gets_its_real_result(bench: Benc
     "other",
     [
         DiskRequest(host_path="a", read_only=False),
-        DiskRequest(host_path="a", read_only=True, kind=AttachmentType.PASS_THRU),
         DiskRequest(host_path="a", read_only=True, format=DiskFormat.VHDX),
     ],
 )
@@ -198,6 +199,25 @@ async def test_other_settings_for_an_attached_disk_are_refused(bench: Bench, oth
         await bench.manager.add(other, holder=WHO)
     assert caught.value.slot == Slot(0, 0)
     assert len(bench.manager.reservations()) == 1
+    bench.check_promises()
+
+
+async def test_another_type_for_an_attached_disk_is_refused(bench: Bench) -> None:
+    """Also on a host that would open it as either."""
+
+    class Lenient(FakeHost):
+        async def open(self, request: DiskRequest) -> OpenDisk:
+            return await super().open(replace(request, kind=AttachmentType.VIRTUAL_DISK))
+
+    await bench.add("a")
+    other = DiskRequest(host_path="a", read_only=True, kind=AttachmentType.PASS_THRU)
+    with pytest.raises(InvalidRequest):
+        await bench.manager.add(other, holder=WHO)
+    bench.host = Lenient(bench.world)
+    bench.manager = bench.new_manager()
+    await bench.manager.restore(is_alive=lambda holder: True)
+    with pytest.raises(ConfigDiffers, match="VirtualDisk; type=PassThru"):
+        await bench.manager.add(other, holder=WHO)
     bench.check_promises()
 
 

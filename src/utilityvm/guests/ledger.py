@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from utilityvm.errors import GuestBusy, GuestPathInUse, GuestRefused, OutcomeUnknown
+from utilityvm.errors import GuestBusy, GuestPathInUse, InvalidRequest, OutcomeUnknown
 from utilityvm.scsi.slot import Slot
 
 
@@ -62,11 +62,11 @@ class Ledger:
         """May it be told to unmount? False: it need not be, for the disk is gone.
 
         Raises:
-            GuestRefused: another disk is mounted there.
+            InvalidRequest: another disk is mounted there.
         """
         known = self._paths.get(path)
         if known and known.fact is Fact.MOUNTED and known.slot != slot:
-            raise GuestRefused(f"{path} holds the disk at {known.slot}, not the one at {slot}", slot=slot)
+            raise InvalidRequest(f"{path} holds the disk at {known.slot}, not the one at {slot}", slot=slot)
         is_there = known is not None and known.fact is not Fact.NOT_MOUNTED
         return is_there or slot not in self._ejected
 

@@ -136,7 +136,13 @@ class HostBackend(Protocol):
         ...
 
     async def attach(self, slot: Slot, disk: OpenDisk, *, attachment: str, timeout_s: float) -> None:
-        """Put `disk` on the bus at `slot` under the name `attachment`, which no attachment had before."""
+        """Put `disk` on the bus at `slot` under the name `attachment`, which no attachment had before.
+
+        Raises:
+            InvalidRequest: there is no such slot, or another host's backend opened the disk.
+            AlreadyAttached: the slot, or the name, is taken.
+            DiskInUse: the disk is attached, here or in another VM, and one of the two would write.
+        """
         ...
 
     async def detach(self, slot: Slot, *, attachment: str, timeout_s: float) -> None:
@@ -151,7 +157,13 @@ class HostBackend(Protocol):
         ...
 
     async def resize(self, slot: Slot, *, attachment: str, size_bytes: int, timeout_s: float) -> None:
-        """Grow the image and tell the guest's device. The size was checked to be larger than before."""
+        """Grow the image and tell the guest's device. The size was checked to be larger than before.
+
+        Raises:
+            InvalidRequest: not whole sectors.
+            NotAttached: there is no such attachment.
+            NotSupported: a read-only disk, or one that this host cannot grow.
+        """
         ...
 
 
@@ -167,15 +179,20 @@ class GuestBackend(Protocol):
         ...
 
     async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
-        """Mount the partition at `guest_path`; a refusal leaves nothing mounted there."""
+        """Mount the partition at `guest_path`; a refusal changes nothing there.
+
+        Raises:
+            GuestPathInUse: something is mounted there, be it this very disk.
+        """
         ...
 
     async def unmount(
         self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float, force: bool
     ) -> None:
-        """Unmount and flush. Not mounted there is done. `force` detaches lazily what is still in use.
+        """Unmount and flush. Nothing mounted there is done. `force` detaches lazily what is still in use.
 
         Raises:
+            InvalidRequest: another disk is mounted there; it stays.
             GuestBusy: in use, and not `force`; names the users, and everything is as it was.
         """
         ...

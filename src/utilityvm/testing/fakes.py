@@ -1,4 +1,4 @@
-"""A host, a guest and a journal in memory, which follow the rules of the real ones."""
+"""A host, a guest and a journal in memory, which follow the rules of the real ones: tests/contract tries both."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import PurePosixPath
+from typing import Final
 
 from utilityvm.errors import (
+    AlreadyAttached,
+    ConfigDiffers,
+    DeadlineExceeded,
     DiskInUse,
     GuestBusy,
+    GuestPathInUse,
     GuestRefused,
     HostRefused,
     InvalidRequest,
+    NotAttached,
+    NotSupported,
     OutcomeUnknown,
     StoreError,
 )
 from utilityvm.scsi.ports import (
+    AttachmentType,
     DiskFormat,
     DiskRecord,
     DiskRequest,
@@ -27,7 +35,10 @@ from utilityvm.scsi.ports import (
     OpenDisk,
     Record,
 )
-from utilityvm.scsi.slot import Slot
+from utilityvm.scsi.slot import MAX_CONTROLLERS, Slot
+
+SIZE_BYTES: Final = 1 << 20  # of a disk whose size nobody said
+GROWING: Final = (DiskFormat.RAW, DiskFormat.QCOW2)
 
 
 class Break(StrEnum):
@@ -61,6 +72,7 @@ class Attached:
 
     attachment: str
     identity: str
+    format: DiskFormat
     read_only: bool
     size_bytes: int
 
@@ -69,10 +81,15 @@ class Attached:
 class FakeWorld:
     """The bus and the guest of one VM, and what went wrong that must not. Host and guest see the same world."""
 
+    controllers: int = MAX_CONTROLLERS
     links: dict[str, str] = field(default_factory=dict)  # other spellings of a disk's path
     formats: dict[str, DiskFormat] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)  # by identity
     missing: set[str] = field(default_factory=set)
+    physical: set[str] = field(default_factory=set)  # paths of block devices; all others are image files
+    blank: set[str] = field(default_factory=set)  # paths of disks without a file system
     in_use_elsewhere: set[str] = field(default_factory=set)
+    neighbours: list[FakeWorld] = field(default_factory=list)  # other VMs on the same machine
     bus: dict[Slot, Attached] = field(default_factory=dict)
     guest_devices: dict[Slot, str] = field(default_factory=dict)  # the attachment that the guest knows
     mounts: dict[PurePosixPath, tuple[Slot, MountConfig]] = field(default_factory=dict)
@@ -83,14 +100,49 @@ class FakeWorld:
     harm: list[str] = field(default_factory=list)  # data lost, disks mixed up: must stay empty
     breaks: dict[str, list[Break]] = field(default_factory=lambda: defaultdict(list))
     gate: Callable[[str], Awaitable[None]] | None = None  # awaited before and after each step, for schedulers
+    held: asyncio.Event | None = None  # see `hold`
+    _late: list[asyncio.Task[None]] = field(default_factory=list)  # steps that were held, in their order
 
     def fail_next(self, step: str, how: Break = Break.REFUSE, *, times: int = 1) -> None:
         """Break the next `times` steps of that kind: attach, detach, probe, mount, unmount, eject, …"""
         self.breaks[step] += [how] * times
 
-    async def step(self, step: str, about: str, act: Callable[[], None], refusal: Callable[[str], Exception]) -> None:
-        """Do one step of a peer: it is logged, may be broken, and may wait at the gate on its way in and out."""
+    def hold(self) -> asyncio.Event:
+        """No step is done, or answered, before the event is set. One whose time is up is done even so, later."""
+        self.held = asyncio.Event()
+        return self.held
+
+    async def step(
+        self, step: str, about: str, act: Callable[[], None], refusal: Callable[[str], Exception], timeout_s: float
+    ) -> None:
+        """Do one step of a peer: it is logged, may be broken, and may wait at the gate on its way in."""
         self.log.append(f"{step} {about}")
+        if self.held is None:
+            await self._take(step, about, act, refusal)
+            return
+        earlier = [task for task in self._late if not task.done()]
+        late = asyncio.create_task(self._take_late(self.held, earlier, step, about, act, refusal))
+        self._late = [*earlier, late]
+        late.add_done_callback(lambda done: done.exception())  # nobody may be there to hear of it
+        if not (await asyncio.wait({late}, timeout=timeout_s))[0]:
+            raise DeadlineExceeded(f"{step} {about}: no answer within {timeout_s:g} s")
+        late.result()
+
+    async def _take_late(
+        self,
+        held: asyncio.Event,
+        earlier: list[asyncio.Task[None]],
+        step: str,
+        about: str,
+        act: Callable[[], None],
+        refusal: Callable[[str], Exception],
+    ) -> None:
+        await held.wait()
+        if earlier:
+            await asyncio.wait(earlier)
+        await self._take(step, about, act, refusal)
+
+    async def _take(self, step: str, about: str, act: Callable[[], None], refusal: Callable[[str], Exception]) -> None:
         if self.gate:
             await self.gate(f"{step} {about}")
         else:
@@ -114,12 +166,20 @@ class FakeHost:
     async def open(self, request: DiskRequest) -> OpenDisk:
         world = self.world
         path = world.links.get(request.host_path, request.host_path)
+        if not path or "\0" in path:
+            raise InvalidRequest(f"{request.host_path!r} is no path")
         if path in world.missing:
             raise InvalidRequest(f"{request.host_path}: there is no such file", host_path=request.host_path)
+        if (request.kind is AttachmentType.PASS_THRU) is not (path in world.physical):
+            raise InvalidRequest(f"{request.host_path} is no {request.kind}", host_path=request.host_path)
+        known = DiskFormat.RAW if path in world.physical else world.formats.get(path)
+        if request.format not in (None, known, DiskFormat.RAW) and known is not None:
+            raise ConfigDiffers(f"{request.host_path} is {known}, not {request.format}", host_path=request.host_path)
+        identity = f"block:{path}" if path in world.physical else f"file:{path}"
         disk = FakeDisk(
-            identity=f"file:{path}",
-            format=request.format or world.formats.get(path, DiskFormat.RAW),
-            size_bytes=1 << 20,
+            identity=identity,
+            format=request.format or known or DiskFormat.RAW,
+            size_bytes=world.sizes.get(identity, SIZE_BYTES),
             read_only=request.read_only,
             world=world,
         )
@@ -127,25 +187,33 @@ class FakeHost:
         return disk
 
     async def attach(self, slot: Slot, disk: OpenDisk, *, attachment: str, timeout_s: float) -> None:
-        assert isinstance(disk, FakeDisk)
         world = self.world
+        if not isinstance(disk, FakeDisk):
+            raise InvalidRequest(f"{disk!r} was not opened by this host", slot=slot)
+        self._check_slot(slot)
 
         def act() -> None:
             if disk.is_closed:
                 world.harm.append(f"{disk.identity} was attached after it was closed")
+            if any(other.attachment == attachment for other in world.bus.values()):
+                raise AlreadyAttached(f"attachment {attachment} exists", slot=slot)
             if slot in world.bus:
-                raise HostRefused(f"slot {slot} is taken by {world.bus[slot].identity}")
+                raise AlreadyAttached(f"slot {slot} is taken by {world.bus[slot].identity}", slot=slot)
             if attachment in world.names_used:
                 world.harm.append(f"the name {attachment} was used twice")
-            if any(other.identity == disk.identity for other in world.bus.values()):
-                world.harm.append(f"{disk.identity} is attached twice")
             if disk.identity in world.in_use_elsewhere:
                 raise DiskInUse(f"{disk.identity} is in use by another VM")
+            for user in (world, *world.neighbours):
+                for other in user.bus.values():
+                    if other.identity == disk.identity and not (other.read_only and disk.read_only):
+                        raise DiskInUse(f"{disk.identity} is attached already")
+            if any(other.identity == disk.identity for other in world.bus.values()):
+                world.harm.append(f"{disk.identity} is attached twice")
             world.names_used.add(attachment)
-            world.bus[slot] = Attached(attachment, disk.identity, disk.read_only, disk.size_bytes)
+            world.bus[slot] = Attached(attachment, disk.identity, disk.format, disk.read_only, disk.size_bytes)
             world.guest_devices[slot] = attachment
 
-        await world.step("attach", f"{disk.identity} {slot}", act, HostRefused)
+        await world.step("attach", f"{disk.identity} {slot}", act, HostRefused, timeout_s)
 
     async def detach(self, slot: Slot, *, attachment: str, timeout_s: float) -> None:
         world = self.world
@@ -156,16 +224,16 @@ class FakeHost:
                 return
             if world.guest_devices.get(slot) == attachment:
                 world.harm.append(f"{there.identity} was pulled from under the guest")
-            for path, (where, _) in list(world.mounts.items()):
+            for path, (where, _) in world.mounts.items():  # which stay, over nothing
                 if where == slot:
                     world.harm.append(f"{there.identity} was pulled while it was mounted at {path}")
             del world.bus[slot]
             world.guest_devices.pop(slot, None)
 
-        await world.step("detach", str(slot), act, HostRefused)
+        await world.step("detach", str(slot), act, HostRefused, timeout_s)
 
     async def probe(self, slot: Slot, *, attachment: str, timeout_s: float) -> bool:
-        await self.world.step("probe", str(slot), lambda: None, HostRefused)
+        await self.world.step("probe", str(slot), lambda: None, HostRefused, timeout_s)
         there = self.world.bus.get(slot)
         return there is not None and there.attachment == attachment
 
@@ -173,10 +241,21 @@ class FakeHost:
         def act() -> None:
             there = self.world.bus.get(slot)
             if there is None or there.attachment != attachment:
-                raise HostRefused(f"there is no {attachment} at {slot}")
-            there.size_bytes = size_bytes
+                raise NotAttached(f"there is no {attachment} at {slot}", slot=slot)
+            if there.read_only:
+                raise NotSupported("a read-only disk cannot grow", slot=slot)
+            if there.format not in GROWING:
+                raise NotSupported(f"a {there.format} disk cannot grow", slot=slot)
+            there.size_bytes = self.world.sizes[there.identity] = size_bytes
 
-        await self.world.step("resize", str(slot), act, HostRefused)
+        if size_bytes % 512:
+            raise InvalidRequest(f"{size_bytes} bytes are not whole sectors", slot=slot)
+        await self.world.step("resize", str(slot), act, HostRefused, timeout_s)
+
+    def _check_slot(self, slot: Slot) -> None:
+        Slot.checked(*slot)
+        if slot.controller >= self.world.controllers:
+            raise InvalidRequest(f"slot {slot}: the VM has {self.world.controllers} SCSI controllers", slot=slot)
 
 
 class FakeGuest:
@@ -186,21 +265,28 @@ class FakeGuest:
         self.world = world
 
     def check(self, slot: Slot | None, config: MountConfig | None) -> None:
-        pass
+        if slot is not None:
+            Slot.checked(*slot)
 
     async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
         world = self.world
+        self.check(slot, config)
 
         def act() -> None:
-            if slot not in world.guest_devices:
-                raise GuestRefused(f"no disk came at {slot}")
             if guest_path in world.mounts:
-                raise GuestBusy(f"{guest_path} is in use")
-            if not config.read_only and world.bus[slot].read_only:
-                raise GuestRefused(f"the disk at {slot} is read-only")
+                raise GuestPathInUse(f"{guest_path} is in use", slot=slot)
+            if slot not in world.guest_devices:
+                raise DeadlineExceeded(f"no disk came at {slot} within {timeout_s:g} s", slot=slot)
+            there = world.bus[slot]
+            if not config.read_only and there.read_only:
+                raise GuestRefused(f"the disk at {slot} is read-only", slot=slot)
+            path = there.identity.partition(":")[2]
+            if path in world.blank and not config.ensure_filesystem:
+                raise GuestRefused(f"no file system that we know is on the disk at {slot}", slot=slot)
+            world.blank.discard(path)
             world.mounts[guest_path] = (slot, config)
 
-        await world.step("mount", f"{slot} {guest_path}", act, GuestRefused)
+        await world.step("mount", f"{slot} {guest_path}", act, GuestRefused, timeout_s)
 
     async def unmount(
         self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float, force: bool
@@ -212,12 +298,12 @@ class FakeGuest:
             if there is None:
                 return
             if there[0] != slot:
-                raise GuestRefused(f"{guest_path} holds the disk at {there[0]}")
+                raise InvalidRequest(f"{guest_path} holds the disk at {there[0]}, which is another", slot=slot)
             if (user := world.busy.get(guest_path)) and not force:
                 raise GuestBusy(f"{guest_path} is in use", holders=[user])
             del world.mounts[guest_path]
 
-        await world.step("unmount", f"{slot} {guest_path}", act, GuestRefused)
+        await world.step("unmount", f"{slot} {guest_path}", act, GuestRefused, timeout_s)
 
     async def eject(self, slot: Slot, *, timeout_s: float, force: bool) -> None:
         world = self.world
@@ -230,19 +316,19 @@ class FakeGuest:
                 del world.mounts[PurePosixPath(path)]
             world.guest_devices.pop(slot, None)
 
-        await world.step("eject", str(slot), act, GuestRefused)
+        await world.step("eject", str(slot), act, GuestRefused, timeout_s)
 
     async def probe_mount(self, slot: Slot, *, guest_path: PurePosixPath, timeout_s: float) -> bool:
-        await self.world.step("probe_mount", f"{slot} {guest_path}", lambda: None, GuestRefused)
+        await self.world.step("probe_mount", f"{slot} {guest_path}", lambda: None, GuestRefused, timeout_s)
         there = self.world.mounts.get(guest_path)
         return there is not None and there[0] == slot
 
     async def probe_device(self, slot: Slot, *, timeout_s: float) -> bool:
-        await self.world.step("probe_device", str(slot), lambda: None, GuestRefused)
+        await self.world.step("probe_device", str(slot), lambda: None, GuestRefused, timeout_s)
         return slot in self.world.guest_devices
 
     async def grow(self, slot: Slot, *, mounts: Sequence[tuple[MountConfig, PurePosixPath]], timeout_s: float) -> None:
-        await self.world.step("grow", str(slot), lambda: None, GuestRefused)
+        await self.world.step("grow", str(slot), lambda: None, GuestRefused, timeout_s)
 
 
 class MemoryJournal:

@@ -47,6 +47,7 @@ class HcsFile:
     path: str
     format: DiskFormat = DiskFormat.VHDX
     size_bytes: int = 1 << 30
+    blank: bool = False  # without a file system
     rights: set[str] = field(default_factory=set)  # ids of VMs; "group" for all of them
     opened_by: dict[str, bool] = field(default_factory=dict)  # who has it open, and whether only to read
 
@@ -90,6 +91,7 @@ class HcsWorld:
         self.bus: dict[Slot, dict[str, Any]] = {}
         self.devices: set[Slot] = set()  # that the guest knows
         self.mounts: dict[str, Slot] = {}
+        self.busy: set[str] = set()  # guest paths that a program uses
         self.sent: list[Sent] = []
         self.log: list[str] = []  # every step, and every right given and taken
         self.harm: list[str] = []
@@ -259,7 +261,7 @@ class HcsWorld:
             raise Refused(HCS_E_INVALID_JSON, f"a Windows guest does not know {dict(request)}")
         match step:
             case "mount":
-                self._mount(slot, path)
+                self._mount(slot, path, settings)
             case "unmount":
                 self._unmount(slot, path)
             case "eject":
@@ -267,13 +269,21 @@ class HcsWorld:
             case _:
                 raise Refused(E_FAIL, f"{request.get('ResourceType')} is not supported")
 
-    def _mount(self, slot: Slot, path: str) -> None:
+    def _mount(self, slot: Slot, path: str, settings: Mapping[str, Any]) -> None:
         if slot not in self.devices:
             self.harm.append(f"the guest waits for ever for a device at {slot}")
             raise Refused(E_FAIL, f"no device at {slot}")
         if path in self.mounts:
             self.harm.append(f"a second mount at {path} deleted the files of the disk at {self.mounts[path]}")
             raise Refused(E_FAIL, "device or resource busy")
+        disk = self.bus[slot]
+        if self.os is GuestOS.LINUX and disk.get("ReadOnly") and not settings.get("ReadOnly"):
+            raise Refused(E_FAIL, "permission denied")  # mount(2) of a device that cannot be written
+        file = self.file(disk["Path"])
+        if file is not None and file.blank:
+            if not settings.get("EnsureFilesystem"):
+                raise Refused(E_FAIL, "invalid argument")
+            file.blank = False
         self.mounts[path] = slot
 
     def _unmount(self, slot: Slot, path: str) -> None:
@@ -282,6 +292,8 @@ class HcsWorld:
             raise Refused(E_FAIL, f"no device at {slot}")
         if self.mounts.get(path, slot) != slot:
             self.harm.append(f"{path} of the disk at {self.mounts[path]} was unmounted for the one at {slot}")
+        if path in self.busy:
+            raise Refused(E_FAIL, "device or resource busy")
         self.mounts.pop(path, None)
         if self.os is GuestOS.LINUX and self.schema is Schema.SEED:
             self._eject(slot)  # in those days one request did both

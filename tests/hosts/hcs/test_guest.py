@@ -12,6 +12,7 @@ from utilityvm.errors import (
     GuestBusy,
     GuestPathInUse,
     GuestRefused,
+    InvalidRequest,
     NotSupported,
     OutcomeUnknown,
     WrongState,
@@ -215,7 +216,8 @@ async def test_a_path_in_use_is_not_mounted_over(guest: HcsGuest, world: HcsWorl
     await mount(guest)
     with pytest.raises(GuestPathInUse):
         await mount(guest, Slot(0, 3))
-    await mount(guest)  # is so already
+    with pytest.raises(GuestPathInUse):
+        await mount(guest)
     assert len(world.sent) == 1
     assert world.harm == []
 
@@ -271,7 +273,9 @@ async def test_the_next_disk_of_a_slot_is_mounted_and_ejected_as_the_first(guest
 
 async def test_anothers_mount_at_the_path_is_left_alone(guest: HcsGuest, world: HcsWorld) -> None:
     await mount(guest)
-    await unmount(guest, Slot(0, 3))
+    with pytest.raises(InvalidRequest, match="0:2, not the one at 0:3"):
+        await unmount(guest, Slot(0, 3))
+    assert len(world.sent) == 1
     assert world.mounts == {"/mnt/data": SLOT}
 
 

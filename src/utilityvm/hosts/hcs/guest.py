@@ -27,6 +27,7 @@ from utilityvm.errors import (
     GuestPathInUse,
     GuestRefused,
     HostRefused,
+    InvalidRequest,
     NotSupported,
     OutcomeUnknown,
     UtilityVMError,
@@ -51,6 +52,7 @@ from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.transitions import MountState
 
 REFS: Final = "refs"
+_BUSY: Final = "device or resource busy"  # Go's text of EBUSY, which is all that a Linux guest says
 WINDOWS_BELOW: Final = PurePosixPath("/C:/mounts/scsi")
 
 
@@ -113,6 +115,8 @@ class HcsGuest:
 
     def check(self, slot: Slot | None, config: MountConfig | None) -> None:
         """Refuse what this guest cannot be told. See `GuestBackend.check`."""
+        if slot is not None:
+            Slot.checked(*slot)
         if config is not None:
             check_expressible(self._os, slot, guest_mount(config))
 
@@ -120,7 +124,8 @@ class HcsGuest:
         """See `GuestBackend.mount`.
 
         Raises:
-            GuestPathInUse, WrongState: another disk is there, or may be; nothing was sent.
+            GuestPathInUse: a disk is mounted there, or another may be; nothing was sent.
+            WrongState: this disk may be mounted there; nothing was sent.
             OutcomeUnknown: an eject of the device was not answered; nothing was sent.
         """
         self.check(slot, config)
@@ -133,9 +138,8 @@ class HcsGuest:
             )
         key = self._key(guest_path)
         if there := self._mounts.get(key):
-            if there.slot == slot and there.state is _State.MOUNTED:
-                return
-            kind = WrongState if there.state is not _State.MOUNTED else GuestPathInUse
+            is_doubtful = there.slot == slot and there.state is not _State.MOUNTED
+            kind = WrongState if is_doubtful else GuestPathInUse
             raise kind(
                 f"guest path {there.guest_path} is {there.state} with the disk at {there.slot}",
                 vm=self._system.id,
@@ -159,6 +163,7 @@ class HcsGuest:
         """See `GuestBackend.unmount`.
 
         Raises:
+            InvalidRequest: another disk is mounted there; nothing was sent.
             NotSupported: `force`, which these guests do not know; nothing was sent.
         """
         self._check_force(slot, force=force)
@@ -168,7 +173,9 @@ class HcsGuest:
             return
         mount = self._mounts.setdefault(key, _Mount(slot, guest_path, _State.MOUNTED))
         if mount.slot != slot:
-            return  # it is another disk's, so ours is not there
+            raise InvalidRequest(
+                f"{guest_path} holds the disk at {mount.slot}, not the one at {slot}", vm=self._system.id, slot=slot
+            )
         await self._settle(key, deadline)
         if key not in self._mounts:
             return
@@ -302,6 +309,8 @@ class HcsGuest:
 
     def _refused(self, error: HostRefused, what: str, slot: Slot) -> UtilityVMError:
         reason = error.reason if isinstance(error, HcsRefused) else str(error)
+        if _BUSY in reason:
+            return GuestBusy(f"{what}: {reason}", vm=self._system.id, slot=slot, remedy="end what uses it")
         return GuestRefused(f"{what}: {reason}", vm=self._system.id, slot=slot)
 
     def _unknown(self, what: str, slot: Slot) -> OutcomeUnknown:

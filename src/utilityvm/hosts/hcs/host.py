@@ -342,7 +342,9 @@ class HcsHost:
 
     async def _forget(self, attachment: str) -> None:
         """It is not on the bus: the VM needs no right to it any more."""
-        entry = self._attachments.pop(attachment)
+        entry = self._attachments.pop(attachment, None)
+        if entry is None:
+            return  # another detach of it was quicker
         try:
             async with asyncio.timeout(_TAKE_RIGHT_S):
                 if entry.access is VMAccess.GROUP:

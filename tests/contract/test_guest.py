@@ -1,0 +1,259 @@
+"""What every guest backend does: mount, unmount and eject in every order, and every refusal has its type."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import PurePosixPath
+
+import pytest
+
+from contract_vms import SOON, ContractVM
+from utilityvm.errors import (
+    DeadlineExceeded,
+    GuestBusy,
+    GuestPathInUse,
+    GuestRefused,
+    InvalidRequest,
+    NotSupported,
+)
+from utilityvm.scsi.ports import MountConfig
+from utilityvm.scsi.slot import Slot
+
+SLOT, NEXT = Slot(0, 1), Slot(2, 5)
+PATH, OTHER = PurePosixPath("/mnt/one"), PurePosixPath("/mnt/two")
+
+
+async def test_a_disk_is_mounted_unmounted_and_ejected(vm: ContractVM) -> None:
+    name = await vm.attach(vm.image(), SLOT)
+    assert not await vm.probe_mount(SLOT, PATH)
+    await vm.mount(SLOT, PATH)
+    assert await vm.probe_mount(SLOT, PATH)
+    assert await vm.probe_device(SLOT)
+    await vm.unmount(SLOT, PATH)
+    assert not await vm.probe_mount(SLOT, PATH)
+    assert await vm.probe_device(SLOT)
+    await vm.eject(SLOT)
+    assert not await vm.probe_device(SLOT)
+    assert await vm.probe(SLOT, name), "the host's part is the host's"
+    await vm.detach(SLOT, name)
+
+
+async def test_doing_twice_what_is_done_is_done(vm: ContractVM) -> None:
+    name = await vm.attach(vm.image(), SLOT)
+    await vm.unmount(SLOT, PATH)  # was never mounted
+    await vm.mount(SLOT, PATH)
+    await vm.unmount(SLOT, PATH)
+    await vm.unmount(SLOT, PATH)
+    await vm.eject(SLOT)
+    await vm.eject(SLOT)
+    await vm.unmount(SLOT, PATH)
+    await vm.detach(SLOT, name)
+    await vm.eject(SLOT)
+    assert not await vm.probe_device(SLOT)
+
+
+async def test_a_path_holds_one_mount(vm: ContractVM) -> None:
+    one, two = await vm.attach(vm.image("a"), SLOT), await vm.attach(vm.image("b"), NEXT)
+    await vm.mount(SLOT, PATH)
+    for slot in (NEXT, SLOT):
+        with pytest.raises(GuestPathInUse):
+            await vm.mount(slot, PATH)
+    assert await vm.probe_mount(SLOT, PATH)
+    assert not await vm.probe_mount(NEXT, PATH)
+    await vm.unmount(SLOT, PATH)
+    await vm.mount(NEXT, PATH)
+    assert await vm.probe_mount(NEXT, PATH)
+    await vm.unmount(NEXT, PATH)
+    await vm.take_away(SLOT, one)
+    await vm.take_away(NEXT, two)
+
+
+async def test_two_mounts_at_one_path_at_once_are_one_mount_and_one_refusal(vm: ContractVM) -> None:
+    one, two = await vm.attach(vm.image("a"), SLOT), await vm.attach(vm.image("b"), NEXT)
+    results = await asyncio.gather(vm.mount(SLOT, PATH), vm.mount(NEXT, PATH), return_exceptions=True)
+    assert sorted(type(result).__name__ for result in results) == ["GuestPathInUse", "NoneType"]
+    winner, loser = (SLOT, NEXT) if results[0] is None else (NEXT, SLOT)
+    assert await vm.probe_mount(winner, PATH)
+    assert not await vm.probe_mount(loser, PATH)
+    await vm.unmount(winner, PATH)
+    await vm.take_away(SLOT, one)
+    await vm.take_away(NEXT, two)
+
+
+async def test_a_mount_is_not_unmounted_for_another_disk(vm: ContractVM) -> None:
+    one, two = await vm.attach(vm.image("a"), SLOT), await vm.attach(vm.image("b"), NEXT)
+    await vm.mount(SLOT, PATH)
+    with pytest.raises(InvalidRequest):
+        await vm.unmount(NEXT, PATH)
+    assert await vm.probe_mount(SLOT, PATH)
+    await vm.unmount(SLOT, PATH)
+    await vm.take_away(SLOT, one)
+    await vm.take_away(NEXT, two)
+
+
+async def test_a_mounted_disk_is_not_ejected(vm: ContractVM) -> None:
+    name = await vm.attach(vm.image(), SLOT)
+    await vm.mount(SLOT, PATH)
+    await vm.mount(SLOT, OTHER)
+    with pytest.raises(GuestBusy) as caught:
+        await vm.eject(SLOT)
+    assert any(str(PATH) in holder for holder in caught.value.holders)
+    await vm.unmount(SLOT, PATH)
+    with pytest.raises(GuestBusy) as caught:
+        await vm.eject(SLOT)
+    assert any(str(OTHER) in holder for holder in caught.value.holders)
+    assert await vm.probe_mount(SLOT, OTHER)
+    await vm.unmount(SLOT, OTHER)
+    await vm.take_away(SLOT, name)
+
+
+async def test_force_ejects_what_is_mounted_or_is_refused(vm: ContractVM) -> None:
+    name = await vm.attach(vm.image(), SLOT)
+    await vm.mount(SLOT, PATH)
+    if vm.knows_force:
+        await vm.eject(SLOT, force=True)
+        assert not await vm.probe_mount(SLOT, PATH)
+        assert not await vm.probe_device(SLOT)
+        await vm.detach(SLOT, name)
+    else:
+        with pytest.raises(NotSupported):
+            await vm.eject(SLOT, force=True)
+        assert await vm.probe_mount(SLOT, PATH)
+        await vm.unmount(SLOT, PATH)
+        await vm.take_away(SLOT, name)
+
+
+async def test_a_mount_in_use_stays_until_it_is_free_or_forced(vm: ContractVM) -> None:
+    name = await vm.attach(vm.image(), SLOT)
+    await vm.mount(SLOT, PATH)
+    async with vm.in_use(PATH):
+        with pytest.raises(GuestBusy) as caught:
+            await vm.unmount(SLOT, PATH)
+        if vm.is_asked:
+            assert any("sleep" in holder for holder in caught.value.holders)
+        assert await vm.probe_mount(SLOT, PATH)
+        if vm.knows_force:
+            await vm.unmount(SLOT, PATH, force=True)
+            assert not await vm.probe_mount(SLOT, PATH)
+        else:
+            with pytest.raises(NotSupported):
+                await vm.unmount(SLOT, PATH, force=True)
+            assert await vm.probe_mount(SLOT, PATH)
+    await vm.unmount(SLOT, PATH)
+    await vm.take_away(SLOT, name)
+
+
+async def test_a_read_only_disk_is_mounted_read_only_or_not_at_all(vm: ContractVM) -> None:
+    name = await vm.attach(vm.image(), SLOT, read_only=True)
+    with pytest.raises(GuestRefused):
+        await vm.mount(SLOT, PATH)
+    assert not await vm.probe_mount(SLOT, PATH)
+    await vm.mount(SLOT, PATH, read_only=True)
+    assert await vm.probe_mount(SLOT, PATH)
+    await vm.unmount(SLOT, PATH, read_only=True)
+    await vm.take_away(SLOT, name)
+
+
+async def test_a_writable_disk_is_mounted_either_way(vm: ContractVM) -> None:
+    name = await vm.attach(vm.image(), SLOT)
+    for read_only in (True, False):
+        await vm.mount(SLOT, PATH, read_only=read_only)
+        await vm.unmount(SLOT, PATH, read_only=read_only)
+    await vm.take_away(SLOT, name)
+
+
+async def test_a_refused_mount_leaves_nothing_and_may_be_tried_again(vm: ContractVM) -> None:
+    name = await vm.attach(vm.image(blank=True), SLOT)
+    with pytest.raises(GuestRefused):
+        await vm.mount(SLOT, PATH)
+    assert not await vm.probe_mount(SLOT, PATH)
+    await vm.mount(SLOT, PATH, ensure_filesystem=True, filesystem="ext4")
+    assert await vm.probe_mount(SLOT, PATH)
+    await vm.unmount(SLOT, PATH, ensure_filesystem=True, filesystem="ext4")
+    await vm.mount(SLOT, PATH)  # now it has one
+    await vm.unmount(SLOT, PATH)
+    await vm.take_away(SLOT, name)
+
+
+async def test_no_disk_is_not_mounted(vm: ContractVM) -> None:
+    if vm.waits_for_ever:
+        pytest.skip("hcsshim's guest waits for ever for such a disk, so no client may ask for it")
+    with pytest.raises(DeadlineExceeded):
+        await vm.mount(SLOT, PATH, timeout_s=SOON)
+    assert not await vm.probe_mount(SLOT, PATH)
+    assert not await vm.probe_device(SLOT)
+
+
+@pytest.mark.parametrize("slot", [Slot(4, 0), Slot(0, 64)])
+async def test_a_slot_that_does_not_exist_is_refused(vm: ContractVM, slot: Slot) -> None:
+    with pytest.raises(InvalidRequest):
+        vm.guest.check(slot, MountConfig())
+    with pytest.raises(InvalidRequest):
+        await vm.mount(slot, PATH)
+    assert not await vm.probe_mount(SLOT, PATH)
+
+
+async def test_a_disk_pulled_from_under_a_mount_leaves_a_mount_to_be_cleared(vm: ContractVM) -> None:
+    """No manager does this. The path is not free by it, and the guest's steps still come to their end."""
+    name = await vm.attach(vm.image(), SLOT, read_only=True)
+    await vm.mount(SLOT, PATH, read_only=True)
+    await vm.detach(SLOT, name)
+    assert not await vm.probe(SLOT, name)
+    vm.forgive()
+    assert await vm.probe_mount(SLOT, PATH)
+    if not vm.waits_for_ever:
+        await vm.unmount(SLOT, PATH, read_only=True)
+        assert not await vm.probe_mount(SLOT, PATH)
+        await vm.eject(SLOT)
+        assert not await vm.probe_device(SLOT)
+
+
+async def test_a_disk_detached_before_it_was_ejected_is_ejected_by_that(vm: ContractVM) -> None:
+    name = await vm.attach(vm.image(), SLOT)
+    await vm.mount(SLOT, PATH)
+    await vm.unmount(SLOT, PATH)
+    await vm.detach(SLOT, name)
+    vm.forgive()
+    await vm.eject(SLOT)
+    assert not await vm.probe_device(SLOT)
+
+
+async def test_the_next_disk_at_a_slot_is_another_disk(vm: ContractVM) -> None:
+    for image in "ab":
+        name = await vm.attach(vm.image(image), SLOT)
+        assert not await vm.probe_mount(SLOT, PATH)
+        await vm.mount(SLOT, PATH)
+        await vm.unmount(SLOT, PATH)
+        await vm.take_away(SLOT, name)
+
+
+async def test_after_a_mount_without_an_answer_the_probe_tells_the_truth(vm: ContractVM) -> None:
+    name = await vm.attach(vm.image(), SLOT)
+    await vm.mount(SLOT, OTHER)  # so the device is there
+    with vm.silence():
+        with pytest.raises(DeadlineExceeded):
+            await vm.mount(SLOT, PATH, timeout_s=SOON)
+        probing = asyncio.create_task(vm.probe_mount(SLOT, PATH))
+        await asyncio.sleep(0)  # so it is sent, and comes to the guest right behind the mount
+    found = await probing
+    assert [await vm.probe_mount(SLOT, PATH) for _ in range(20)] == [found] * 20
+    await vm.unmount(SLOT, PATH)
+    assert not await vm.probe_mount(SLOT, PATH)
+    await vm.mount(SLOT, PATH)
+    await vm.unmount(SLOT, PATH)
+    await vm.unmount(SLOT, OTHER)
+    await vm.take_away(SLOT, name)
+
+
+async def test_an_unmount_and_an_eject_without_an_answer_may_be_sent_again(vm: ContractVM) -> None:
+    name = await vm.attach(vm.image(), SLOT)
+    await vm.mount(SLOT, PATH)
+    with vm.silence(), pytest.raises(DeadlineExceeded):
+        await vm.unmount(SLOT, PATH, timeout_s=SOON)
+    await vm.unmount(SLOT, PATH)
+    assert not await vm.probe_mount(SLOT, PATH)
+    with vm.silence(), pytest.raises(DeadlineExceeded):
+        await vm.eject(SLOT, timeout_s=SOON)
+    await vm.eject(SLOT)
+    assert not await vm.probe_device(SLOT)
+    await vm.detach(SLOT, name)

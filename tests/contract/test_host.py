@@ -1,0 +1,237 @@
+"""What every host backend does: a disk comes on the bus, and goes, and every refusal has its type."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from contract_vms import SOON, ContractVM, T, attach
+from utilityvm.errors import (
+    AlreadyAttached,
+    DeadlineExceeded,
+    DiskInUse,
+    InvalidRequest,
+    NotAttached,
+    NotSupported,
+)
+from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest
+from utilityvm.scsi.slot import Slot
+
+SLOT, NEXT, LAST = Slot(0, 1), Slot(0, 2), Slot(3, 63)
+
+
+async def test_an_attached_disk_is_there_and_a_detached_one_is_not(vm: ContractVM) -> None:
+    for slot in (SLOT, LAST):
+        name = await vm.attach(vm.image(), slot)
+        assert await vm.probe(slot, name)
+        await vm.take_away(slot, name)
+        assert not await vm.probe(slot, name)
+
+
+async def test_what_was_never_attached_is_not_there_and_is_detached_already(vm: ContractVM) -> None:
+    assert not await vm.probe(SLOT, "never")
+    await vm.detach(SLOT, "never")
+    assert not await vm.probe(SLOT, "never")
+
+
+async def test_detaching_twice_is_detaching_once(vm: ContractVM) -> None:
+    name = await vm.attach(vm.image(), SLOT)
+    await vm.eject(SLOT)
+    await vm.detach(SLOT, name)
+    await vm.detach(SLOT, name)
+    assert not await vm.probe(SLOT, name)
+
+
+async def test_detaching_twice_at_once_takes_nothing_else_away(vm: ContractVM) -> None:
+    name, other = await vm.attach(vm.image("a"), SLOT), await vm.attach(vm.image("b"), NEXT)
+    await vm.eject(SLOT)
+    await asyncio.gather(vm.detach(SLOT, name), vm.detach(SLOT, name))
+    assert not await vm.probe(SLOT, name)
+    assert await vm.probe(NEXT, other)
+    await vm.take_away(NEXT, other)
+
+
+async def test_an_attachment_is_known_by_its_name_and_not_by_its_slot(vm: ContractVM) -> None:
+    first = await vm.attach(vm.image("a"), SLOT)
+    await vm.take_away(SLOT, first)
+    second = await vm.attach(vm.image("b"), SLOT)
+    assert not await vm.probe(SLOT, first)
+    await vm.detach(SLOT, first)  # a late retry
+    assert await vm.probe(SLOT, second)
+    await vm.take_away(SLOT, second)
+
+
+async def test_a_slot_holds_one_disk(vm: ContractVM) -> None:
+    first = await vm.attach(vm.image("a"), SLOT)
+    with pytest.raises(AlreadyAttached):
+        await vm.attach(vm.image("b"), SLOT, "second")
+    assert await vm.probe(SLOT, first)
+    assert not await vm.probe(SLOT, "second")
+    await vm.take_away(SLOT, first)
+
+
+async def test_a_name_has_one_disk(vm: ContractVM) -> None:
+    name = await vm.attach(vm.image("a"), SLOT)
+    with pytest.raises(AlreadyAttached):
+        await vm.attach(vm.image("b"), NEXT, name)
+    assert await vm.probe(SLOT, name)
+    await vm.take_away(SLOT, name)
+    again = await vm.attach(vm.image("c"), NEXT)
+    await vm.take_away(NEXT, again)
+
+
+@pytest.mark.parametrize("slot", [Slot(4, 0), Slot(0, 64), Slot(-1, 0), Slot(0, -1)])
+async def test_a_slot_that_does_not_exist_is_refused(vm: ContractVM, slot: Slot) -> None:
+    with pytest.raises(InvalidRequest):
+        await vm.attach(vm.image(), slot, "a")
+    assert not await vm.probe(slot, "a")
+
+
+async def test_many_disks_come_and_go_side_by_side(vm: ContractVM) -> None:
+    slots = [Slot(number % 4, 10 + number) for number in range(12)]
+    names = await asyncio.gather(*(vm.attach(vm.image(str(slot)), slot) for slot in slots))
+    assert await asyncio.gather(*map(vm.probe, slots, names)) == [True] * 12
+    await asyncio.gather(*map(vm.take_away, slots, names))
+    assert await asyncio.gather(*map(vm.probe, slots, names)) == [False] * 12
+
+
+async def test_a_disk_that_is_not_there_is_refused_by_name(vm: ContractVM) -> None:
+    path = vm.missing()
+    with pytest.raises(InvalidRequest) as caught:
+        await vm.host.open(DiskRequest(host_path=path, read_only=True))
+    assert str(caught.value.host_path) == path
+
+
+@pytest.mark.parametrize("path", ["", "/a\0b"])
+async def test_what_is_no_path_is_refused(vm: ContractVM, path: str) -> None:
+    with pytest.raises(InvalidRequest):
+        await vm.host.open(DiskRequest(host_path=path, read_only=True))
+
+
+async def test_a_file_is_no_physical_disk(vm: ContractVM) -> None:
+    request = DiskRequest(host_path=vm.image(), read_only=True, kind=AttachmentType.PASS_THRU)
+    with pytest.raises(InvalidRequest):
+        await vm.host.open(request)
+
+
+async def test_opening_looks_and_attaches_nothing(vm: ContractVM) -> None:
+    path = vm.image()
+    one = await vm.host.open(DiskRequest(host_path=path, read_only=False))
+    two = await vm.host.open(DiskRequest(host_path=path, read_only=True))
+    assert one.identity == two.identity
+    assert one.size_bytes == two.size_bytes > 0
+    assert isinstance(one.format, DiskFormat)
+    for disk in (one, two, one):
+        disk.close()
+
+
+async def test_what_was_opened_may_be_closed_when_it_is_attached(vm: ContractVM) -> None:
+    disk = await vm.host.open(DiskRequest(host_path=vm.image(), read_only=False))
+    await vm.host.attach(SLOT, disk, attachment="closed", timeout_s=T)
+    disk.close()
+    assert await vm.probe(SLOT, "closed")
+    await vm.take_away(SLOT, "closed")
+
+
+async def test_a_disk_of_another_kind_of_host_is_refused(vm: ContractVM) -> None:
+    class Foreign:
+        identity, format, size_bytes = "x", DiskFormat.RAW, 1
+
+        def close(self) -> None: ...
+
+    with pytest.raises(InvalidRequest):
+        await vm.host.attach(SLOT, Foreign(), attachment="a", timeout_s=T)
+    assert not await vm.probe(SLOT, "a")
+
+
+async def test_a_second_writer_in_the_same_vm_is_refused(vm: ContractVM) -> None:
+    path = vm.image()
+    first = await vm.attach(path, SLOT)
+    for read_only in (False, True):
+        with pytest.raises(DiskInUse):
+            await vm.attach(path, NEXT, "second", read_only=read_only)
+        assert not await vm.probe(NEXT, "second")
+    await vm.take_away(SLOT, first)
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "both"), [(True, True, True), (True, False, False), (False, True, False), (False, False, False)]
+)
+async def test_two_vms_share_a_disk_only_to_read(vm: ContractVM, here: bool, there: bool, both: bool) -> None:
+    path = vm.image()
+    name = await vm.attach(path, SLOT, read_only=here)
+    async with vm.other_vm() as other:
+        if both:
+            await attach(other, path, SLOT, "other", read_only=there)
+            await other.detach(SLOT, attachment="other", timeout_s=T)
+        else:
+            with pytest.raises(DiskInUse):
+                await attach(other, path, SLOT, "other", read_only=there)
+            assert not await other.probe(SLOT, attachment="other", timeout_s=T)
+        await vm.take_away(SLOT, name)
+        await attach(other, path, SLOT, "later", read_only=there)
+        assert await other.probe(SLOT, attachment="later", timeout_s=T)
+        await other.detach(SLOT, attachment="later", timeout_s=T)
+
+
+async def test_after_an_attach_without_an_answer_the_probe_tells_the_truth(vm: ContractVM) -> None:
+    disk = await vm.host.open(DiskRequest(host_path=vm.image(), read_only=False))
+    with vm.silence(), pytest.raises(DeadlineExceeded):
+        await vm.host.attach(SLOT, disk, attachment="late", timeout_s=SOON)
+    assert await vm.probe(SLOT, "late"), "it was sent, so it was done once there was somebody to do it"
+    disk.close()
+    await vm.take_away(SLOT, "late")
+
+
+async def test_a_detach_without_an_answer_may_be_sent_again(vm: ContractVM) -> None:
+    name = await vm.attach(vm.image(), SLOT)
+    await vm.eject(SLOT)
+    with vm.silence(), pytest.raises(DeadlineExceeded):
+        await vm.detach(SLOT, name, timeout_s=SOON)
+    await vm.detach(SLOT, name)
+    assert not await vm.probe(SLOT, name)
+
+
+async def test_after_a_detach_without_an_answer_the_probe_tells_the_truth(vm: ContractVM) -> None:
+    name = await vm.attach(vm.image(), SLOT)
+    await vm.eject(SLOT)
+    with vm.silence(), pytest.raises(DeadlineExceeded):
+        await vm.detach(SLOT, name, timeout_s=SOON)
+    assert not await vm.probe(SLOT, name)
+
+
+async def test_a_disk_grows_or_the_host_says_that_it_cannot(vm: ContractVM) -> None:
+    path = vm.image()
+    name = await vm.attach(path, SLOT)
+    before = await _size(vm, path)
+    if vm.grows:
+        await vm.host.resize(SLOT, attachment=name, size_bytes=before * 2, timeout_s=T)
+        assert await _size(vm, path) == before * 2
+        for error, slot, attachment, size_bytes in (
+            (InvalidRequest, SLOT, name, before * 2 + 1),
+            (NotAttached, NEXT, "never", before * 4),
+        ):
+            with pytest.raises(error):
+                await vm.host.resize(slot, attachment=attachment, size_bytes=size_bytes, timeout_s=T)
+    else:
+        with pytest.raises(NotSupported):
+            await vm.host.resize(SLOT, attachment=name, size_bytes=before * 2, timeout_s=T)
+        assert await _size(vm, path) == before
+    await vm.take_away(SLOT, name)
+
+
+async def test_a_read_only_disk_does_not_grow(vm: ContractVM) -> None:
+    path = vm.image()
+    name = await vm.attach(path, SLOT, read_only=True)
+    before = await _size(vm, path)
+    with pytest.raises(NotSupported):
+        await vm.host.resize(SLOT, attachment=name, size_bytes=before * 2, timeout_s=T)
+    assert await _size(vm, path) == before
+    await vm.take_away(SLOT, name)
+
+
+async def _size(vm: ContractVM, path: str) -> int:
+    disk = await vm.host.open(DiskRequest(host_path=path, read_only=True))
+    disk.close()
+    return disk.size_bytes
