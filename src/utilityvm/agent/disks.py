@@ -15,12 +15,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from utilityvm.agent import dm, filesystems, holders, mounting
+from utilityvm.agent import dm, filesystems, holders, mountinfo, mounting
 from utilityvm.agent.faults import Fault
 from utilityvm.agent.find_disk import Bus, Device, until, write
 
@@ -28,6 +28,8 @@ _STATE: Final = Path("/run/utilityvm/mounts.json")
 _FORBIDDEN: Final = ("/proc", "/sys", "/dev", "/run/utilityvm")
 _MAX_LUN: Final = 63
 _BLKFLSBUF: Final = 0x1261  # linux/fs.h
+_PASSING_S: Final = 1.0  # for a use that nobody can be named for
+_LOOK_AGAIN_S: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class DiskTable:
         with self._lock:
             entry = self._entries.get(str(path))
         if entry is None:
-            if holders.is_mounted(str(path)):
+            if mountinfo.is_mounted(str(path)):
                 raise Fault(f"{path} holds a mount that is not ours")
             return
         if ("Lun" in settings or "Controller" in settings) and (
@@ -110,7 +112,10 @@ class DiskTable:
                 numbers = {disk.number, *(part.number for part in self._bus.partitions(disk))}
                 users = holders.of_device(disk.node, disk.sysfs, numbers)
                 if users and not force:
-                    raise Fault("the guest still uses the disk", kind="busy", holders=users)
+                    raise _busy("the disk", users)
+                for line in reversed(holders.mounts_of(numbers) if users else []):
+                    with suppress(OSError):
+                        mounting.unmount(line.path, lazily=True)
                 _flush(disk)
             write(f"{scsi}/delete", "1")
             until(
@@ -128,7 +133,7 @@ class DiskTable:
                 size = disk.size_bytes
             except OSError:
                 disk = None
-        mounted = {line.path for line in holders.mount_lines()}
+        mounted = {line.path for line in mountinfo.mount_lines()}
         paths = [entry.path for entry in self._at(controller, lun) if entry.path in mounted]
         present = disk is not None or self._bus.scsi_device(controller, lun) is not None
         return {"Present": present, "SizeBytes": size, "MountPaths": paths}
@@ -148,7 +153,7 @@ class DiskTable:
         ]
 
     def grow(self, controller: int, lun: int, deadline: float) -> dict[str, Any]:
-        """Read the disk's size anew, and grow what is mounted from the whole of it."""
+        """Read the disk's size anew, and grow the writable file systems that are mounted from the whole of it."""
         with self._slot(controller, lun, deadline):
             scsi, disk = self._bus.scsi_device(controller, lun), self._bus.disk(controller, lun)
             if scsi is None or disk is None:
@@ -156,13 +161,16 @@ class DiskTable:
             write(f"{scsi}/rescan", "1")
             grown, left = [], []
             for entry in self._at(controller, lun):
-                if entry.partition or not entry.filesystem:
+                if entry.partition:
                     left.append(entry.path)
                     continue
                 for name in entry.mappings:
                     dm.grow(name, disk.size_bytes)
-                filesystems.grow(entry.node, entry.path, entry.filesystem, deadline)
-                grown.append(entry.path)
+                if entry.filesystem and not _is_read_only(entry.path):
+                    filesystems.grow(entry.node, entry.path, entry.filesystem, deadline)
+                    grown.append(entry.path)
+                else:
+                    left.append(entry.path)
             return {"SizeBytes": disk.size_bytes, "Grown": grown, "Left": left}
 
     def _where(self, settings: dict[str, Any]) -> tuple[int, int, int]:
@@ -194,7 +202,7 @@ class DiskTable:
                 raise Fault(f"{name} is in use", kind="busy", holders=[f"a mount at {name}"])
             self._claimed.add(name)
         try:
-            if not known and holders.is_mounted(name):
+            if not known and mountinfo.is_mounted(name):
                 raise Fault(f"{name} holds a mount already", kind="busy", holders=[f"a mount at {name}"])
             yield
         finally:
@@ -212,14 +220,13 @@ class DiskTable:
         extension = settings.get("Utilityvm") or {}
         read_only = bool(settings.get("ReadOnly"))
         how = mounting.words(settings.get("Options") or [], read_only=read_only)
-        node, mappings, is_scratch = device.node, list[str](), False
+        node, mappings = device.node, list[str]()
         if verity := extension.get("Verity"):
             if not read_only:
                 raise Fault("dm-verity needs a read-only mount", kind="invalid")
             node = self._map(undo, mappings, lambda name: dm.open_verity(name, node, device.size_bytes, verity))
         key = _key(settings, extension)
         if key is not None:
-            is_scratch = "Key" not in extension
             node = self._map(
                 undo, mappings, lambda name: dm.open_crypt(name, node, device.size_bytes, key, read_only=read_only)
             )
@@ -227,21 +234,9 @@ class DiskTable:
         if settings.get("EnsureFilesystem"):
             if read_only:
                 raise Fault("a file system cannot be made on a read-only disk", kind="invalid")
-            if mappings and not is_scratch and mounting.detect(node) is None and not extension.get("Reformat"):
-                # Through a wrong key everything looks like noise: only a blank device may be taken for an unused one.
-                if not filesystems.is_blank(device.node, device.size_bytes):
-                    raise Fault(
-                        "the device is not blank, and this key shows no file system on it; it was not formatted"
-                    )
-                extension = {**extension, "Reformat": True}
-            filesystems.ensure(
-                node,
-                device.size_bytes,
-                filesystem or "ext4",
-                reformat=bool(extension.get("Reformat")),
-                deadline=deadline,
-                trust_blank=is_scratch,
-            )
+            filesystem = filesystem or "ext4"
+            reformat = bool(extension.get("Reformat"))
+            filesystems.ensure(node, filesystem, below=device.node, reformat=reformat, deadline=deadline)
         made = _make_target(path, undo, as_file=bool(settings.get("BlockDev")))
         target = str(path)
         if settings.get("BlockDev"):
@@ -250,10 +245,7 @@ class DiskTable:
         else:
             filesystem = filesystem or mounting.detect(node) or ""
             if not filesystem:
-                raise Fault(
-                    f"no file system that we know is on the disk at {controller}:{lun}"
-                    + (f" partition {partition}" if partition else "")
-                )
+                raise Fault(_no_filesystem(f"{controller}:{lun}", partition, has_key=key is not None))
             mounting.mount(node, target, filesystem, how)
         undo.callback(mounting.unmount, target, lazily=True)
         return Entry(str(path), controller, lun, partition, filesystem, made, mappings, node)
@@ -268,24 +260,18 @@ class DiskTable:
         return node
 
     def _unmount(self, entry: Entry, *, force: bool) -> None:
-        target = entry.path
-        if holders.is_mounted(entry.path):
-            number = _device_number(target, entry)
+        """Unmount it, and undo all that was made for it. Busy, and not `force`: everything is as it was."""
+        if not force:
+            self._refuse_used(entry)
+        if mountinfo.is_mounted(entry.path):
             if entry.filesystem:
                 try:
-                    mounting.sync_filesystem(target)
+                    mounting.sync_filesystem(entry.path)
                 except OSError as error:
                     if not force:
-                        raise Fault(f"what was written to {target} does not reach the disk: {error.strerror}") from None
-            try:
-                mounting.unmount(target)
-            except OSError as error:
-                if error.errno != errno.EBUSY:
-                    raise
-                if not force:
-                    users = holders.of_mount(target, number)
-                    raise Fault(f"{target} is in use", kind="busy", holders=users) from None
-                mounting.unmount(target, lazily=True)
+                        text = f"what was written to {entry.path} does not reach the disk: {error.strerror}"
+                        raise Fault(text) from None
+            _let_go(entry.path, force=force)
         for name in reversed(entry.mappings):
             dm.close(name, deferred=force)
         for made in reversed(entry.made):
@@ -294,13 +280,20 @@ class DiskTable:
             self._entries.pop(entry.path, None)
             self._save()
 
+    def _refuse_used(self, entry: Entry) -> None:
+        """Refuse to unmount what is used beside the mount: the disk could not be ejected, and the mount were gone."""
+        if any(other.node == entry.node and other is not entry for other in self._at(entry.controller, entry.lun)):
+            return  # the device stays for that one
+        if users := holders.beside_mount(entry.path, entry.node):
+            raise _busy(entry.path, users)
+
     def _load(self) -> None:
         """After a restart of the agent: what is still mounted of what was."""
         try:
             known = [Entry(**fields) for fields in json.loads(self._state.read_text())]
         except (OSError, ValueError, TypeError):
             return
-        mounted = {line.path for line in holders.mount_lines()}
+        mounted = {line.path for line in mountinfo.mount_lines()}
         self._entries = {entry.path: entry for entry in known if entry.path in mounted}
 
     def _save(self) -> None:
@@ -334,6 +327,13 @@ def _key(settings: dict[str, Any], extension: dict[str, Any]) -> bytes | None:
             raise Fault(f"a key of {len(key)} bytes: 32 or 64 are needed", kind="invalid")
         return key
     return os.urandom(64) if settings.get("Encrypted") or extension.get("Scratch") else None
+
+
+def _no_filesystem(slot: str, partition: int, *, has_key: bool) -> str:
+    where = f"the disk at {slot}" + (f" partition {partition}" if partition else "")
+    if has_key:
+        return f"no file system that we know shows on {where} with this key: it is another key, or none was made there"
+    return f"no file system that we know is on {where}"
 
 
 def _make_target(path: PurePosixPath, undo: ExitStack, *, as_file: bool) -> list[str]:
@@ -375,10 +375,32 @@ def _remove_made(path: Path) -> None:
         pass  # somebody uses it: it is theirs now
 
 
-def _device_number(target: str, entry: Entry) -> tuple[int, int]:
-    status = os.stat(target)
-    number = status.st_dev if entry.filesystem else status.st_rdev
-    return os.major(number), os.minor(number)
+def _busy(what: str, users: list[str]) -> Fault:
+    more = f", and {len(users) - 1} more" if len(users) > 1 else ""
+    return Fault(f"{what} is in use: {users[0]}{more}", kind="busy", holders=users)
+
+
+def _let_go(path: str, *, force: bool) -> None:
+    """Unmount what is at `path`; `force` takes it off the tree, and the kernel lets go when its last user does."""
+    while force and mountinfo.is_mounted(path):
+        mounting.unmount(path, lazily=True)
+    give_up = time.monotonic() + _PASSING_S
+    while mountinfo.is_mounted(path):
+        try:
+            mounting.unmount(path)
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            if users := holders.of_mount(path):
+                raise _busy(path, users) from None
+        if time.monotonic() >= give_up:
+            raise _busy(path, ["something in the kernel has it"])
+        time.sleep(_LOOK_AGAIN_S)  # a program that has just ended still lets go of its files
+
+
+def _is_read_only(path: str) -> bool:
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 
 def _flush(disk: Device) -> None:

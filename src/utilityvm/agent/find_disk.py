@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import select
 import socket
@@ -22,6 +23,7 @@ _T = TypeVar("_T")
 _NETLINK_KOBJECT_UEVENT: Final = 15  # linux/netlink.h
 _LOOK_AGAIN_S: Final = 0.25  # without any event: for one that was lost
 _SCAN_AFTER_S: Final = 0.5
+_BLKRRPART: Final = 0x125F  # linux/fs.h
 
 
 class Device(NamedTuple):
@@ -154,7 +156,7 @@ class Bus:
         """The disk, or one of its partitions, once it can be opened.
 
         Raises:
-            Fault: it did not come in time.
+            Fault: it did not come in time (kind "timeout"), or has no such partition (kind "not_found").
         """
         where = f"controller {controller} LUN {lun}"
 
@@ -166,13 +168,31 @@ class Bus:
         if not partition:
             return disk
 
-        def look_inside() -> Device | None:
-            part = self.partition(disk, partition)
-            return part if part and _opens(part) else None
+        found = self.partition(disk, partition)
+        if found is None:
+            # The kernel reads the table when the disk comes; asked to read it again, it first ends what it is at.
+            _read_table(disk)
+            found = self.partition(disk, partition)
+        if found is None:
+            there = sorted(int(read(f"{part.sysfs}/partition")) for part in self.partitions(disk))
+            has = f"it has {', '.join(map(str, there))}" if there else "it has no partition table that we know"
+            raise Fault(f"the disk at {where} has no partition {partition}: {has}", kind="not_found")
+        part = found
+        return until(
+            lambda: part if _opens(part) else None,
+            deadline=deadline,
+            what=f"partition {partition} of the disk at {where} does not open",
+        )
 
-        # The kernel has read the table by the time that the disk opens; the node follows at once or never.
-        deadline = min(deadline, time.monotonic() + 5.0)
-        return until(look_inside, deadline=deadline, what=f"the disk at {where} shows no partition {partition}")
+
+def _read_table(disk: Device) -> None:
+    """Have the kernel read the partition table. One that is in use was read before, and stays."""
+    fd = os.open(disk.node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(fd, _BLKRRPART, 0)
+    finally:
+        os.close(fd)
 
 
 def _opens(device: Device) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
-from utilityvm.agent import holders, mounting
+from utilityvm.agent import mountinfo, mounting
 from utilityvm.agent.faults import Fault
 
 _FIFREEZE: Final = 0xC0045877  # linux/fs.h
@@ -147,18 +147,20 @@ class Freezer:
         """Thaw all that was frozen.
 
         Raises:
-            Fault: one stays frozen; names it, after all the others were thawed.
+            Fault: one stays frozen; names it, after all the others were thawed. The next time it is tried again.
         """
-        failures = []
-        while self._frozen:
-            fd, path = self._frozen.pop()
+        failures: list[str] = []
+        left: list[tuple[int, str]] = []
+        for fd, path in reversed(self._frozen):
             try:
                 self._filesystems.thaw(fd)
             except OSError as error:
                 if error.errno != errno.EINVAL:  # that is: somebody else has thawed it
                     failures.append(f"{path} cannot be thawed: {error.strerror}")
-            finally:
-                self._filesystems.close(fd)
+                    left.insert(0, (fd, path))
+                    continue
+            self._filesystems.close(fd)
+        self._frozen = left
         if failures:
             raise Fault("; ".join(failures))
         self._write_mark(_IS_THAWED)

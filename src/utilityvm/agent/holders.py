@@ -1,87 +1,92 @@
-"""Who in the guest uses a mount or a device. For the host's error, so that a person can do something about it."""
+"""Who in the guest uses a mount or a device. For the host's error, so that a person can do something about it.
+
+Three things keep the kernel from letting go. What holds a *mount* makes umount(2) fail: open files, working folders,
+programs, mapped files, loop devices, swap files, bound sockets, mounts below it. What holds its *file system* goes on
+after the mount is gone: a bind mount elsewhere, a copy in another mount namespace, an overlay over it. What holds its
+*device* does so beside any mount: whoever opened it, a mapping, a loop device, swap.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
-from collections.abc import Iterator
+import re
+import stat
+import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
+
+from utilityvm.agent.mountinfo import MountLine, lines_at, mount_lines, stands_alone, taken_along
+
+Number = tuple[int, int]
 
 _AT_MOST: Final = 20
+_LOOP_GET_STATUS64: Final = 0x4C05  # linux/loop.h
+_LOOP_INFO: Final = struct.Struct("=Q Q Q 208x")  # struct loop_info64: the file's device, its inode, its own number
+_OVERLAY_FOLDERS: Final = re.compile(r"(?:^|,)(?:lowerdir|upperdir|workdir)=([^,]*)")
 
 
-class MountLine(NamedTuple):
-    """A line of /proc/self/mountinfo."""
-
-    number: tuple[int, int]
-    root: str
-    path: str
-    filesystem: str
-    source: str
-    read_only: bool
-    is_written: bool  # the file system itself is not read-only, whatever this mount of it is
+def of_mount(path: str) -> list[str]:
+    """Who keeps what is mounted at `path` from being unmounted."""
+    here = lines_at(path)
+    if not here:
+        return []
+    below = [f"{line.filesystem} mounted at {line.path}" for line in mount_lines() if line.path.startswith(f"{path}/")]
+    return [*below, *_processes(here[-1].id), *_files(path, here[-1]), *_sockets(path)][:_AT_MOST]
 
 
-def mount_lines(mountinfo: Path = Path("/proc/self/mountinfo")) -> Iterator[MountLine]:
-    """What is mounted. Source: proc_pid_mountinfo(5)."""
-    with mountinfo.open(encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            before, _, after = line.partition(" - ")
-            fields, rest = before.split(), after.split()
-            major, minor = fields[2].split(":")
-            yield MountLine(
-                (int(major), int(minor)),
-                fields[3],
-                _plain(fields[4]),
-                rest[0],
-                _plain(rest[1]),
-                read_only="ro" in fields[5].split(","),
-                is_written="rw" in rest[-1].split(","),
-            )
+def beside_mount(path: str, node: str) -> list[str]:
+    """Who would go on using `node`, which is mounted or published at `path`, if it were unmounted there."""
+    number = _number(node)
+    if number is None:
+        return []
+    pids = list(_pids())
+    found = _mappings(f"/sys/dev/block/{number[0]}:{number[1]}")
+    elsewhere = list(_elsewhere({number}, pids))
+    if elsewhere or not stands_alone(path, number):
+        found += _other_mounts(path, node, number, elsewhere)
+    return [*found, *_loops(number), *_swaps({number}), *_openers({number}, pids)][:_AT_MOST]
 
 
-def _plain(text: str) -> str:
-    for code, sign in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        text = text.replace(code, sign)
-    return text
-
-
-def is_mounted(path: str, mountinfo: str = "/proc/self/mountinfo") -> bool:
-    """Is anything mounted at `path`? Looks for the words and parses nothing."""
-    for sign, code in (("\\", "\\134"), (" ", "\\040"), ("\t", "\\011"), ("\n", "\\012")):
-        path = path.replace(sign, code)
-    with open(mountinfo, "rb", buffering=0) as lines:
-        data = lines.readall()
-    return b" %s " % os.fsencode(path) in data
-
-
-def of_mount(path: str, number: tuple[int, int]) -> list[str]:
-    """Who uses the file system with device `number` that is mounted at `path`."""
-    return [*_other_mounts(path, number), *_processes(os.makedev(*number))][:_AT_MOST]
-
-
-def of_device(node: str, sysfs: str, numbers: set[tuple[int, int]]) -> list[str]:
+def of_device(node: str, sysfs: str, numbers: set[Number]) -> list[str]:
     """Who uses a disk: `numbers` are its own and its partitions', `sysfs` is its folder."""
     found = []
     if not _is_free(node):
-        found += [f"mounted at {line.path}" for line in mount_lines() if line.number in numbers]
+        found += [f"mounted at {line.path}" for line in mounts_of(numbers)]
+        found += [text for _, text in _elsewhere(numbers, _pids())]
         disk = Path(sysfs)
         for folder in (disk, *(entry.parent for entry in disk.glob("*/partition"))):
-            for holder in (folder / "holders").glob("*"):
-                with contextlib.suppress(OSError):
-                    name = holder / "dm/name"
-                    found.append(f"{holder.name} ({name.read_text().strip()})" if name.exists() else holder.name)
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/swaps").read_text().splitlines()[1:]:
-                with contextlib.suppress(OSError):
-                    status = os.stat(line.split()[0])
-                    if (os.major(status.st_rdev), os.minor(status.st_rdev)) in numbers:
-                        found.append(f"swap on {line.split()[0]}")
+            found += _mappings(str(folder))
+        found += _swaps(numbers)
         found = found or ["something in the kernel has it"]
-    found += _openers({os.makedev(*number) for number in numbers})
+    for number in sorted(numbers):
+        found += _loops(number)
+    found += _openers(numbers, _pids())
     return found[:_AT_MOST]
+
+
+def mounts_of(numbers: set[Number]) -> list[MountLine]:
+    """The mounts of file systems on these devices, the newest last."""
+    return [line for line in mount_lines() if _is_of(line, numbers)]
+
+
+def _is_of(line: MountLine, numbers: set[Number]) -> bool:
+    if line.number in numbers:
+        return True
+    # A btrfs has a number of its own; the device is what it was mounted from.
+    return line.number[0] == 0 and line.source.startswith("/") and _number(line.source) in numbers
+
+
+def _number(node: str) -> Number | None:
+    """The number of a block device; None for what is none, or is gone."""
+    try:
+        status = os.stat(node)
+    except OSError:
+        return None
+    return (os.major(status.st_rdev), os.minor(status.st_rdev)) if stat.S_ISBLK(status.st_mode) else None
 
 
 def _is_free(node: str) -> bool:
@@ -93,39 +98,175 @@ def _is_free(node: str) -> bool:
     return True
 
 
-def _other_mounts(path: str, number: tuple[int, int]) -> list[str]:
-    return [
-        f"{line.filesystem} mounted at {line.path}"
-        for line in mount_lines()
-        if line.path.startswith(f"{path}/")  # below it, whatever it is
-    ]
+def _other_mounts(path: str, node: str, number: Number, elsewhere: list[tuple[MountLine, str]]) -> Iterator[str]:
+    """Mounts that would stay, those over ours, and overlays that have the folder."""
+    lines = list(mount_lines())
+    target = None
+    for line in reversed(lines):
+        if line.path == path:
+            if _is_of(line, {number}) or _is_published(line, node):
+                target = line
+                break
+            yield f"{line.filesystem} mounted at {path}, over it"
+    if target is None:
+        return
+    ending = taken_along(target, [*lines, *(line for line, _ in elsewhere)])
+    yield from (f"mounted at {line.path}" for line in lines if _is_of(line, {number}) and line.id not in ending)
+    yield from (text for line, text in elsewhere if line.id not in ending)
+    for line in lines:
+        if line.filesystem == "overlay" and any(_is_in(folder, path) for folder in _folders(line)):
+            yield f"overlay mounted at {line.path}"
 
 
-def _processes(device: int) -> Iterator[str]:
-    """Processes that have something of the file system `device` open, or stand in it."""
+def _is_published(line: MountLine, node: str) -> bool:
+    return line.filesystem == "devtmpfs" and line.root.startswith(f"/{os.path.basename(node)}")
+
+
+def _folders(overlay: MountLine) -> Iterator[str]:
+    for folders in _OVERLAY_FOLDERS.findall(overlay.super_options):
+        yield from folders.split(":")
+
+
+def _is_in(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+def _elsewhere(numbers: set[Number], pids: Iterable[int]) -> Iterator[tuple[MountLine, str]]:
+    """Mounts of the devices in other mount namespaces than ours."""
+    seen = {os.readlink("/proc/self/ns/mnt")}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+            if namespace not in seen:
+                seen.add(namespace)
+                for line in mount_lines(f"/proc/{pid}/mountinfo"):
+                    if _is_of(line, numbers):
+                        where = f"the mount namespace of process {pid} ({_name(pid)})"
+                        yield line, f"mounted at {line.path} in {where}"
+
+
+def _mappings(sysfs: str) -> list[str]:
+    """The devices (device-mapper's, md's) that are made of this one."""
+    found = []
+    for holder in Path(sysfs, "holders").glob("*"):
+        with contextlib.suppress(OSError):
+            name = holder / "dm/name"
+            found.append(f"{holder.name} ({name.read_text().strip()})" if name.exists() else holder.name)
+    return found
+
+
+def _processes(mount_id: int) -> Iterator[str]:
+    """Processes that have something of a mount open, stand in it, or have it in their memory."""
     for pid in _pids():
-        name = _name(pid)
-        base = f"/proc/{pid}"
+        name, base = _name(pid), f"/proc/{pid}"
         for what, link in (("its working folder", "cwd"), ("its root", "root"), ("its program", "exe")):
             with contextlib.suppress(OSError):
-                if os.stat(f"{base}/{link}").st_dev == device:
+                if _mount_id(f"{base}/{link}") == mount_id:
                     yield f"process {pid} ({name}) has {what} there: {os.readlink(f'{base}/{link}')}"
+        is_open = set[str]()
         with contextlib.suppress(OSError):
             for fd in os.listdir(f"{base}/fd"):
                 with contextlib.suppress(OSError):
-                    if os.stat(f"{base}/fd/{fd}").st_dev == device:
-                        yield f"process {pid} ({name}) has {os.readlink(f'{base}/fd/{fd}')} open"
+                    if _mount_id_in(f"{base}/fdinfo/{fd}") == mount_id:
+                        is_open.add(os.readlink(f"{base}/fd/{fd}"))
+        yield from (f"process {pid} ({name}) has {path} open" for path in sorted(is_open))
+        mapped = set[str]()
+        with contextlib.suppress(OSError):
+            for area in os.listdir(f"{base}/map_files"):
+                with contextlib.suppress(OSError):
+                    if _mount_id(f"{base}/map_files/{area}") == mount_id:
+                        mapped.add(os.readlink(f"{base}/map_files/{area}"))
+        mapped -= is_open
+        with contextlib.suppress(OSError):
+            mapped.discard(os.readlink(f"{base}/exe"))
+        yield from (f"process {pid} ({name}) has {path} in its memory" for path in sorted(mapped))
 
 
-def _openers(devices: set[int]) -> list[str]:
+def _mount_id(path: str) -> int:
+    """The mount that what a link of /proc leads to was reached by."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return _mount_id_in(f"/proc/self/fdinfo/{fd}")
+    finally:
+        os.close(fd)
+
+
+def _mount_id_in(fdinfo: str) -> int:
+    with open(fdinfo) as lines:
+        for line in lines:
+            if line.startswith("mnt_id:"):
+                return int(line.split()[1])
+    return 0
+
+
+def _files(path: str, line: MountLine) -> Iterator[str]:
+    """What the kernel itself has open of a file system's files: backing files of loop devices, swap files."""
+    device = os.stat(path).st_dev
+    for name, (file_device, _) in _loop_devices():
+        if file_device in (device, os.makedev(*line.number)):
+            yield f"{name}, a loop device on a file of it"
+    for swap in _swap_paths():
+        with contextlib.suppress(OSError):
+            status = os.stat(swap)
+            if status.st_dev == device and stat.S_ISREG(status.st_mode):
+                yield f"swap in {swap}"
+
+
+def _sockets(path: str) -> Iterator[str]:
+    """Sockets that are bound to a name below `path`."""
+    with contextlib.suppress(OSError), open("/proc/net/unix", errors="surrogateescape") as lines:
+        for line in lines:
+            fields = line.rstrip("\n").split(maxsplit=7)
+            if len(fields) == 8 and _is_in(fields[7], path):
+                yield f"a socket at {fields[7]}"
+
+
+def _loops(number: Number) -> list[str]:
+    """Loop devices on a block device. They claim nothing, so only asking them shows them."""
+    device = os.makedev(*number)
+    return [f"{name}, a loop device on it" for name, (_, own) in _loop_devices() if own == device]
+
+
+def _loop_devices() -> Iterator[tuple[str, tuple[int, int]]]:
+    with contextlib.suppress(OSError):
+        for entry in os.listdir("/sys/block"):
+            if entry.startswith("loop") and os.path.exists(f"/sys/block/{entry}/loop"):
+                with contextlib.suppress(OSError):
+                    yield entry, _loop_info(f"/dev/{entry}")
+
+
+def _loop_info(node: str) -> tuple[int, int]:
+    """The file system of the file that is behind a loop device, and the number of the device that it is, or 0."""
+    fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        info = bytearray(_LOOP_INFO.size)
+        fcntl.ioctl(fd, _LOOP_GET_STATUS64, info)
+        device, _, own = _LOOP_INFO.unpack(info)
+        return device, own
+    finally:
+        os.close(fd)
+
+
+def _swaps(numbers: set[Number]) -> list[str]:
+    return [f"swap on {path}" for path in _swap_paths() if _number(path) in numbers]
+
+
+def _swap_paths() -> list[str]:
+    with contextlib.suppress(OSError), open("/proc/swaps") as lines:
+        return [line.split()[0] for line in lines.readlines()[1:]]
+    return []
+
+
+def _openers(numbers: Iterable[Number], pids: Iterable[int]) -> list[str]:
     """Processes that have one of the block devices itself open."""
+    devices = {os.makedev(*number) for number in numbers}
     found = []
-    for pid in _pids():
+    for pid in pids:
         with contextlib.suppress(OSError):
             for fd in os.listdir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(OSError):
                     status = os.stat(f"/proc/{pid}/fd/{fd}")
-                    if status.st_rdev in devices and (status.st_mode & 0o170000) == 0o060000:
+                    if status.st_rdev in devices and stat.S_ISBLK(status.st_mode):
                         found.append(f"process {pid} ({_name(pid)}) has {os.readlink(f'/proc/{pid}/fd/{fd}')} open")
     return found
 

@@ -8,7 +8,7 @@ import signal
 import time
 from typing import Final
 
-from utilityvm.agent import holders
+from utilityvm.agent import mountinfo
 from utilityvm.agent.processes import all_processes, send
 
 _RB_POWER_OFF: Final = 0x4321FEDC  # linux/reboot.h, LINUX_REBOOT_CMD_POWER_OFF
@@ -46,7 +46,7 @@ def end_programs() -> None:
 
 def unmount_disks() -> None:
     """Unmount what is on a block device, the last mounted first; what will not go is made read-only."""
-    for line in reversed(list(holders.mount_lines())):
+    for line in reversed(list(mountinfo.mount_lines())):
         if line.source.startswith("/dev/") and line.path != "/":
             target = line.path.encode("utf-8", "surrogateescape")
             if _libc.umount2(target, 0):
