@@ -141,7 +141,9 @@ class FakeVM(ContractVM):
 
     @asynccontextmanager
     async def other_vm(self) -> AsyncIterator[HostBackend]:
-        yield FakeHost(FakeWorld(neighbours=[self.world]))
+        other = FakeWorld(neighbours=[self.world])
+        self.world.neighbours.append(other)
+        yield FakeHost(other)
 
     @asynccontextmanager
     async def in_use(self, guest_path: PurePosixPath) -> AsyncIterator[None]:
