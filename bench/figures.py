@@ -32,7 +32,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 def ext4_images(folder: Path, count: int, *, image_format: str = "qcow2", size_mib: int = 16) -> list[Path]:
     """`count` images of one small ext4 file system that holds the file `hello`."""
     tree = folder / "tree"
-    tree.mkdir(exist_ok=True)
+    tree.mkdir(parents=True, exist_ok=True)
     (tree / "hello").write_text("hello\n")
     raw = folder / "base.raw"
     run(

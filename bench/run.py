@@ -11,7 +11,7 @@ import importlib
 import sys
 import time
 
-BENCHES = ("manager", "disks", "cli", "memory")
+BENCHES = ("manager", "disks", "templates", "cli", "memory")
 
 
 def main() -> int:

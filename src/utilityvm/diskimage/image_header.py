@@ -50,14 +50,6 @@ class ImageHeader:
     disputes: tuple[str, ...] = ()  # where two readers of this image would disagree; each a full sentence
     write_refusal: str | None = None  # why QEMU could not write to it
 
-    @property
-    def blocks_migration(self) -> bool:
-        """Does QEMU refuse to save a VM's state while it has this image open, even read-only? So no template of it.
-
-        Source: QEMU block/vpc.c, block/vhdx.c and block/vmdk.c, migrate_add_blocker.
-        """
-        return self.format in (DiskFormat.VHD, DiskFormat.VHDX, DiskFormat.VMDK)
-
 
 def driver_options(header: ImageHeader) -> dict[str, None]:
     """What QEMU's `blockdev-add` must be told beyond driver and file, so that it follows no name in the image.

@@ -7,7 +7,7 @@ every other VM of that file. The disks are on the command line, not hot-plugged:
 A disk is a chain of layers, the top one first; each has a descriptor set of its own. The top's set names the
 attachment, as for a disk that was hot-plugged, and the sets below name whose they are, so that they go with it.
 
-Source: docs/decisions/0007-device-state-without-memory.md.
+Source: docs/decisions/0008-device-state-without-memory.md.
 """
 
 from __future__ import annotations
