@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Annotated, Final, Literal, Self
 
@@ -162,6 +163,45 @@ class SavedDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def where(self) -> Slot:
         return Slot.parse(self.slot)
+
+    def records(self, identity: str, *, holder: Holder) -> list[Record]:
+        """What the journal of the VM's owner had of it. What processes held is `holder`'s: they were another host's."""
+        disk = DiskRecord(
+            attachment=self.attachment,
+            slot=self.where(),
+            host_path=self.host_path,
+            identity=identity,
+            kind=self.kind,
+            format=self.format,
+            access=self.access,
+            read_only=self.read_only,
+            size_bytes=self.size_bytes,
+            state=DiskState.ATTACHED,
+            since=self.since,
+        )
+        mounts = (
+            MountRecord(
+                mount=mount.mount,
+                attachment=self.attachment,
+                guest_path=PurePosixPath(mount.guest_path),
+                config=mount.config(),
+                state=MountState.MOUNTED,
+                since=mount.since,
+            )
+            for mount in self.mounts
+        )
+        reservations = (
+            ReservationRecord(
+                reservation=one.reservation,
+                attachment=self.attachment,
+                mount=one.mount,
+                holder=Holder(name=one.holder) if one.pid is None else holder,
+                state=ReservationState.HELD,
+                since=one.since,
+            )
+            for one in self.reservations
+        )
+        return [disk, *mounts, *reservations]
 
     def request(self) -> DiskRequest:
         return DiskRequest(
@@ -364,11 +404,14 @@ async def locate(
         identities[identity] = disk.host_path
     records: list[Record] = []
     for disk, identity in zip(state.disks, identities, strict=True):
-        records += await _located(disk, identity, host, guest, holder=holder, new_id=new_id, timeout_s=timeout_s)
-    return [record for kind in _ORDER for record in records if isinstance(record, kind)]
+        as_exported = disk.records(identity, holder=holder)
+        records += await _located(disk, as_exported, host, guest, new_id=new_id, timeout_s=timeout_s)
+    return sorted(records, key=_place)
 
 
-_ORDER: Final = (DiskRecord, MountRecord, ReservationRecord)
+def _place(record: Record) -> int:
+    """Disks come first in a journal, then mounts, then reservations."""
+    return 0 if isinstance(record, DiskRecord) else 1 if isinstance(record, MountRecord) else 2
 
 
 async def _identity(disk: SavedDisk, host: HostBackend) -> str:
@@ -392,61 +435,31 @@ async def _identity(disk: SavedDisk, host: HostBackend) -> str:
 
 async def _located(
     disk: SavedDisk,
-    identity: str,
+    records: Sequence[Record],
     host: HostBackend,
     guest: GuestBackend,
     *,
-    holder: Holder,
     new_id: Callable[[], str],
     timeout_s: float,
-) -> Sequence[Record]:
+) -> list[Record]:
     slot = disk.where()
     there = await host.probe(slot, attachment=disk.attachment, timeout_s=timeout_s)
     attachment = disk.attachment if there else new_id()
-    records: list[Record] = [
-        DiskRecord(
-            attachment=attachment,
-            slot=slot,
-            host_path=disk.host_path,
-            identity=identity,
-            kind=disk.kind,
-            format=disk.format,
-            access=disk.access,
-            read_only=disk.read_only,
-            size_bytes=disk.size_bytes,
-            state=DiskState.ATTACHED if there else DiskState.RESERVED,
-            since=disk.since,
-        )
-    ]
-    for mount in disk.mounts:
-        path = PurePosixPath(mount.guest_path)
-        mounted = there and await guest.probe_mount(slot, guest_path=path, timeout_s=timeout_s)
-        if mount.encryption and not mounted:
-            raise WrongState(
-                f"{disk.host_path} is not mounted at {path} in this VM, and its key did not travel",
-                slot=slot,
-                host_path=disk.host_path,
-                remedy="release it before the export, and add it with its key after the move",
-            )
-        records.append(
-            MountRecord(
-                mount=mount.mount,
-                attachment=attachment,
-                guest_path=path,
-                config=mount.config(),
-                state=MountState.MOUNTED if mounted else MountState.RESERVED,
-                since=mount.since,
-            )
-        )
-    for one in disk.reservations:
-        records.append(
-            ReservationRecord(
-                reservation=one.reservation,
-                attachment=attachment,
-                mount=one.mount,
-                holder=Holder(name=one.holder) if one.pid is None else holder,
-                state=ReservationState.HELD,
-                since=one.since,
-            )
-        )
-    return records
+    located: list[Record] = []
+    for record in records:
+        record = replace(record, attachment=attachment)
+        if isinstance(record, DiskRecord) and not there:
+            record = replace(record, state=DiskState.RESERVED)
+        elif isinstance(record, MountRecord):
+            path = record.guest_path
+            if not (there and await guest.probe_mount(slot, guest_path=path, timeout_s=timeout_s)):
+                record = replace(record, state=MountState.RESERVED)
+                if record.config.encryption is not None:
+                    raise WrongState(
+                        f"{disk.host_path} is not mounted at {path} in this VM, and its key did not travel",
+                        slot=slot,
+                        host_path=disk.host_path,
+                        remedy="release it before the export, and add it with its key after the move",
+                    )
+        located.append(record)
+    return located

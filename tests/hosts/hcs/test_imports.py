@@ -10,7 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 
-PURE = ["test_gojson.py", "test_documents.py", "test_gob.py", "test_clone.py", "test_winpath.py"]
+PURE = ["test_gojson.py", "test_documents.py", "test_gob.py", "test_clone.py", "test_winpath.py", "test_savedstate.py"]
 
 WITHOUT_UNIX = """
 import socket, sys

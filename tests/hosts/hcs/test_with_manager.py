@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,15 +18,17 @@ from utilityvm.errors import (
     GuestRefused,
     HostRefused,
     InvalidRequest,
+    Migrating,
     NotSupported,
     OutcomeUnknown,
 )
-from utilityvm.hosts.hcs import clone
+from utilityvm.hosts.hcs import clone, savedstate
 from utilityvm.hosts.hcs.documents import GuestOS
 from utilityvm.hosts.hcs.gob import SCSIMount
 from utilityvm.hosts.hcs.guest import HcsGuest
 from utilityvm.hosts.hcs.host import GroupAccess, HcsHost
 from utilityvm.scsi.manager import ScsiManager
+from utilityvm.scsi.migration import ScsiState
 from utilityvm.scsi.ports import AttachmentType, DiskRequest, Holder, MountConfig, ScratchKey, VMAccess
 from utilityvm.scsi.reservation import Reservation
 from utilityvm.scsi.steps import StepTimeouts
@@ -54,6 +57,7 @@ class VM:
         guest = HcsGuest(self.world, self.world.os, is_read_only=host.is_read_only)
         host.adopt(self.journal.read())
         guest.adopt(self.journal.read())
+        self.host, self.guest = host, guest
         self.manager = ScsiManager(host, guest, self.journal, controllers=4, timeouts=self._timeouts, vm=self.world.id)
 
     async def inherit(self, *, is_alive: bool) -> list[str]:
@@ -61,6 +65,15 @@ class VM:
         self.journal = self.journal.copy()
         self._begin()
         return await self.manager.restore(is_alive=lambda _: is_alive)
+
+    async def moved(self, state: ScsiState) -> VM:
+        """The VM on the host that it moved to, where HCS runs it with what it has."""
+        there = VM(self.world.os)
+        there.world = self.world
+        there._begin()
+        there.guest.adopt(await there.host.adopt_state(state))
+        there.manager.import_state(state, holder=ME)
+        return there
 
     async def add(self, path: str = A, guest_path: str | None = None, **options: Any) -> Reservation:
         mount: MountConfig | None = options.pop("mount", MountConfig())
@@ -349,6 +362,42 @@ async def test_a_new_owner_finishes_what_the_old_one_began(step: str, happened: 
 
 async def _add_and_release(vm: VM) -> None:
     await vm.manager.release(await vm.add())
+
+
+@pytest.mark.parametrize("os", GuestOS)
+@pytest.mark.parametrize("access", VMAccess)
+async def test_a_vm_that_moves_keeps_its_disks(os: GuestOS, access: VMAccess) -> None:
+    vm = VM(os)
+    vm.world.file(A).rights |= {"group", vm.world.id}  # type: ignore[union-attr]
+    vm.world.file("C:\\b.vhdx").rights |= {"group", vm.world.id}  # type: ignore[union-attr]
+    reservations = [await vm.add(guest_path="/data", access=access), await vm.add("C:\\b.vhdx", mount=None)]
+    state = ScsiState.from_json((await vm.manager.export_state()).to_json())
+    sent = len(vm.sent)
+    there = await vm.moved(state)
+    with pytest.raises(Migrating):
+        await there.add("\\\\.\\PHYSICALDRIVE2", kind=AttachmentType.PASS_THRU, mount=None)
+    assert await there.manager.resume() == []
+    assert len(vm.sent) == sent
+    assert there.manager.slots() == [replace(view, phases={}) for view in vm.manager.slots()]
+    for reservation in reservations:
+        await there.manager.release(reservation.id)
+    assert (vm.world.bus, vm.world.mounts, vm.world.harm) == ({}, {}, [])
+    if access is VMAccess.INDIVIDUAL:
+        assert there.rights() == [{"group"}, {"group"}, set()]
+
+
+async def test_what_hcsshim_saved_is_gone_on_with() -> None:
+    vm = VM()
+    vm.world.file(A).rights.add(vm.world.id)  # type: ignore[union-attr]
+    await vm.add(guest_path="/run/mounts/scsi/0_0_1", mount=MountConfig(partition=1), access=VMAccess.NOOP)
+    payload = next(each for each in HEAD["controller"]["save_payloads"] if each["name"] == "one_mapped")
+    saved = savedstate.decode(bytes.fromhex(payload["payload_hex"]))
+    state, reserved = savedstate.to_state(saved, disks=vm.world.disks, holder="pods")
+    assert reserved == {}
+    there = await vm.moved(state)
+    assert await there.manager.resume() == []
+    await there.manager.release(payload["reservation"])
+    assert (vm.world.bus, vm.world.mounts, vm.world.harm) == ({}, {}, [])
 
 
 async def test_a_vms_disks_become_a_template() -> None:

@@ -45,7 +45,8 @@ from utilityvm.hosts.hcs.system import (
     Step,
 )
 from utilityvm.log import logger
-from utilityvm.scsi.ports import AttachmentType, DiskRecord, DiskRequest, OpenDisk, Record, VMAccess
+from utilityvm.scsi.migration import ScsiState
+from utilityvm.scsi.ports import AttachmentType, DiskRecord, DiskRequest, Holder, OpenDisk, Record, VMAccess
 from utilityvm.scsi.slot import LUNS_PER_CONTROLLER, MAX_CONTROLLERS, Slot
 from utilityvm.scsi.transitions import DiskState
 
@@ -159,6 +160,21 @@ class HcsHost:
             )
             if record.access is VMAccess.GROUP:
                 self._group.adopt(record.identity)
+
+    async def adopt_state(self, state: ScsiState) -> list[Record]:
+        """Take over the disks of a VM that has moved here, before its manager resumes. Gives what `HcsGuest` adopts.
+
+        HCS has moved the VM's bus with it, and cannot be asked what is there: what was exported is taken as it was.
+
+        Raises:
+            RequestError: a disk is not there, or may not be looked at; nothing was taken over.
+        """
+        records: list[Record] = []
+        for disk in state.disks:
+            identity = await asyncio.to_thread(self._disks.identity, disk.request())
+            records += disk.records(identity, holder=Holder(name=self._system.id))
+        self.adopt(record for record in records if record.attachment not in self._attachments)
+        return records
 
     # The HostBackend protocol.
 
