@@ -210,11 +210,5 @@ def _number_of(fd: int) -> tuple[int, int] | None:
     """The number that mountinfo has for the mount of `fd`; btrfs shows another to stat(2)."""
     with open(f"/proc/self/fdinfo/{fd}") as info:
         words = info.read().split()
-    mount_id = words[words.index("mnt_id:") + 1]
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            fields = line.split(maxsplit=3)
-            if fields[0] == mount_id:
-                major, minor = fields[2].split(":")
-                return int(major), int(minor)
-    return None
+    mount_id = int(words[words.index("mnt_id:") + 1])
+    return next((line.number for line in mountinfo.mount_lines() if line.id == mount_id), None)
