@@ -53,16 +53,19 @@ class Given:
         Fault: a part is missing or makes no sense.
         """
         try:
-            seed, hostname, machine_id = bytes.fromhex(body["Seed"]), body["Hostname"], body["MachineId"]
-            # No name or id that would be taken for something else in a file; what is a good one the host has looked at.
-            is_right = hostname.isprintable() and " " not in hostname and len(machine_id) == _MACHINE_ID_DIGITS
-            clock_ns = body["ClockNs"]
+            given = cls(bytes.fromhex(body["Seed"]), body["Hostname"], body["MachineId"], body["ClockNs"])
+            if given._makes_sense():
+                return given
         except (AttributeError, KeyError, TypeError, ValueError):
-            is_right = False
-        if not is_right or not isinstance(clock_ns, int) or len(seed) not in SEED_BYTES or not hostname:
-            text = "a clone needs a Seed of 32 to 512 bytes in hex, a Hostname, a MachineId and the ClockNs"
-            raise Fault(text, kind="invalid")
-        return cls(seed, hostname, machine_id, clock_ns)
+            pass
+        text = "a clone needs a Seed of 32 to 512 bytes in hex, a Hostname, a MachineId and the ClockNs"
+        raise Fault(text, kind="invalid")
+
+    def _makes_sense(self) -> bool:
+        """No name or id that would be taken for something else in a file; if it is a good one the host has asked."""
+        is_word = self.hostname.isprintable() and " " not in self.hostname and bool(self.hostname)
+        is_id = len(self.machine_id) == _MACHINE_ID_DIGITS
+        return is_word and is_id and len(self.seed) in SEED_BYTES and isinstance(self.clock_ns, int)
 
 
 class Kernel(Protocol):
