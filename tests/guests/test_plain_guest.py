@@ -22,8 +22,20 @@ from utilityvm.errors import (
     UtilityVMError,
 )
 from utilityvm.guests.bridge_guest import BridgeGuest
-from utilityvm.scsi.ports import CallerKey, MountConfig, ScratchKey, Verity
+from utilityvm.scsi.ports import (
+    AttachmentType,
+    CallerKey,
+    DiskFormat,
+    DiskRecord,
+    MountConfig,
+    MountRecord,
+    Record,
+    ScratchKey,
+    Verity,
+    VMAccess,
+)
 from utilityvm.scsi.slot import Slot
+from utilityvm.scsi.transitions import DiskState, MountState
 
 SLOT, OTHER = Slot(0, 1), Slot(1, 2)
 PATH = PurePosixPath("/run/mounts/scsi/m0")
@@ -241,6 +253,97 @@ async def test_a_mounted_disk_is_not_ejected(guest: BridgeGuest, gcs: FakeGcs) -
         await eject(guest)
     assert caught.value.holders == ("mounted at /run/mounts/scsi/m0",)
     assert gcs.attached == {SLOT, OTHER}
+
+
+@pytest.mark.parametrize("path", ["/etc", "/usr/lib/x", "/home", "/run", "/lib64/a", "/bin"])
+async def test_a_folder_of_the_guests_own_is_not_mounted_on(guest: BridgeGuest, gcs: FakeGcs, path: str) -> None:
+    """The real one removes it, with all that is in it, if the mount fails."""
+    with pytest.raises(NotSupported, match="the guest's own"):
+        await guest.mount(SLOT, PLAIN, guest_path=PurePosixPath(path), timeout_s=20)
+    assert not sent(gcs)
+
+
+@pytest.mark.parametrize("path", [PATH / "below", PATH.parent])
+async def test_no_mount_is_made_above_or_below_another(guest: BridgeGuest, gcs: FakeGcs, path: PurePosixPath) -> None:
+    """If it failed, the real one would delete what the other disk has there."""
+    await mount(guest)
+    with pytest.raises(GuestPathInUse, match="overlaps with"):
+        await guest.mount(OTHER, PLAIN, guest_path=path, timeout_s=20)
+    assert len(sent(gcs)) == 1
+    await unmount(guest)
+    await guest.mount(OTHER, PLAIN, guest_path=path, timeout_s=20)
+
+
+async def test_an_eject_without_an_answer_is_told_again_and_nothing_else_is(guest: BridgeGuest, gcs: FakeGcs) -> None:
+    gcs.silent.set()
+    with pytest.raises(DeadlineExceeded):
+        await guest.eject(SLOT, timeout_s=0.02, force=False)
+    gcs.silent.clear()
+    with pytest.raises(OutcomeUnknown, match="may be ejected"):
+        await mount(guest)
+    await unmount(guest)
+    assert not await guest.probe_mount(SLOT, guest_path=PATH, timeout_s=1)
+    assert len(sent(gcs)) == 1
+    assert not await guest.probe_device(SLOT, timeout_s=20)
+    gcs.attached.add(SLOT)
+    await mount(guest)
+
+
+async def test_an_eject_that_was_refused_changed_nothing(guest: BridgeGuest, gcs: FakeGcs) -> None:
+    gcs.refuse_next = "no"
+    with pytest.raises(GuestRefused):
+        await eject(guest)
+    await mount(guest)
+    assert await guest.probe_device(SLOT, timeout_s=1)
+
+
+def records(disk: DiskState, mounted: MountState) -> list[Record]:
+    return [
+        DiskRecord(
+            attachment="a",
+            slot=SLOT,
+            host_path="/a",
+            identity="a",
+            kind=AttachmentType.VIRTUAL_DISK,
+            format=DiskFormat.RAW,
+            access=VMAccess.NOOP,
+            read_only=False,
+            size_bytes=1,
+            state=disk,
+            since=0.0,
+        ),
+        MountRecord(mount="m", attachment="a", guest_path=PATH, config=PLAIN, state=mounted, since=0.0),
+    ]
+
+
+async def test_an_owner_after_one_that_died_knows_what_that_one_was_told(guest: BridgeGuest, gcs: FakeGcs) -> None:
+    gcs.mounts[str(PATH)] = [SLOT]
+    guest.adopt(records(DiskState.ATTACHED, MountState.MOUNTED))
+    with pytest.raises(GuestPathInUse):
+        await mount(guest, OTHER)
+    assert await guest.probe_mount(SLOT, guest_path=PATH, timeout_s=1)
+    await unmount(guest)
+    await eject(guest)
+
+
+@pytest.mark.parametrize("state", [MountState.MOUNTING, MountState.UNMOUNTING, MountState.MOUNT_UNKNOWN])
+async def test_an_owner_after_one_that_died_does_not_guess(guest: BridgeGuest, gcs: FakeGcs, state: MountState) -> None:
+    guest.adopt(records(DiskState.ATTACHED, state))
+    for asked in (mount(guest), guest.probe_mount(SLOT, guest_path=PATH, timeout_s=1)):
+        with pytest.raises(OutcomeUnknown):
+            await asked
+    assert not sent(gcs)
+
+
+@pytest.mark.parametrize("state", [DiskState.EJECTING, DiskState.EJECT_UNKNOWN, DiskState.EJECTED, DiskState.DETACHING])
+async def test_an_owner_after_one_that_died_ejects_again_what_may_be_there(
+    guest: BridgeGuest, gcs: FakeGcs, state: DiskState
+) -> None:
+    guest.adopt(records(state, MountState.UNMOUNTED))
+    await unmount(guest)
+    assert not sent(gcs)
+    assert not await guest.probe_device(SLOT, timeout_s=20)
+    assert len(sent(gcs)) == (state in (DiskState.EJECTING, DiskState.EJECT_UNKNOWN))
 
 
 async def test_a_gcs_that_dials_again_is_taken_with_all_that_is_known(

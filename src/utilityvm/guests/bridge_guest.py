@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Final
@@ -44,7 +44,7 @@ from utilityvm.guests.mount_settings import (
 )
 from utilityvm.guests.program import GuestProgram, OutputSink
 from utilityvm.log import logger
-from utilityvm.scsi.ports import MountConfig
+from utilityvm.scsi.ports import MountConfig, Record
 from utilityvm.scsi.slot import Slot
 
 __all__ = ["BridgeGuest", "CommandResult", "OutputSink"]
@@ -136,6 +136,13 @@ class BridgeGuest:
         if self._client:
             await self._client.close()
 
+    def adopt(self, records: Iterable[Record]) -> None:
+        """Take over what another owner of this VM wrote into its journal (`Journal.read`).
+
+        For a guest without our agent, which cannot be asked what it has mounted.
+        """
+        self._ledger.adopt(records)
+
     @property
     def has_our_agent(self) -> bool:
         """Does our own agent answer, and not another guest of the same protocol?"""
@@ -204,7 +211,11 @@ class BridgeGuest:
             return
         self._refuse_force(slot, force)
         self._ledger.before_eject(slot)
-        await self._modify("Remove", "SCSIDevice", settings, _Where(slot), timeout_s)
+        try:
+            await self._modify("Remove", "SCSIDevice", settings, _Where(slot), timeout_s)
+        except (GuestRefused, RequestError):
+            self._ledger.learn_not_ejected(slot)
+            raise
         self._ledger.learn_ejected(slot)
 
     async def probe_mount(self, slot: Slot, *, guest_path: PurePosixPath, timeout_s: float) -> bool:
@@ -214,8 +225,10 @@ class BridgeGuest:
         return str(guest_path) in (await self._probe(slot, timeout_s)).get("MountPaths", ())
 
     async def probe_device(self, slot: Slot, *, timeout_s: float) -> bool:
-        """See `GuestBackend.probe_device`."""
+        """See `GuestBackend.probe_device`. A guest that did not answer an eject, and cannot be asked, is told again."""
         if not self.has_our_agent:
+            if self._ledger.may_be_ejected(slot):  # the same once more is no harm, and leaves no doubt
+                await self.eject(slot, timeout_s=timeout_s, force=False)
             return self._ledger.is_present(slot)
         return (await self._probe(slot, timeout_s)).get("Present") is True
 
@@ -272,9 +285,10 @@ class BridgeGuest:
             NotSupported: the agent is of a guest image from before there were templates.
         """
         self._need_templates("become a template")
+        deadline = time.monotonic() + timeout_s
         answer = await self._ask(messages.QUIESCE, messages.request(HoldMs=int(hold_s * 1000)), timeout_s)
         # The agent's thread that answered has to come to rest, or each clone would begin by doing so.
-        await self.ping(timeout_s=timeout_s)
+        await self.ping(timeout_s=max(deadline - time.monotonic(), _ANSWER_S))
         for path in answer.get("Flushed") or ():
             _log.warning("%s cannot be frozen, and was only written out", path, vm=self._vm)
 

@@ -1,18 +1,23 @@
 """What a guest that cannot be asked has mounted, as far as its answers tell.
 
 hcsshim's gcs has no question for it, and does harm when it is told the wrong thing: a second Add at a path makes it
-delete every file of the disk that is mounted there, a Remove of a disk that is gone never ends, and it ejects a
-disk that is mounted. So before a message is sent to it, this says whether it may be. Our own agent needs none of it.
+delete every file of the disk that is mounted there, a failed one whatever was at the path, an Add or a Remove of a disk
+that is gone never ends, and it ejects a disk that is mounted. So before a message is sent to it, this says whether it
+may be. Our own agent needs none of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from utilityvm.errors import GuestBusy, GuestPathInUse, InvalidRequest, OutcomeUnknown
+from utilityvm.bridge import hazards
+from utilityvm.errors import GuestBusy, GuestPathInUse, InvalidRequest, NotSupported, OutcomeUnknown
+from utilityvm.scsi.ports import DiskRecord, MountRecord, Record
 from utilityvm.scsi.slot import Slot
+from utilityvm.scsi.transitions import DiskState, MountState
 
 
 class Fact(StrEnum):
@@ -34,6 +39,24 @@ class Ledger:
     def __init__(self) -> None:
         self._paths: dict[PurePosixPath, _Path] = {}
         self._ejected: set[Slot] = set()
+        self._ejecting: set[Slot] = set()  # asked for, and not answered
+
+    def adopt(self, records: Iterable[Record]) -> None:
+        """Take over what another owner of this VM wrote into its journal. Of what was not answered nothing is known."""
+        slots: dict[str, Slot] = {}
+        for record in records:
+            if isinstance(record, DiskRecord):
+                slots[record.attachment] = record.slot
+                if record.state in (DiskState.EJECTING, DiskState.EJECT_UNKNOWN):
+                    self._ejecting.add(record.slot)
+                elif record.state not in (DiskState.RESERVED, DiskState.ATTACHED):
+                    self._ejected.add(record.slot)
+            elif isinstance(record, MountRecord) and record.attachment in slots:
+                if record.state in (MountState.RESERVED, MountState.UNMOUNTED):
+                    fact = Fact.NOT_MOUNTED
+                else:
+                    fact = Fact.MOUNTED if record.state == MountState.MOUNTED else Fact.UNKNOWN
+                self.learn(slots[record.attachment], record.guest_path, fact)
 
     def fact(self, path: PurePosixPath) -> Fact:
         """What is known of `path`."""
@@ -44,9 +67,30 @@ class Ledger:
         """May it be told to mount?
 
         Raises:
-            GuestPathInUse: something is mounted there.
-            OutcomeUnknown: something may be; unmount it first.
+            NotSupported: the path is the guest's own.
+            GuestPathInUse: something is mounted there, or above or below it.
+            OutcomeUnknown: something may be; unmount it first. Or the disk may be ejected; probe it first.
         """
+        if hazards.is_precious(path):
+            raise NotSupported(
+                f"{path} is a folder of the guest's own, and this guest removes it if the mount fails",
+                slot=slot,
+                remedy="mount it at a path of its own, such as /run/mounts/data",
+            )
+        if slot in self._ejecting:
+            raise OutcomeUnknown(
+                f"the disk at {slot} may be ejected: this guest did not say",
+                slot=slot,
+                remedy="detach it, and attach it anew",
+            )
+        used = (other for other, known in self._paths.items() if known.fact is not Fact.NOT_MOUNTED)
+        if other := hazards.overlapping(path, used):
+            raise GuestPathInUse(
+                f"{path} overlaps with {other}, where the disk at {self._paths[other].slot} is: if the mount failed, "
+                "this guest would remove what is there",
+                slot=slot,
+                remedy="choose a path beside it",
+            )
         known = self._paths.get(path)
         if known and known.fact is Fact.MOUNTED:
             raise GuestPathInUse(f"{path} holds the disk at {known.slot} already", slot=slot)
@@ -68,7 +112,7 @@ class Ledger:
         if known and known.fact is Fact.MOUNTED and known.slot != slot:
             raise InvalidRequest(f"{path} holds the disk at {known.slot}, not the one at {slot}", slot=slot)
         is_there = known is not None and known.fact is not Fact.NOT_MOUNTED
-        return is_there or slot not in self._ejected
+        return is_there or slot not in self._ejected | self._ejecting
 
     def before_eject(self, slot: Slot) -> None:
         """May it be told to eject?
@@ -83,15 +127,25 @@ class Ledger:
         ]
         if holders:
             raise GuestBusy(f"{slot}: the disk is {', '.join(holders)}", holders=holders, slot=slot)
+        self._ejecting.add(slot)
 
     def learn(self, slot: Slot, path: PurePosixPath, fact: Fact) -> None:
         """The outcome of a mount or an unmount."""
         self._paths[path] = _Path(slot, fact)
 
+    def learn_not_ejected(self, slot: Slot) -> None:
+        """The guest refused to let go of the disk."""
+        self._ejecting.discard(slot)
+
     def learn_ejected(self, slot: Slot) -> None:
         """The guest let go of the disk."""
+        self._ejecting.discard(slot)
         self._ejected.add(slot)
         self._paths = {path: known for path, known in self._paths.items() if known.slot != slot}
+
+    def may_be_ejected(self, slot: Slot) -> bool:
+        """Was it asked to let go of the disk, and did not answer?"""
+        return slot in self._ejecting
 
     def is_mounted(self, slot: Slot, path: PurePosixPath) -> bool:
         """Is the disk mounted there?
@@ -102,8 +156,8 @@ class Ledger:
         known = self._paths.get(path)
         if known and known.fact is not Fact.UNKNOWN:
             return known.fact is Fact.MOUNTED and known.slot == slot
-        if slot in self._ejected:
-            return False
+        if slot in self._ejected | self._ejecting:
+            return False  # nothing of it was mounted when it was told to eject
         raise OutcomeUnknown(f"whether {path} holds the disk at {slot}, this guest cannot be asked", slot=slot)
 
     def is_present(self, slot: Slot) -> bool:
