@@ -8,7 +8,6 @@ UTILITYVM_CRASH=N begins with number N.
 from __future__ import annotations
 
 import asyncio
-import datetime
 import json
 import os
 import subprocess
@@ -25,6 +24,7 @@ import pytest_asyncio
 import crash_owner
 from agreement import check_agreement, folders, is_locked, read_in_guest, sizes_in_guest, until_guest_has_no_disks
 from crash_owner import JOB, KEEPER, KEPT, OPERATIONS, STOP, WRITTEN, Outcome, Task
+from points import chosen, takes_all
 from utilityvm import DeadlineExceeded, SCSIMount, UtilityVM, VMConfig, VMGone, VMNotFound, VMNotRunning
 from utilityvm import paths as places
 from utilityvm.guestimage.build import GuestImage
@@ -39,14 +39,6 @@ EVERY = 20
 NAME = "crashes"
 GREETING = "hello\n"
 BLANK = "blank.raw"
-
-
-def chosen(points: int) -> range:
-    """The numbers of the points at which a process is killed, of so many."""
-    wanted = os.environ.get("UTILITYVM_CRASH") or str(datetime.date.today().toordinal())
-    if wanted == "all":
-        return range(1, points + 1)
-    return range(1 + int(wanted) % min(EVERY, points), points + 1, EVERY)
 
 
 class Owners:
@@ -198,7 +190,7 @@ async def test_wherever_its_owner_dies_the_next_one_finds_all_as_promised(
 
     killed = 0
     points = (await end_at(0, JOB)).points
-    for number in chosen(points):
+    for number in chosen(points, every=EVERY):
         for holder in (JOB, None):
             killed += (await end_at(number, holder)).point is not None
     await end_at(0, None)  # every disk can be attached again
@@ -246,9 +238,9 @@ async def test_wherever_a_start_or_a_stop_is_cut_short_nothing_is_left_of_it(
     owners: Owners, folder: Path, guest_image: GuestImage
 ) -> None:
     image = folder / "one.raw"
-    which = chosen(sys.maxsize)
+    which = chosen(sys.maxsize, every=EVERY)
     # Without a holder's name the VM dies with its owner.
-    holders = (JOB, None) if which.step == 1 else ((JOB, None)[which.start % 2],)
+    holders = (JOB, None) if takes_all() else ((JOB, None)[which.start % 2],)
     killed = 0
 
     async def cut_short(number: int, holder: str | None) -> Outcome:

@@ -765,6 +765,20 @@ async def test_an_intent_that_cannot_be_written_is_a_step_that_is_not_sent(bench
     assert not bench.manager.slots()
 
 
+async def test_an_outcome_that_the_journal_did_not_take_is_written_by_the_next_repair(bench: Bench) -> None:
+    held = await bench.add("a")
+
+    async def gate(what: str) -> None:
+        if what.startswith("detach"):
+            bench.journal.fail_next()
+
+    bench.world.gate = gate
+    await bench.manager.release(held)
+    assert bench.journal.records, "it says that the disk is being detached"
+    await bench.manager.repair()
+    bench.check_empty()
+
+
 async def test_when_the_vm_dies_everyone_is_told_at_once(bench: Bench) -> None:
     held = await bench.add("a")
     reached, _ = await started(bench, "mount")

@@ -496,9 +496,10 @@ class ScsiManager:
         await self.settle()
 
     async def settle(self) -> None:
-        """Return when no work is under way in the background."""
+        """Return when no work is under way in the background, and the journal has all that it takes."""
         while self._workers.tasks:
             await asyncio.wait(self._workers.tasks)
+        self._ledger.flush()
 
     def mark_gone(self, error: UtilityVMError) -> None:
         """The VM died. Whoever waits is told at once; nothing is attached any more, and the journal says so."""

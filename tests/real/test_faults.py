@@ -1,0 +1,115 @@
+"""Whatever fails once, in whatever step: all is as it was before, or the same call once more finishes it.
+
+Every command to QEMU, request to the agent, write to the store, open and lock of an image is made to fail once, in
+adding a disk, giving it back, and growing it. On a real VM. The default takes every third of these faults, and
+UTILITYVM_CRASH=all takes all: see `points`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+
+from agreement import check_agreement, read_in_guest, sizes_in_guest
+from fault_points import Faults
+from points import chosen
+from utilityvm import SCSIMount, UtilityVM, UtilityVMError
+from utilityvm.testing.images import ext4_image
+
+pytestmark = pytest.mark.real
+
+EVERY = 3
+MIB = 1 << 20
+Act: TypeAlias = Callable[[], Awaitable[object]]
+
+
+class Bench:
+    """One image and a VM, and what is done with them."""
+
+    def __init__(self, vm: UtilityVM, image: Path) -> None:
+        self.vm = vm
+        self.image = image
+        self.held: SCSIMount | None = None
+
+    async def add(self) -> None:
+        self.held = await self.vm.add_scsi(self.image, "/data")
+
+    async def release(self) -> None:
+        assert self.held
+        await self.held.release()
+        self.held = None
+
+    async def resize(self) -> None:
+        await self.vm.resize_scsi(self.image, self.size_bytes + MIB)
+
+    async def prepare(self, operation: str) -> Act:
+        """Have all at hand for the operation, and give it."""
+        self.size_bytes = self.image.stat().st_size
+        if operation == "add":
+            return self.add
+        await self.add()
+        return {"release": self.release, "resize": self.resize}[operation]
+
+    def state(self) -> object:
+        slots = [(view.slot, view.host_path, view.state, view.references) for view in self.vm.scsi_slots()]
+        mounts = [(view.guest_path, view.state, view.references) for view in self.vm.scsi_mounts()]
+        return slots, mounts, [held.id for held in self.vm.scsi_reservations()]
+
+    async def leave(self) -> None:
+        """Give back what is held; then there is nothing of it anywhere."""
+        if self.held:
+            await self.release()
+        assert not self.vm.scsi_slots()
+        await self.check()
+
+    async def check(self) -> None:
+        await check_agreement(self.vm, [self.image])
+        if self.held:
+            assert await read_in_guest(self.vm, "/data/greeting") == "hello\n"
+            assert await sizes_in_guest(self.vm) == [self.image.stat().st_size]
+
+
+@pytest.fixture
+def bench(vm_booted: UtilityVM, tmp_path: Path) -> Bench:
+    return Bench(vm_booted, ext4_image(tmp_path / "disk.raw", {"greeting": "hello\n"}))
+
+
+@pytest.mark.parametrize("operation", ["add", "release", "resize"])
+async def test_after_one_fault_all_is_as_before_or_a_second_call_finishes_it(
+    operation: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+) -> None:
+    faults = Faults(bench.vm, monkeypatch)
+    act = await bench.prepare(operation)
+    with faults.counted() as counted:
+        await act()
+    await bench.leave()
+    points = [(fault, at) for fault, count in counted.items() for at in range(1, count + 1)]
+    tried = chosen(len(points), every=EVERY)
+    for number in tried:
+        fault, at = points[number - 1]
+        act = await bench.prepare(operation)
+        before = bench.state()
+        error: UtilityVMError | None = None
+        with faults.one(fault, at):
+            try:
+                await act()
+            except UtilityVMError as caught:
+                error = caught
+        try:
+            await bench.vm.scsi.repair()
+            if error is not None:
+                if operation == "add":
+                    assert bench.state() == before
+                await act()
+            await bench.check()
+            await bench.leave()
+        except BaseException as broken:
+            broken.add_note(f"{fault}, number {at}, in {operation}; it raised {error!r}")
+            raise
+    record_property("points", len(points))
+    record_property("faults, after all of which all came right", len(tried))
+    sys.stderr.write(f"{operation}: {len(tried)} faults of {len(points)}, and all came right\n")
