@@ -770,7 +770,7 @@ async def test_an_outcome_that_the_journal_did_not_take_is_written_by_the_next_r
 
     async def gate(what: str) -> None:
         if what.startswith("detach"):
-            bench.journal.fail_next()
+            bench.journal.fail_next(times=2)
 
     bench.world.gate = gate
     await bench.manager.release(held)
