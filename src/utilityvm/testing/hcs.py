@@ -12,10 +12,12 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any, Final
 
 import msgspec
 
+from utilityvm.bridge import hazards
 from utilityvm.errors import GuestRefused, InvalidRequest, OutcomeUnknown
 from utilityvm.hosts.hcs import winpath
 from utilityvm.hosts.hcs.disk import DiskFacts
@@ -276,6 +278,11 @@ class HcsWorld:
         if path in self.mounts:
             self.harm.append(f"a second mount at {path} deleted the files of the disk at {self.mounts[path]}")
             raise Refused(E_FAIL, "device or resource busy")
+        at = PurePosixPath(path)
+        if self.os is GuestOS.LINUX and (
+            hazards.is_precious(at) or hazards.overlapping(at, map(PurePosixPath, self.mounts))
+        ):
+            self.harm.append(f"if the mount at {path} failed, what is there would be deleted")
         disk = self.bus[slot]
         if self.os is GuestOS.LINUX and disk.get("ReadOnly") and not settings.get("ReadOnly"):
             raise Refused(E_FAIL, "permission denied")  # mount(2) of a device that cannot be written

@@ -222,6 +222,23 @@ async def test_a_path_in_use_is_not_mounted_over(guest: HcsGuest, world: HcsWorl
     assert world.harm == []
 
 
+@pytest.mark.parametrize("path", ["/mnt/data/below", "/mnt", "/etc", "/usr/local", "/home"])
+async def test_no_mount_is_asked_for_whose_failure_would_delete_files(
+    guest: HcsGuest, world: HcsWorld, path: str
+) -> None:
+    await mount(guest)
+    sent = len(world.sent)
+    with pytest.raises((GuestPathInUse, NotSupported), match=r"if the mount fail(s|ed)"):
+        await mount(guest, Slot(0, 3), PurePosixPath(path))
+    assert len(world.sent) == sent
+
+
+async def test_a_windows_guest_may_mount_below_another() -> None:
+    guest = HcsGuest(world_with(GuestOS.WINDOWS), GuestOS.WINDOWS)
+    await mount(guest, path=PurePosixPath("/C:/data"))
+    await mount(guest, Slot(0, 3), PurePosixPath("/C:/data/below"))
+
+
 async def test_a_mount_of_unknown_state_is_not_sent_again(guest: HcsGuest, world: HcsWorld) -> None:
     world.fail_next("mount", Break.LOSE_ANSWER)
     with pytest.raises(OutcomeUnknown):

@@ -6,7 +6,7 @@ can be asked what is mounted. So this keeps what was answered, waits for what wa
 there:
 
 * no second mount at a path in use, and none at all at a path of unknown state (a failed second mount deletes what is
-  on the disk);
+  on the disk); none above or below another, nor on a folder of the guest's own (a failed one deletes what is there);
 * no unmount after an eject, and no mount without a device (the Linux guest then waits for the device for ever);
 * no eject of a disk that is mounted.
 
@@ -22,6 +22,7 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Final
 
+from utilityvm.bridge import hazards
 from utilityvm.errors import (
     GuestBusy,
     GuestPathInUse,
@@ -124,7 +125,8 @@ class HcsGuest:
         """See `GuestBackend.mount`.
 
         Raises:
-            GuestPathInUse: a disk is mounted there, or another may be; nothing was sent.
+            GuestPathInUse: a disk is mounted there, or above or below it, or another may be; nothing was sent.
+            NotSupported: a folder of the guest's own; nothing was sent.
             WrongState: this disk may be mounted there; nothing was sent.
             OutcomeUnknown: an eject of the device was not answered; nothing was sent.
         """
@@ -136,6 +138,8 @@ class HcsGuest:
                 slot=slot,
                 remedy="attach the disk read-only",
             )
+        if self._os is GuestOS.LINUX:
+            self._check_harmless(slot, guest_path)
         key = self._key(guest_path)
         if there := self._mounts.get(key):
             is_doubtful = there.slot == slot and there.state is not _State.MOUNTED
@@ -283,6 +287,23 @@ class HcsGuest:
             mount.state = _State.MOUNTED
         else:
             del self._mounts[key]
+
+    def _check_harmless(self, slot: Slot, guest_path: PurePosixPath) -> None:
+        if hazards.is_precious(guest_path):
+            raise NotSupported(
+                f"{guest_path} is a folder of the guest's own, and this guest removes it if the mount fails",
+                vm=self._system.id,
+                slot=slot,
+                remedy="mount it at a path of its own, such as /run/mounts/data",
+            )
+        if other := hazards.overlapping(guest_path, (mount.guest_path for mount in self._mounts.values())):
+            raise GuestPathInUse(
+                f"{guest_path} overlaps with {other}, where another disk is: if the mount failed, this guest would "
+                "remove what is there",
+                vm=self._system.id,
+                slot=slot,
+                remedy="choose a path beside it",
+            )
 
     def _is_writable(self, slot: Slot) -> bool:
         return self._is_read_only is not None and self._is_read_only(slot) is False
