@@ -40,28 +40,32 @@ async def traces(vm: UtilityVM) -> str:
 
 
 class Running(AbstractAsyncContextManager["Running"]):
-    """A shell script that runs in the guest until the block ends. The block begins when it has printed something."""
+    """A shell script that runs in the guest during the block, which begins when the script has said `ready`."""
 
     def __init__(self, vm: UtilityVM, script: str) -> None:
         self._vm = vm
-        self._script = script
-        self._said = asyncio.Event()
+        self._script = f"echo $$; {script}"
+        self._said = b""
+        self._is_ready = asyncio.Event()
 
     async def __aenter__(self) -> Running:
         self._task = asyncio.create_task(
             self._vm.run_streaming(["sh", "-c", self._script], stdout=self._take, stderr=self._take)
         )
-        said = asyncio.create_task(self._said.wait())
-        await asyncio.wait([said, self._task], return_when=asyncio.FIRST_COMPLETED)
-        said.cancel()
-        assert not self._task.done(), self._script
+        ready = asyncio.create_task(self._is_ready.wait())
+        await asyncio.wait([ready, self._task], return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        assert not self._task.done(), (self._script, self._said)
         return self
 
-    def _take(self, _data: bytes) -> None:
-        self._said.set()
+    def _take(self, data: bytes) -> None:
+        self._said += data
+        if b"ready" in self._said:
+            self._is_ready.set()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._task.cancel()
         await asyncio.wait([self._task])
+        await output(self._vm, f"while [ -d /proc/{int(self._said.split()[0])}/fd/.. ]; do :; done")

@@ -3,6 +3,10 @@
 A guest path holds one mount at the most; a mount is known by its guest path, and unmounting needs only that. Nothing
 below a mount point is ever deleted: folders that we made for it are removed again with rmdir(2), which takes only empty
 ones. A lock for each slot keeps requests on one disk in order; no lock is held over another disk's wait.
+
+The agent may die at any instruction, and the next one goes on with what is so. The table is a file, and what is made
+for a mount (mappings, folders, the mount itself) is noted in another, one for each slot, before it is made. So what was
+made and did not come into the table is found: a mount is taken over, and anything less is undone.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -68,11 +72,13 @@ class DiskTable:
         with self._slot(controller, lun, deadline), self._claim(path):
             device = self._bus.wait(controller, lun, partition, deadline)
             with ExitStack() as undo:
+                undo.callback(self._notes(controller, lun).unlink, missing_ok=True)
                 entry = self._mount(device, path, settings, deadline, undo)
                 with self._lock:
                     self._entries[entry.path] = entry
                     self._save()
                 undo.pop_all()
+                self._notes(controller, lun).unlink()
 
     def remove(self, settings: dict[str, Any], deadline: float, *, force: bool = False) -> None:
         """Unmount what is at the path. Nothing there is done already."""
@@ -221,15 +227,27 @@ class DiskTable:
         read_only = bool(settings.get("ReadOnly"))
         how = mounting.words(settings.get("Options") or [], read_only=read_only)
         node, mappings = device.node, list[str]()
+
+        def note(filesystem: str = "", made: Sequence[str] = ()) -> Entry:
+            entry = Entry(str(path), controller, lun, partition, filesystem, [*made], [*mappings], node)
+            with open(self._notes(controller, lun), "a") as notes:
+                notes.write(json.dumps(asdict(entry)) + "\n")
+            return entry
+
+        def layer(open_mapping: Callable[[str], str]) -> str:
+            mappings.append(self._new_mapping())
+            note()
+            opened = open_mapping(mappings[-1])
+            undo.callback(dm.close, mappings[-1])
+            return opened
+
         if verity := extension.get("Verity"):
             if not read_only:
                 raise Fault("dm-verity needs a read-only mount", kind="invalid")
-            node = self._map(undo, mappings, lambda name: dm.open_verity(name, node, device.size_bytes, verity))
+            node = layer(lambda name: dm.open_verity(name, node, device.size_bytes, verity))
         key = _key(settings, extension)
         if key is not None:
-            node = self._map(
-                undo, mappings, lambda name: dm.open_crypt(name, node, device.size_bytes, key, read_only=read_only)
-            )
+            node = layer(lambda name: dm.open_crypt(name, node, device.size_bytes, key, read_only=read_only))
         filesystem = settings.get("Filesystem") or ""
         if settings.get("EnsureFilesystem"):
             if read_only:
@@ -237,27 +255,27 @@ class DiskTable:
             filesystem = filesystem or "ext4"
             reformat = bool(extension.get("Reformat"))
             filesystems.ensure(node, filesystem, below=device.node, reformat=reformat, deadline=deadline)
-        made = _make_target(path, undo, as_file=bool(settings.get("BlockDev")))
-        target = str(path)
-        if settings.get("BlockDev"):
-            mounting.bind(node, target)
+        is_published = bool(settings.get("BlockDev"))
+        missing = _missing(path, as_file=is_published)
+        if is_published:
             filesystem = ""
         else:
             filesystem = filesystem or mounting.detect(node) or ""
             if not filesystem:
                 raise Fault(_no_filesystem(f"{controller}:{lun}", partition, has_key=key is not None))
-            mounting.mount(node, target, filesystem, how)
-        undo.callback(mounting.unmount, target, lazily=True)
-        return Entry(str(path), controller, lun, partition, filesystem, made, mappings, node)
+        entry = note(filesystem, missing)
+        _make(missing, undo, as_file=is_published)
+        if is_published:
+            mounting.bind(node, entry.path)
+        else:
+            mounting.mount(node, entry.path, filesystem, how)
+        undo.callback(mounting.unmount, entry.path, lazily=True)
+        return entry
 
-    def _map(self, undo: ExitStack, mappings: list[str], open_mapping: Callable[[str], str]) -> str:
+    def _new_mapping(self) -> str:
         with self._lock:
             self._mapping_number += 1
-            name = f"utilityvm-{os.getpid()}-{self._mapping_number}"
-        node = open_mapping(name)
-        undo.callback(dm.close, name)
-        mappings.append(name)
-        return node
+            return f"utilityvm-{os.getpid()}-{self._mapping_number}"
 
     def _unmount(self, entry: Entry, *, force: bool) -> None:
         """Unmount it, and undo all that was made for it. Busy, and not `force`: everything is as it was."""
@@ -288,13 +306,28 @@ class DiskTable:
             raise _busy(entry.path, users)
 
     def _load(self) -> None:
-        """After a restart of the agent: what is still mounted of what was."""
-        try:
-            known = [Entry(**fields) for fields in json.loads(self._state.read_text())]
-        except (OSError, ValueError, TypeError):
-            return
+        """After a restart of the agent: take over what is mounted, and undo what is left of what is not."""
+        known: list[Entry] = []
+        with suppress(OSError, ValueError, TypeError):
+            known += [Entry(**fields) for fields in json.loads(self._state.read_text())]
+        all_notes = list(self._state.parent.glob(f"{self._state.stem}-*.notes"))
+        for notes in all_notes:
+            with suppress(ValueError, TypeError, IndexError):
+                # A line that was cut short was of something that was not made.
+                known.append(Entry(**json.loads(notes.read_text().rpartition("\n")[0].splitlines()[-1])))
         mounted = {line.path for line in mountinfo.mount_lines()}
-        self._entries = {entry.path: entry for entry in known if entry.path in mounted}
+        for entry in known:
+            if entry.path in mounted:
+                self._entries[entry.path] = entry
+            else:
+                _undo(entry)
+        if known:
+            self._save()
+        for notes in all_notes:
+            notes.unlink()
+
+    def _notes(self, controller: int, lun: int) -> Path:
+        return self._state.with_name(f"{self._state.stem}-{controller}-{lun}.notes")
 
     def _save(self) -> None:
         text = json.dumps([asdict(entry) for entry in self._entries.values()])
@@ -336,27 +369,23 @@ def _no_filesystem(slot: str, partition: int, *, has_key: bool) -> str:
     return f"no file system that we know is on {where}"
 
 
-def _make_target(path: PurePosixPath, undo: ExitStack, *, as_file: bool) -> list[str]:
-    """Make what to mount on, and what leads to it; gives what was made. A path through a link is refused."""
-    made: list[str] = []
-    for folder in reversed(path.parents[:-1]):
-        _refuse_link(folder)
-        if not os.path.lexists(folder):
-            os.mkdir(folder, 0o755)
-            made.append(str(folder))
-            undo.callback(_remove_made, Path(folder))
-    _refuse_link(path)
-    target = Path(path)
-    if not os.path.lexists(target):
-        if as_file:
-            target.touch(0o600)
-        else:
-            target.mkdir(mode=0o755)
-        made.append(str(target))
-        undo.callback(_remove_made, target)
-    elif target.is_dir() == as_file:
+def _missing(path: PurePosixPath, *, as_file: bool) -> list[str]:
+    """What has to be made to mount there, the outermost first. A path through a link is refused."""
+    for one in (*reversed(path.parents[:-1]), path):
+        _refuse_link(one)
+    missing = [str(one) for one in (*reversed(path.parents[:-1]), path) if not os.path.lexists(one)]
+    if not missing and os.path.isdir(path) == as_file:
         raise Fault(f"{path} is {'a folder, where a device' if as_file else 'no folder, where a disk'} would go")
-    return made
+    return missing
+
+
+def _make(missing: list[str], undo: ExitStack, *, as_file: bool) -> None:
+    for path in missing:
+        if as_file and path == missing[-1]:
+            Path(path).touch(0o600)
+        else:
+            os.mkdir(path, 0o755)
+        undo.callback(_remove_made, Path(path))
 
 
 def _refuse_link(path: PurePosixPath) -> None:
@@ -373,6 +402,15 @@ def _remove_made(path: Path) -> None:
             path.unlink()
     except OSError:
         pass  # somebody uses it: it is theirs now
+
+
+def _undo(entry: Entry) -> None:
+    """Remove what was made for a mount that is not there."""
+    for name in reversed(entry.mappings):
+        with suppress(Fault, OSError):
+            dm.close(name)
+    for made in reversed(entry.made):
+        _remove_made(Path(made))
 
 
 def _busy(what: str, users: list[str]) -> Fault:

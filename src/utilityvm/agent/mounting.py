@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple
 
 from utilityvm.agent.faults import Fault
@@ -70,6 +71,8 @@ _SIGNATURES: Final[tuple[tuple[int, bytes, str], ...]] = (
 )
 # What keeps a file system from writing to its device while it is mounted read-only.
 _NO_RECOVERY: Final = {"ext4": "noload", "ext3": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
+
+_LINES_AT_MOST: Final = 3  # of the kernel's log, in an error
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -151,11 +154,37 @@ def bind(source: str, target: str) -> None:
 
 
 def _mount(source: bytes, target: str, kind: bytes | None, flags: int, data: bytes | None) -> None:
-    if _libc.mount(source, os.fsencode(target), kind, ctypes.c_ulong(flags), data):
+    with _kernel_log() as log:
+        if not _libc.mount(source, os.fsencode(target), kind, ctypes.c_ulong(flags), data):
+            return
         number = ctypes.get_errno()
-        what = f"mount {source.decode()} at {target}"
-        text = f"{what} as {kind.decode()}" if kind else what
-        raise Fault(f"{text} with {data.decode() if data else 'no options'}: {os.strerror(number)}")
+        said = _said_of(log, (os.path.basename(os.fsdecode(source)), kind.decode() if kind else ""))
+    what = f"mount {source.decode()} at {target}"
+    text = f"{what} as {kind.decode()}" if kind else what
+    raise Fault(f"{text} with {data.decode() if data else 'no options'}: {os.strerror(number)}{said}")
+
+
+@contextmanager
+def _kernel_log() -> Iterator[int]:
+    """The kernel's log from here on, as a descriptor."""
+    fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.lseek(fd, 0, os.SEEK_END)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _said_of(log: int, names: Sequence[str]) -> str:
+    """What the kernel said of one of `names`, such as why a file system was not mounted: an errno tells little."""
+    lines: list[str] = []
+    with suppress(OSError):  # EAGAIN: that was all
+        while len(lines) < _LINES_AT_MOST:
+            record = os.read(log, 8192).decode(errors="replace")
+            text = record.partition(";")[2].partition("\n")[0]
+            if any(name and name.lower() in text.lower() for name in names):
+                lines.append(text)
+    return f" ({'; '.join(lines)})" if lines else ""
 
 
 def unmount(target: str, *, lazily: bool = False) -> None:

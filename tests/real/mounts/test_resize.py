@@ -1,0 +1,116 @@
+"""A disk grows while it is mounted: the image, the device, the mapping and the file system."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from filesystem_images import MIB, blank, filesystem_image, mbr_disk
+from in_guest import device_of, output
+from utilityvm import CallerKey, GuestRefused, InvalidRequest, NotAttached, NotSupported, ScratchKey, UtilityVM
+from utilityvm.process import find_program, run
+from utilityvm.scsi.ports import DiskFormat
+from utilityvm.testing.images import convert, ext4_image
+
+pytestmark = pytest.mark.real
+
+FILES = {"greeting": "hello\n"}
+
+
+async def sizes(vm: UtilityVM, path: str) -> tuple[int, int]:
+    """The bytes of the device that is mounted at `path`, and of its file system."""
+    device = await device_of(vm, path)
+    said = await output(vm, f"blockdev --getsize64 {device}; stat -f -c '%b %S' {path}")
+    of_device, blocks, block = map(int, said.split())
+    return of_device, blocks * block
+
+
+@pytest.mark.parametrize(("kind", "to_mib"), [("ext4", 64), ("xfs", 600), ("btrfs", 300)])
+async def test_a_mounted_file_system_grows_with_its_disk(vm: UtilityVM, tmp_path: Path, kind: str, to_mib: int) -> None:
+    image = filesystem_image(kind, tmp_path / "disk.raw", FILES)
+    async with await vm.add_scsi(image, "/data"), await vm.add_scsi(image, "/also", options=["noatime"]):
+        small = await sizes(vm, "/data")
+        before = small[0]
+        await output(vm, "exec 3> /data/open; echo kept >&3")
+        await vm.resize_scsi(image, to_mib * MIB)
+        device, filesystem = await sizes(vm, "/data")
+        assert image.stat().st_size == device == to_mib * MIB
+        assert filesystem > small[1] + (device - before) * 0.8
+        assert await sizes(vm, "/also") == (device, filesystem)
+        (slot,) = vm.scsi_slots()
+        assert slot.size_bytes == device
+        await vm.resize_scsi(image, device)  # it is so large already
+        for wrong in (device - 512, before, 0, -1, device + 1):
+            with pytest.raises(InvalidRequest):
+                await vm.resize_scsi(image, wrong)
+        assert await sizes(vm, "/data") == (device, filesystem)
+        size = before // MIB + 4
+        await output(vm, f"dd if=/dev/zero of=/data/large bs=1M count={min(size, 24)} 2>/dev/null; sync /data/large")
+    async with await vm.add_scsi(image, "/data", read_only=True):
+        assert await sizes(vm, "/data") == (device, filesystem)
+        assert await output(vm, "cat /data/greeting /data/open") == "hello\nkept\n"
+
+
+async def test_a_qcow2_image_grows(vm: UtilityVM, tmp_path: Path) -> None:
+    raw = ext4_image(tmp_path / "disk.raw", FILES)
+    image = tmp_path / "disk.qcow2"
+    convert(raw, image, source_format=DiskFormat.RAW, image_format=DiskFormat.QCOW2)
+    async with await vm.add_scsi(image, "/data"):
+        await vm.resize_scsi(image, 1 << 30)
+        device, filesystem = await sizes(vm, "/data")
+        assert device == 1 << 30
+        assert filesystem > 900 * MIB
+    said = run([find_program("qemu-img", package="qemu-utils"), "info", "-f", "qcow2", image]).decode()
+    assert "1 GiB" in said
+
+
+@pytest.mark.parametrize("encryption", [CallerKey(bytes(range(64))), ScratchKey()], ids=["caller", "scratch"])
+async def test_an_encrypted_disk_grows(vm: UtilityVM, tmp_path: Path, encryption: Any) -> None:
+    image = blank(tmp_path / "disk.raw", 16)
+    async with await vm.add_scsi(image, "/data", encryption=encryption, ensure_filesystem=True):
+        await output(vm, "echo before > /data/file")
+        await vm.resize_scsi(image, 40 * MIB)
+        device, filesystem = await sizes(vm, "/data")
+        assert device == 40 * MIB
+        assert filesystem > 30 * MIB
+        await output(vm, "dd if=/dev/urandom of=/data/large bs=1M count=20 2>/dev/null; sync /data/large")
+        assert await output(vm, "cat /data/file") == "before\n"
+    if isinstance(encryption, CallerKey):
+        async with await vm.add_scsi(image, "/data", encryption=encryption, read_only=True):
+            assert await output(vm, "cat /data/file; stat -c %s /data/large") == f"before\n{20 * MIB}\n"
+
+
+async def test_what_is_not_the_whole_disk_stays_as_it_was(vm: UtilityVM, tmp_path: Path) -> None:
+    part = ext4_image(tmp_path / "part.raw", FILES)
+    disk = mbr_disk(tmp_path / "disk.raw", [part])
+    async with await vm.add_scsi(disk, "/device", block_device=True), await vm.add_scsi(disk, "/data", partition=1):
+        before = await sizes(vm, "/data")
+        await vm.resize_scsi(disk, 64 * MIB)
+        assert await output(vm, "blockdev --getsize64 /device") == f"{64 * MIB}\n"
+        assert await sizes(vm, "/data") == before
+        assert await output(vm, "cat /data/greeting") == "hello\n"
+
+
+async def test_a_read_only_mount_of_a_writable_disk_is_not_written_to(vm: UtilityVM, disk: Path) -> None:
+    before = disk.read_bytes()
+    async with await vm.add_scsi(disk, "/data", options=["ro"]):
+        of_filesystem = (await sizes(vm, "/data"))[1]
+        await vm.resize_scsi(disk, 32 * MIB)
+        assert await sizes(vm, "/data") == (32 * MIB, of_filesystem)
+    assert disk.read_bytes() == before + bytes(16 * MIB)
+
+
+async def test_what_cannot_grow_says_so(vm: UtilityVM, tmp_path: Path, disk: Path) -> None:
+    with pytest.raises(NotAttached):
+        await vm.resize_scsi(disk, 64 * MIB)
+    async with await vm.add_scsi(disk, "/data", read_only=True):
+        with pytest.raises((NotAttached, NotSupported)):
+            await vm.resize_scsi(disk, 64 * MIB)
+    fat = filesystem_image("vfat", tmp_path / "fat.raw", {})
+    async with await vm.add_scsi(fat, "/data"):
+        with pytest.raises(GuestRefused, match="vfat"):
+            await vm.resize_scsi(fat, 8 * MIB)
+        assert (await sizes(vm, "/data"))[0] == 8 * MIB  # the disk is larger, and the file system is as it was
+        await output(vm, "echo x > /data/file")
