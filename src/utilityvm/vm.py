@@ -593,9 +593,8 @@ class UtilityVM:
         """Make the VM a template, from which clones start in a fraction of a second: see `clone`.
 
         True on return: the template is there; the VM has ended and cannot run again; its disks stay as they are for as
-        long as the template exists, and nobody can attach one of them for writing. Programs that were run in it by this
-        process have ended; what they had started, and its other programs, go on in each clone. Everything in its
-        memory is in the template's files, keys of scratch disks among them.
+        long as the template exists, and nobody can attach one of them for writing. The programs in it go on in each
+        clone. Everything in its memory is in the template's files, keys of scratch disks among them.
 
         If this fails there is no such template, and the VM goes on.
 
@@ -603,6 +602,7 @@ class UtilityVM:
             InvalidRequest, TemplateExists: the name cannot be, or is taken.
             WrongState: a disk or a mount is half-way.
             NotSupported: a mount has a key of a caller's.
+            GuestBusy: a program that `run` started still runs: it could not answer to anybody.
             GuestRefused: the guest did not quiesce, or a hook of its refused.
             SetupError: no space, or no right to read the VM's memory.
             HostRefused, OutcomeUnknown, VMGone: QEMU did not save its state.

@@ -79,11 +79,21 @@ def guest_image() -> GuestImage:
         pytest.skip(f"{error}: {error.remedy}")
 
 
-class SharedVM:
-    """The session's VM; started when it is first wanted, and again when a test has ended it."""
+@pytest_asyncio.fixture(scope="session")
+async def booted(own_folders: Path, guest_image: GuestImage) -> str:
+    """The template of a VM that has booted and has no disks: the session boots once, and clones the rest."""
+    vm = await UtilityVM.start(VMConfig(name="booted"), image=guest_image)
+    try:
+        return (await vm.save_as_template("booted")).name
+    finally:
+        await vm.stop()
 
-    def __init__(self, image: GuestImage) -> None:
-        self._image = image
+
+class SharedVM:
+    """The session's VM; cloned when it is first wanted, and again when a test has ended it."""
+
+    def __init__(self, template: str) -> None:
+        self._template = template
         self._started = 0
         self.vm: UtilityVM | None = None
 
@@ -91,7 +101,7 @@ class SharedVM:
         if self.vm is None or not self.vm.is_running:
             await self.stop()
             self._started += 1
-            self.vm = await UtilityVM.start(VMConfig(name=f"shared{self._started}"), image=self._image)
+            self.vm = await UtilityVM.clone(self._template, f"shared{self._started}")
         return self.vm
 
     async def stop(self) -> None:
@@ -100,8 +110,8 @@ class SharedVM:
 
 
 @pytest_asyncio.fixture(scope="session")
-async def shared_vm(own_folders: Path, guest_image: GuestImage) -> AsyncIterator[SharedVM]:
-    shared = SharedVM(guest_image)
+async def shared_vm(booted: str) -> AsyncIterator[SharedVM]:
+    shared = SharedVM(booted)
     yield shared
     await shared.stop()
 
@@ -123,12 +133,15 @@ Start = Callable[..., Awaitable[UtilityVM]]
 
 
 @pytest_asyncio.fixture
-async def start(own_folders: Path, guest_image: GuestImage) -> AsyncIterator[Start]:
-    """Start VMs of the test's own; they are stopped after it."""
+async def start(booted: str, guest_image: GuestImage) -> AsyncIterator[Start]:
+    """Start VMs of the test's own, which are stopped after it: clones, unless they are to be of another size."""
     started: list[UtilityVM] = []
 
     async def start_vm(name: str, **settings: Any) -> UtilityVM:
-        vm = await UtilityVM.start(VMConfig(name=name, **settings), image=guest_image)
+        if settings.keys() <= {"keep"}:
+            vm = await UtilityVM.clone(booted, name, **settings)
+        else:
+            vm = await UtilityVM.start(VMConfig(name=name, **settings), image=guest_image)
         started.append(vm)
         return vm
 

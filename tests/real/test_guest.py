@@ -52,7 +52,7 @@ async def test_python_is_whole_and_compiled(vm_booted: UtilityVM) -> None:
 
 
 async def test_users_and_hosts_have_names(vm_booted: UtilityVM) -> None:
-    assert await output(vm_booted, "id -un; id -un 65534; cat /etc/hostname") == "root\nnobody\nutilityvm\n"
+    assert await output(vm_booted, "id -un; id -un 65534; cat /etc/hostname") == f"root\nnobody\n{vm_booted.name}\n"
     assert "127.0.0.1" in await output(vm_booted, "getent hosts localhost || cat /etc/hosts")
 
 

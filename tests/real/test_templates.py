@@ -79,15 +79,13 @@ class Warm:
 
 
 @pytest_asyncio.fixture(scope="module")
-async def warm(
-    own_folders: Path, guest_image: GuestImage, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Warm]:
+async def warm(booted: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Warm]:
     folder = tmp_path_factory.mktemp("warm")
     written = ext4_image(folder / "written.vhdx", {"base": "vhdx\n"}, image_format=DiskFormat.VHDX)
     more = ext4_image(folder / "more.qcow2", {"base": "qcow2\n"}, image_format=DiskFormat.QCOW2)
     shared = ext4_image(folder / "shared.raw", {"base": "shared\n"})
     spare = ext4_image(folder / "spare.raw", {"base": "spare\n"})
-    vm = await UtilityVM.start(VMConfig(name="warmed"), image=guest_image)
+    vm = await UtilityVM.clone(booted, "warmed")
     try:
         await vm.add_scsi(written, "/data")
         await vm.add_scsi(more, "/more")
@@ -190,8 +188,8 @@ async def test_no_two_clones_are_alike(warm: Warm) -> None:
             await vm.stop()
 
 
-async def test_a_hook_makes_what_a_clone_must_not_share(guest_image: GuestImage) -> None:
-    vm = await UtilityVM.start(VMConfig(name="hooked"), image=guest_image)
+async def test_a_hook_makes_what_a_clone_must_not_share(booted: str) -> None:
+    vm = await UtilityVM.clone(booted, "hooked")
     hook = "#!/bin/sh\\necho $1 $UTILITYVM_NAME >> /run/hooked\\n"
     try:
         await output(vm, f"mkdir -p {HOOKS} && printf '{hook}' > {HOOKS}/10-keys && chmod +x {HOOKS}/10-keys")
@@ -261,9 +259,9 @@ async def test_what_cannot_be_saved_is_refused_first(
 
 
 async def test_nothing_changes_while_a_template_is_saved(
-    guest_image: GuestImage, disk: Path, monkeypatch: pytest.MonkeyPatch
+    booted: str, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vm = await UtilityVM.start(VMConfig(name="still"), image=guest_image)
+    vm = await UtilityVM.clone(booted, "still")
     seen: list[UtilityVMError] = []
     loop = asyncio.get_running_loop()
 
