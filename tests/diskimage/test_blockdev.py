@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from loops import Loops, loop_devices
 from utilityvm.diskimage import blockdev, headers
 from utilityvm.errors import DiskInUse, InvalidRequest, NotSupported, SetupError
 from utilityvm.scsi.ports import DiskFormat
@@ -165,52 +165,10 @@ def test_holders_in_a_circle_come_to_an_end(fake: FakeHost, sda: Path) -> None:
 # Real devices.
 
 
-class Loops:
-    """Loop devices over files of a folder; all are gone at the end."""
-
-    def __init__(self, folder: Path, undo: contextlib.ExitStack) -> None:
-        self.folder = folder
-        self._undo = undo
-
-    def run(self, *words: str | Path) -> str:
-        return subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True, timeout=60).stdout
-
-    def file(self, name: str = "disk.img", size: int = 16 << 20) -> Path:
-        path = self.folder / name
-        with path.open("wb") as file:
-            file.truncate(size)
-        return path
-
-    def attach(self, path: Path | str, *options: str) -> str:
-        device = self.run("losetup", "--find", "--show", *options, path).strip()
-        self._undo.callback(self.run, "losetup", "--detach", device)
-        return device
-
-    def partition(self, disk: str, number: int, start_sector: int) -> str:
-        """A partition of 4 MiB that is only in the kernel, which may know no partition table."""
-        self.run("addpart", disk, str(number), str(start_sector), "8192")
-        self._undo.callback(self.run, "delpart", disk, str(number))
-        return f"{disk}p{number}"
-
-    def mount(self, device: str, *options: str) -> Path:
-        point = self.folder / "mount point"
-        point.mkdir()
-        self.run("mount", *options, device, point)
-        self._undo.callback(self.run, "umount", point)
-        return point
-
-    def swap(self, device: str) -> None:
-        self.run("mkswap", device)
-        self.run("swapon", device)
-        self._undo.callback(self.run, "swapoff", device)
-
-
 @pytest.fixture
 def loops(tmp_path: Path) -> Iterator[Loops]:
-    if os.geteuid() != 0 or not Path("/dev/loop-control").exists() or shutil.which("losetup") is None:
-        pytest.skip("loop devices need root, losetup and /dev/loop-control")
-    with contextlib.ExitStack() as undo:
-        yield Loops(tmp_path, undo)
+    with loop_devices(tmp_path) as loops:
+        yield loops
 
 
 def open_and_close(device: str, *, read_only: bool) -> None:
@@ -361,3 +319,10 @@ def test_a_file_is_no_block_device(tmp_path: Path, exclusive: bool) -> None:
     path.touch()
     with path.open("rb") as file, pytest.raises(InvalidRequest, match="is not a block device"):
         blockdev.check_unused(file.fileno(), host_path=str(path), exclusive=exclusive)
+
+
+def test_the_main_node_of_a_device_is_the_kernels(loops: Loops) -> None:
+    device = loops.attach(loops.file())
+    for node in (Path(device), loops.node(device)):
+        assert blockdev.main_node(node.stat().st_rdev) == Path(device)
+    assert blockdev.main_node(os.makedev(8, 77)) is None

@@ -150,6 +150,19 @@ def in_use(host_path: str, users: list[str]) -> DiskInUse:
     )
 
 
+def main_node(device: int, *, sysfs: Path = Path("/sys"), dev: Path = Path("/dev")) -> Path | None:
+    """The node that the kernel itself made for the block device `device` (an `st_rdev`); None if it is not there.
+
+    Source: Documentation/ABI, uevent's DEVNAME; devtmpfs.
+    """
+    text = _text(sysfs / "dev/block" / f"{os.major(device)}:{os.minor(device)}" / "uevent")
+    for line in text.splitlines():
+        name, _, value = line.partition("=")
+        if name == "DEVNAME" and value and (dev / value).is_block_device():
+            return dev / value
+    return None
+
+
 def host_users(device: int, *, sysfs: Path = Path("/sys"), proc: Path = Path("/proc")) -> list[str]:
     """How the host uses the block device `device` (an `st_rdev`), a line for each use; empty if none is seen.
 

@@ -88,16 +88,26 @@ class QemuDisk:
             fd = os.open(f"/proc/self/fd/{self.fd}", flags)
         except OSError as error:
             if error.errno == errno.EBUSY:
-                raise self._in_use(who_uses) from error
+                raise self._claimed(who_uses) from error
             raise _cannot_open(path, error) from error
         with ExitStack() as undo:
             undo.callback(os.close, fd)
             if self.request.kind is AttachmentType.PASS_THRU:
-                blockdev.check_unused(fd, host_path=path, exclusive=not read_only)
+                try:
+                    blockdev.check_unused(fd, host_path=path, exclusive=not read_only)
+                except DiskInUse as error:
+                    raise self._claimed(who_uses) from error
             if not lock(fd, host_path=path, read_only=read_only):
                 raise self._in_use(who_uses)
             undo.pop_all()
         return fd
+
+    def _claimed(self, who_uses: WhoUses | None) -> DiskInUse:
+        """The kernel has given the device to somebody, and does not say whom."""
+        users = blockdev.host_users(os.fstat(self.fd).st_rdev)
+        if not users and who_uses and who_uses(self.identity):
+            return self._in_use(who_uses)
+        return blockdev.in_use(self.request.host_path, users)
 
     def _in_use(self, who_uses: WhoUses | None) -> DiskInUse:
         path = self.request.host_path
@@ -138,14 +148,17 @@ def open_disk(request: DiskRequest) -> QemuDisk:
             host_path=path,
             remedy="leave the format out",
         )
-    with ExitStack() as undo:
+    with ExitStack() as undo, ExitStack() as keep:
         pinned = _pin(path)
         undo.callback(os.close, pinned)
         status = os.fstat(pinned)
         _check_kind(path, status.st_mode, physical=physical)
+        if physical and (main := _pin_main_node(status, read_only=request.read_only)) is not None:
+            undo.callback(os.close, main)
+            pinned = main
         # A physical disk is only looked at here: opening it for writing, and closing it, makes udev read it anew.
         fd = _reopen(pinned, path, read_only=request.read_only or physical)
-        undo.callback(os.close, fd)
+        keep.callback(os.close, fd)
         if physical:
             if not request.read_only and blockdev.is_read_only(fd):
                 raise NotSupported(
@@ -163,8 +176,7 @@ def open_disk(request: DiskRequest) -> QemuDisk:
         header = headers.read(fd, name=path, expected=DiskFormat.RAW if physical else request.format)
         headers.check_safe(header, read_only=request.read_only)
         disk = QemuDisk(fd, request, identity=identity, header=header)
-        undo.pop_all()
-        os.close(pinned)
+        keep.pop_all()
     return disk
 
 
@@ -208,6 +220,19 @@ def _pin(path: str) -> int:
         return os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
         raise _cannot_open(path, error) from error
+
+
+def _pin_main_node(status: os.stat_result, *, read_only: bool) -> int | None:
+    """The device's node in /dev, if we may open it: a lock is a node's and not its device's, so all lock that one."""
+    node = blockdev.main_node(status.st_rdev)
+    if node is None or not os.access(node, os.R_OK if read_only else os.R_OK | os.W_OK):
+        return None
+    fd = os.open(node, os.O_PATH | os.O_CLOEXEC)
+    found = os.fstat(fd)
+    if stat.S_ISBLK(found.st_mode) and found.st_rdev == status.st_rdev:
+        return fd
+    os.close(fd)
+    return None
 
 
 def _reopen(pinned: int, path: str, *, read_only: bool) -> int:
