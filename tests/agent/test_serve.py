@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -361,7 +362,13 @@ byte_pieces = st.lists(
             st.sampled_from(["Process", "Argv", "Request", "Data", "Bytes", "Signal", "After", "Lun", "ActivityId"]),
             st.none() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=2),
         ).filter(lambda body: not body.get("Argv")),
-    ).filter(lambda frame: int.from_bytes(frame[:4], "little") != messages.SHUTDOWN),
+    ).filter(lambda frame: int.from_bytes(frame[:4], "little") != messages.SHUTDOWN)
+    | st.builds(
+        lambda kind, size, id: struct.pack("<IIQ", kind, size, id) + b"{}",
+        st.sampled_from([messages.NEGOTIATE, messages.MODIFY, 0xFFFFFFFF]),
+        st.integers(0, 15) | st.integers(65530, 65540) | st.just(0xFFFFFFFF),
+        st.integers(0, 4),
+    ),
     max_size=12,
 )
 

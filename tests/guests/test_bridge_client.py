@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
+import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -393,6 +395,11 @@ streams_of_bytes = st.lists(
         lambda kind, id: encode(kind, id, b'{"Result":0}'),
         st.sampled_from([0x20100A01, 0x30F00701, 0x20F00101]),
         st.integers(0, 4),
+    )
+    | st.builds(
+        lambda size, id: struct.pack("<IIQ", 0x20100A01, size, id) + b"{}",
+        st.integers(0, 15) | st.integers(65530, 65540) | st.just(0xFFFFFFFF),
+        st.integers(0, 4),
     ),
     max_size=8,
 )
@@ -411,4 +418,34 @@ async def test_whatever_a_peer_sends_everyone_gets_an_answer_or_an_error(pair: P
     for outcome in await asyncio.gather(*asking, return_exceptions=True):
         assert isinstance(outcome, dict | UtilityVMError)
     assert isinstance(await client.gone, ProtocolError | VMGone)
+    await client.close()
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.permutations(range(6)),
+    st.lists(st.integers(1, 200), min_size=1, max_size=20),
+    st.sampled_from([b"", b"\xff", struct.pack("<IIQ", 0x20100A01, 3, 1), struct.pack("<IIQ", 0x20100A01, 65537, 1)]),
+)
+async def test_answers_in_any_order_and_cut_anywhere_reach_who_asked(
+    pair: Pair, order: list[int], cuts: list[int], tail: bytes
+) -> None:
+    client, peer = await negotiated(pair)
+    asking = [asyncio.create_task(client.request(messages.MODIFY, {"Which": n}, timeout_s=3600)) for n in range(6)]
+    frames = [await peer.receive() for _ in asking]
+    stream = b"".join(
+        encode(messages.response_to(messages.MODIFY), frames[n].id, guest_json({"Result": 0, **frames[n].body()}))
+        for n in order
+    )
+    cut = itertools.cycle(cuts)
+    while stream:
+        length = next(cut)
+        peer.writer.write(stream[:length])
+        stream = stream[length:]
+        await asyncio.sleep(0)
+    peer.writer.write(tail)
+    peer.writer.write_eof()
+
+    assert [answer["Which"] for answer in await asyncio.gather(*asking)] == list(range(6))
+    assert isinstance(await client.gone, ProtocolError if len(tail) == 16 else VMGone)
     await client.close()

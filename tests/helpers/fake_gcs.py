@@ -6,6 +6,7 @@ A test drives our host side against it and looks at `harm`, which must stay empt
 from __future__ import annotations
 
 import asyncio
+from pathlib import PurePosixPath
 from typing import Any
 
 from utilityvm.bridge import messages
@@ -62,8 +63,18 @@ class FakeGcs:
             self.harm.append(f"sent what is no message of GCS: {body}")
         if self.refuse_next:
             text, self.refuse_next = self.refuse_next, None
+            if (request["RequestType"], request["ResourceType"]) == ("Add", "MappedVirtualDisk"):
+                self._clean_up(PurePosixPath(settings["MountPath"]))
             return messages.failure(messages.E_FAIL, text)
         return self._modify(request["RequestType"], request["ResourceType"], settings)
+
+    def _clean_up(self, path: PurePosixPath) -> None:
+        """As after a mount that failed: the path goes, with all that is below it."""
+        for other, stack in self.mounts.items():
+            if stack and (path in PurePosixPath(other).parents or PurePosixPath(other) in path.parents):
+                self.harm.append(f"files of the disk at {other} were deleted, because a mount at {path} failed")
+        if len(path.parts) < 3:
+            self.harm.append(f"the guest's own {path} was deleted")
 
     def _modify(self, what: str, resource: str, settings: dict[str, Any]) -> dict[str, Any] | None:
         slot = (settings.get("Controller", 0), settings.get("Lun", 0))

@@ -1,0 +1,82 @@
+"""Any order of requests, refusals and lost answers with hcsshim's gcs: what it would do harm at is never sent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from pathlib import PurePosixPath
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fake_gcs import FakeGcs
+from utilityvm.errors import UtilityVMError
+from utilityvm.guests.bridge_guest import BridgeGuest
+from utilityvm.scsi.ports import MountConfig
+from utilityvm.scsi.slot import Slot
+
+SLOTS = [Slot(0, 0), Slot(0, 1), Slot(3, 63)]
+PATHS = [PurePosixPath(path) for path in ("/mnt/a", "/mnt/a/below", "/mnt/b", "/mnt", "/etc")]
+PLAIN = MountConfig()
+
+slots, paths = st.sampled_from(SLOTS), st.sampled_from(PATHS)
+STEPS = st.lists(
+    st.tuples(st.just("mount"), slots, paths)
+    | st.tuples(st.just("unmount"), slots, paths)
+    | st.tuples(st.just("eject"), slots, paths)
+    | st.tuples(st.just("look"), slots, paths)
+    | st.tuples(st.sampled_from(["refuse", "refuse slowly", "lose", "hear"]), slots, paths),
+    min_size=5,
+    max_size=25,
+)
+
+
+class VM:
+    """A guest, our end of its connection, and a bus whose slots get another disk when the guest let go of theirs."""
+
+    def __init__(self, guest: BridgeGuest, gcs: FakeGcs) -> None:
+        self.guest = guest
+        self.gcs = gcs
+
+    async def take(self, what: str, slot: Slot, path: PurePosixPath) -> None:
+        """Take one step, whatever comes of it."""
+        timeout_s = 0.005 if self.gcs.silent.is_set() else 20.0
+        with contextlib.suppress(UtilityVMError):
+            match what:
+                case "mount":
+                    await self.guest.mount(slot, PLAIN, guest_path=path, timeout_s=timeout_s)
+                case "unmount":
+                    await self.guest.unmount(slot, PLAIN, guest_path=path, timeout_s=timeout_s, force=False)
+                case "eject":
+                    await self.guest.eject(slot, timeout_s=timeout_s, force=False)
+                    self.gcs.attached.add(slot)
+                case "look":
+                    if await self.guest.probe_mount(slot, guest_path=path, timeout_s=timeout_s):
+                        assert self.gcs.mounts[str(path)] == [slot]
+                    if not await self.guest.probe_device(slot, timeout_s=timeout_s):
+                        self.gcs.attached.add(slot)
+                case "refuse":
+                    self.gcs.refuse_next = "mounting: invalid argument"
+                case "refuse slowly":
+                    self.gcs.refuse_next = "context deadline exceeded"
+                case "lose":
+                    self.gcs.silent.set()
+                case _:
+                    self.gcs.silent.clear()
+
+
+@settings(max_examples=150)
+@given(STEPS)
+async def test_gcs_is_never_sent_what_does_harm(steps: list[tuple[str, Slot, PurePosixPath]]) -> None:
+    gcs = FakeGcs()
+    gcs.attached = set(SLOTS)
+    ours, theirs = socket.socketpair()
+    serving = asyncio.create_task(gcs.serve(*await asyncio.open_connection(sock=theirs)))
+    guest = await BridgeGuest.over(*await asyncio.open_connection(sock=ours), timeout_s=20)
+    vm = VM(guest, gcs)
+    for step in steps:
+        await vm.take(*step)
+    await guest.close()
+    await serving
+    assert not gcs.harm, gcs.harm
