@@ -105,7 +105,8 @@ SCENARIOS: dict[str, dict[str, str]] = {
             f"{RULES}::test_one_partition_is_not_mounted_in_two_ways_that_contradict",
         "ReservePartition_ErrorWhenDetached": f"{RULES}::test_a_disk_asked_for_while_it_leaves_comes_back",  # no error
         "MountPartitionToGuest_ErrorWhenNotAttached": f"{TABLES}::test_events_outside_the_table_are_refused",
-        "MountPartitionToGuest_PartitionNotFound": "real/mounts/test_mount_kinds.py::test_partitions_are_mounted_by_their_number",
+        "MountPartitionToGuest_PartitionNotFound":
+            "real/mounts/test_mount_kinds.py::test_partitions_are_mounted_by_their_number",
         "UnmountPartitionFromGuest_SucceedsWhenNotAttached": f"{GUEST}::test_doing_twice_what_is_done_is_done",
         "UnmountPartitionFromGuest_PartitionNotFound_IsNoOp": f"{GUEST}::test_doing_twice_what_is_done_is_done",
     },
