@@ -37,6 +37,7 @@ pytestmark = pytest.mark.real
 
 EVERY = 20
 NAME = "crashes"
+AGENT_CRASH = Path(crash_owner.__file__).with_name("agent_crash.py")  # runs in the VM
 GREETING = "hello\n"
 BLANK = "blank.raw"
 
@@ -268,3 +269,22 @@ async def test_wherever_a_start_or_a_stop_is_cut_short_nothing_is_left_of_it(
         if outcomes[0].point is None:
             break
     sys.stderr.write(f"start and stop: {killed} owners killed at {outcomes[0].points} points, and all came right\n")
+
+
+# The agent.
+
+
+async def test_wherever_the_agent_dies_the_next_one_takes_over_the_mount_or_undoes_it(
+    vm_booted: UtilityVM, tmp_path: Path
+) -> None:
+    image = ext4_image(tmp_path / "disk.raw", {}, size_mib=4)
+    async with await vm_booted.add_scsi(image) as held:
+        assert held.slot == (0, 1)
+        numbers = chosen(sys.maxsize, every=EVERY)
+        words = [str(numbers.start), str(numbers.step)]
+        done = await vm_booted.run(["python3", "-c", AGENT_CRASH.read_text(), *words])
+        assert done.exit_code == 0, done.stderr.decode()
+    killed = {way: int(count) for way, count in (line.split() for line in done.stdout.decode().splitlines())}
+    assert killed.keys() == {"plain", "published", "encrypted"}
+    assert min(killed.values()) > 20 // numbers.step
+    sys.stderr.write(f"agents killed, and all came right: {killed}\n")
