@@ -49,6 +49,8 @@ MAY: dict[str, set[str]] = {
         "diskimage",
     },
     "cli": {
+        "gc",
+        "repair",
         "templates",
         "vm",
         "config",
@@ -66,6 +68,8 @@ MAY: dict[str, set[str]] = {
     },
     "testing": {"scsi", "process", "hosts", "bridge", "agent", "guests"},
     "pool": {"vm", "templates"},
+    "gc": {"lifecycle", "store", "templates", "guestimage", "paths"},
+    "repair": {"vm", "lifecycle", "scsi", "hosts", "guests", "store"},
     "": {
         "pool",
         "templates",

@@ -36,7 +36,7 @@ from utilityvm.pids import is_running, own_start
 from utilityvm.scsi.events import ScsiEvent
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S, ScsiManager
 from utilityvm.scsi.migration import ScsiState
-from utilityvm.scsi.ports import CallerKey, DiskFormat, Holder, ScratchKey, Verity, VMAccess
+from utilityvm.scsi.ports import CallerKey, DiskFormat, Holder, MountConfig, ScratchKey, Verity, VMAccess
 from utilityvm.scsi.reservation import Reservation
 from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.views import MountView, SlotView
@@ -202,7 +202,7 @@ class UtilityVM:
             await _make_unique(guest, name, timeout_s=timeout_s)
             store.set_state(record, VMState.RUNNING)
             vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest)
-            await vm.scsi.restore(is_alive=_is_alive)
+            await vm.scsi.restore(is_alive=is_alive)
             undo.pop_all()
         vm._log.info("cloned from template %s", template)
         return vm
@@ -246,7 +246,7 @@ class UtilityVM:
             config = VMConfig.from_json(record.config)
             vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest, strays=strays)
             found += [f"slot {slot} has a disk that is in no journal: it stays taken" for slot in strays]
-            vm.findings = (*found, *await vm.scsi.restore(is_alive=_is_alive, sizes=await host.sizes()))
+            vm.findings = (*found, *await vm.scsi.restore(is_alive=is_alive, sizes=await host.sizes()))
             if record.state is not VMState.RUNNING:
                 store.set_state(record, VMState.RUNNING)  # its owner died when it started, or was about to stop
             undo.pop_all()
@@ -472,6 +472,31 @@ class UtilityVM:
         """
         self._check_running()
         await self.scsi.resize(absolute(host_path), size_bytes, identity=identity_of(host_path))
+
+    async def remove_strays(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[str]:
+        """Take out of the VM what no journal knows, as after the store was lost; says what, a line each.
+
+        Raises:
+            GuestBusy: something in the guest uses it; it stays, and so does what was to come after it.
+            GuestRefused, HostRefused, OutcomeUnknown: a step failed; call again.
+        """
+        self._check_running()
+        done: list[str] = []
+        known = {mount.guest_path for mount in self.scsi.mounts()}
+        for mount in await self._guest.mounts(timeout_s=timeout_s):
+            path, slot = PurePosixPath(str(mount["MountPath"])), Slot(mount["Controller"], mount["Lun"])
+            if path not in known:
+                config = MountConfig(partition=mount["Partition"])
+                await self._guest.unmount(slot, config, guest_path=path, timeout_s=timeout_s, force=False)
+                done.append(f"{path} was mounted from slot {slot}, and no journal knew it: unmounted")
+        taken = {view.attachment for view in self.scsi.slots()}
+        for one in await self._host.attachments(timeout_s=timeout_s):
+            if one.attachment not in taken:
+                await self._guest.eject(one.slot, timeout_s=timeout_s, force=False)
+                await self._host.detach(one.slot, attachment=one.attachment, timeout_s=timeout_s)
+                self.scsi.unreserve(one.slot)
+                done.append(f"slot {one.slot} had a disk that no journal knew: detached")
+        return done
 
     def scsi_guest_path(self, host_path: HostPath) -> PurePosixPath | None:
         """Where the disk is mounted in the guest; None if it is attached only.
@@ -787,7 +812,8 @@ def _holder(name: str | None) -> Holder:
     return Holder(name=name)
 
 
-def _is_alive(holder: Holder) -> bool:
+def is_alive(holder: Holder) -> bool:
+    """May the holder still come and release what it holds? A named one always may."""
     return holder.pid is None or holder.started is None or is_running(holder.pid, holder.started)
 
 

@@ -1,8 +1,8 @@
 """The command `uvm`.
 
-Each noun has a file: `vm`, `disk`, `template`, `image`, `doctor`, `completion`. They are loaded when they are used, and
-what they need of the library when they run, so that a command which only reads the store (`ps`, `ls`, `path`) is done
-in a blink.
+Each noun has a file: `vm`, `disk`, `template`, `image`, `upkeep`, `doctor`, `completion`. They are loaded when they
+are used, and what they need of the library when they run, so that a command which only reads the store (`ps`, `ls`,
+`path`) is done in a blink.
 
 What a command prints: on a terminal, tables and progress; into a pipe, plain lines of tab-separated fields without a
 heading; with `--json`, one JSON document. Progress, warnings and errors go to the standard error. An error is one line
@@ -30,6 +30,8 @@ COMMANDS = {
     "template": "template",
     "clone": "template",
     "image": "image",
+    "repair": "upkeep",
+    "gc": "upkeep",
     "completion": "completion",
 }
 

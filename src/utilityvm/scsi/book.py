@@ -51,6 +51,10 @@ class Book:
         self.paths: dict[PurePosixPath, Mount] = {}
         self.claims: dict[str, Claim] = {}
 
+    def unreserve(self, slot: Slot) -> None:
+        if self._reserved.pop(slot, None) is not None:
+            self.free.give_back(slot)
+
     def in_order(self) -> list[Disk]:
         """The disks in the order of their slots."""
         return sorted(self.disks.values(), key=lambda disk: disk.slot)

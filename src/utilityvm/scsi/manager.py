@@ -484,6 +484,10 @@ class ScsiManager:
         self._imported = None
         return await self._take_up(records, lambda _: True, {})
 
+    def unreserve(self, slot: Slot) -> None:
+        """A slot that was reserved is handed out like any other from now on. One that was not stays as it is."""
+        self._book.unreserve(slot)
+
     async def repair(self) -> None:
         """Go on with every disk that stopped half-way.
 

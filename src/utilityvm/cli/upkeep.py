@@ -1,0 +1,84 @@
+"""Upkeep: repair, gc."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from utilityvm.cli.options import json_option, run, vm_argument, wait_option
+from utilityvm.cli.output import print_json, print_table, say, size
+
+if TYPE_CHECKING:
+    from utilityvm.gc import Leftover
+
+apply_option = click.option("--apply", "is_applied", is_flag=True, help="Do it. Without this nothing is changed.")
+
+
+@click.command("repair")
+@vm_argument
+@apply_option
+@wait_option
+@json_option
+def repair_command(name: str, is_applied: bool, wait_s: float, as_json: bool) -> None:
+    """Show where the VM's journal, its QEMU and its guest do not agree; with --apply, make them agree.
+
+    What is half done is finished if somebody wants it, and else undone; reservations of dead processes are given back;
+    what no journal knows is taken out unless it is in use.
+    """
+    run(_repair(name, is_applied=is_applied, wait_s=wait_s, as_json=as_json))
+
+
+async def _repair(name: str, *, is_applied: bool, wait_s: float, as_json: bool) -> None:
+    from utilityvm import repair
+
+    found = await repair.examine(name, wait_s=wait_s)
+    done = await repair.mend(name, wait_s=wait_s) if is_applied else []
+    if as_json:
+        differences = [{"slot": str(one.slot or "") or None, "what": one.what, "remedy": one.remedy} for one in found]
+        print_json({"name": name, "differences": differences, "done": done})
+        return
+    print_table(("SLOT", "WHAT", "REMEDY"), [(one.slot, one.what, one.remedy) for one in found])
+    for line in done:
+        say(line)
+    if not found:
+        say("the journal, QEMU and the guest agree")
+    elif not is_applied:
+        say(f"nothing was changed; to do it: uvm repair {name} --apply")
+
+
+@click.command("gc")
+@apply_option
+@json_option
+def gc_command(is_applied: bool, as_json: bool) -> None:
+    """Show what is left of things that are gone; with --apply, remove it. Never a disk of yours.
+
+    Dead VMs, runtime folders, overlays of clones, half-made templates, and guest images that nothing uses.
+    """
+    run(_gc(is_applied=is_applied, as_json=as_json))
+
+
+async def _gc(*, is_applied: bool, as_json: bool) -> None:
+    from utilityvm import gc
+    from utilityvm.store.recover import open_store
+
+    with open_store() as store:
+        found = gc.leftovers(store)
+        removed = [one for one in found if is_applied and await gc.remove(one, store)]
+    if as_json:
+        print_json([{**_document(one), "removed": one in removed} for one in found])
+        return
+    print_table(
+        ("KIND", "NAME", "SIZE", "PATH"), [(one.kind, one.name, size(one.size_bytes), one.path) for one in found]
+    )
+    total = size(sum(one.size_bytes for one in (removed if is_applied else found)))
+    if is_applied:
+        say(f"removed {len(removed)} of {len(found)}, {total}")
+    elif found:
+        say(f"nothing was removed; to free {total}: uvm gc --apply")
+    else:
+        say("nothing is left over")
+
+
+def _document(one: Leftover) -> dict[str, object]:
+    return {"kind": one.kind.value, "name": one.name, "path": str(one.path), "size_bytes": one.size_bytes}
