@@ -45,6 +45,11 @@ class Fault(StrEnum):
     WRITE_FAILS = "the store takes no write"
     OPEN_FAILS = "an image cannot be opened"
     LOCK_FAILS = "an image cannot be locked"
+    DIES_AT_COMMAND = "QEMU dies before a command"
+    DIES_AT_REQUEST = "QEMU dies before a request to the agent"
+
+
+DEATHS: Final = (Fault.DIES_AT_COMMAND, Fault.DIES_AT_REQUEST)
 
 
 class Faults:
@@ -116,6 +121,8 @@ class Faults:
                     question.command = "no-such-command"
                 if self._is_now(Fault.QMP_STOPPED):
                     self._stop()
+                if self._is_now(Fault.DIES_AT_COMMAND):
+                    os.kill(self._pid, signal.SIGKILL)
                 plain(qmp, [question], fd)
                 fd = None
 
@@ -129,6 +136,8 @@ class Faults:
                 return plain(client, kind, body)
             if self._is_now(Fault.BRIDGE_STOPPED):
                 self._stop()
+            if self._is_now(Fault.DIES_AT_REQUEST):
+                os.kill(self._pid, signal.SIGKILL)
             if self._is_now(Fault.REQUEST_LOST):
                 client.end(VMGone("the connection was cut"))
             id = plain(client, _UNKNOWN if self._is_now(Fault.BRIDGE_REFUSED) else kind, body)

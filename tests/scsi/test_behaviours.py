@@ -797,6 +797,24 @@ async def test_when_the_vm_dies_everyone_is_told_at_once(bench: Bench) -> None:
     assert not bench.journal.records
 
 
+@pytest.mark.parametrize("step", ["attach", "mount"])
+async def test_a_step_whose_vm_died_tells_so_and_not_that_its_outcome_is_unknown(bench: Bench, step: str) -> None:
+    async def gate(what: str) -> None:
+        if step in what:  # and in `probe_mount`
+            bench.world.gate = dead
+            raise VMGone("QEMU hung up")
+
+    async def dead(what: str) -> None:
+        raise VMGone("QEMU hung up")
+
+    bench.world.gate = gate
+    with pytest.raises(VMGone):
+        await bench.add("a")
+    bench.manager.mark_gone(VMGone("QEMU was killed"))
+    await bench.manager.settle()
+    assert not bench.journal.records
+
+
 async def test_a_second_path_is_a_second_mount_and_no_path_shares_the_first(bench: Bench) -> None:
     one = await bench.add("a", "/mnt1")
     assert (await bench.add("a")).guest_path == one.guest_path

@@ -14,6 +14,7 @@ from utilityvm.errors import (
     RequestError,
     StoreError,
     UtilityVMError,
+    VMGone,
 )
 from utilityvm.scsi.disk import Disk
 from utilityvm.scsi.events import Events
@@ -209,6 +210,8 @@ class Steps:
 
     def _undecided(self, disk: Disk, thing: Disk | Mount, error: Exception) -> UtilityVMError:
         doubt, thing.doubt = thing.doubt, None  # told now; a retry begins without it
+        if isinstance(error, VMGone):
+            return error  # there is nobody to ask any more, nor a slot to be taken
         state = thing.state
         why = f"{doubt}; then {error}" if doubt is not None and str(doubt) != str(error) else str(error)
         kind = DeadlineExceeded if isinstance(doubt or error, DeadlineExceeded) else OutcomeUnknown
