@@ -26,7 +26,7 @@ STEPS = st.lists(
     | st.tuples(st.just("unmount"), slots, paths)
     | st.tuples(st.just("eject"), slots, paths)
     | st.tuples(st.just("look"), slots, paths)
-    | st.tuples(st.sampled_from(["refuse", "refuse slowly", "lose", "hear"]), slots, paths),
+    | st.tuples(st.sampled_from(["come", "refuse", "refuse slowly", "lose", "hear"]), slots, paths),
     min_size=5,
     max_size=25,
 )
@@ -38,32 +38,38 @@ class VM:
     def __init__(self, guest: BridgeGuest, gcs: FakeGcs) -> None:
         self.guest = guest
         self.gcs = gcs
+        self.gone: set[Slot] = set()  # the guest said that it let go, so the host took the disk off the bus
 
     async def take(self, what: str, slot: Slot, path: PurePosixPath) -> None:
         """Take one step, whatever comes of it."""
         timeout_s = 0.005 if self.gcs.silent.is_set() else 20.0
         with contextlib.suppress(UtilityVMError):
             match what:
-                case "mount":
+                case "mount" if slot not in self.gone:
                     await self.guest.mount(slot, PLAIN, guest_path=path, timeout_s=timeout_s)
                 case "unmount":
                     await self.guest.unmount(slot, PLAIN, guest_path=path, timeout_s=timeout_s, force=False)
                 case "eject":
                     await self.guest.eject(slot, timeout_s=timeout_s, force=False)
-                    self.gcs.attached.add(slot)
+                    self.gone.add(slot)
                 case "look":
                     if await self.guest.probe_mount(slot, guest_path=path, timeout_s=timeout_s):
                         assert self.gcs.mounts[str(path)] == [slot]
                     if not await self.guest.probe_device(slot, timeout_s=timeout_s):
-                        self.gcs.attached.add(slot)
+                        self.gone.add(slot)
+                case "come" if slot in self.gone:
+                    self.gone.discard(slot)
+                    self.gcs.attached.add(slot)
                 case "refuse":
                     self.gcs.refuse_next = "mounting: invalid argument"
                 case "refuse slowly":
                     self.gcs.refuse_next = "context deadline exceeded"
                 case "lose":
                     self.gcs.silent.set()
-                case _:
+                case "hear":
                     self.gcs.silent.clear()
+                case _:
+                    pass
 
 
 @settings(max_examples=150)

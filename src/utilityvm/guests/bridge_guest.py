@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import re
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Final
@@ -33,7 +33,7 @@ from utilityvm.errors import (
 )
 from utilityvm.guests.bridge_client import BridgeClient, NotNegotiated, again
 from utilityvm.guests.connection import Address, Dial, Given, Listen, Source
-from utilityvm.guests.ledger import Fact, Ledger
+from utilityvm.guests.ledger import Ledger
 from utilityvm.guests.mount_settings import (
     check_config,
     check_path,
@@ -183,7 +183,7 @@ class BridgeGuest:
                 raise GuestPathInUse(str(error), vm=self._vm, slot=slot, remedy=remedy) from error
             return
         self._ledger.before_mount(slot, guest_path)
-        with self._learning(slot, guest_path, Fact.MOUNTED):
+        with self._ledger.mounting(slot, guest_path):
             await self._modify("Add", "MappedVirtualDisk", settings, _Where(slot, guest_path), timeout_s)
 
     async def unmount(
@@ -199,7 +199,7 @@ class BridgeGuest:
             return
         self._refuse_force(slot, force)
         if self._ledger.before_unmount(slot, guest_path):
-            with self._learning(slot, guest_path, Fact.NOT_MOUNTED):
+            with self._ledger.unmounting(slot, guest_path):
                 await self._modify("Remove", "MappedVirtualDisk", settings, where, timeout_s)
 
     async def eject(self, slot: Slot, *, timeout_s: float, force: bool) -> None:
@@ -591,18 +591,6 @@ class BridgeGuest:
         raise GuestRefused(text, vm=self._vm, slot=slot)
 
     # A guest that is not ours.
-
-    @contextlib.contextmanager
-    def _learning(self, slot: Slot, path: PurePosixPath, done: Fact) -> Iterator[None]:
-        """Remember how a mount or an unmount ended; while it is under way, and without an answer, nothing is known."""
-        before = self._ledger.fact(path)
-        self._ledger.learn(slot, path, Fact.UNKNOWN)
-        try:
-            yield
-        except (GuestRefused, RequestError):
-            self._ledger.learn(slot, path, Fact.NOT_MOUNTED if done is Fact.MOUNTED else before)
-            raise
-        self._ledger.learn(slot, path, done)
 
     def _refuse_force(self, slot: Slot, force: bool) -> None:
         if force:

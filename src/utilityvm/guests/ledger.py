@@ -8,13 +8,22 @@ may be. Our own agent needs none of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from utilityvm.bridge import hazards
-from utilityvm.errors import GuestBusy, GuestPathInUse, InvalidRequest, NotSupported, OutcomeUnknown
+from utilityvm.errors import (
+    GuestBusy,
+    GuestPathInUse,
+    GuestRefused,
+    InvalidRequest,
+    NotSupported,
+    OutcomeUnknown,
+    RequestError,
+)
 from utilityvm.scsi.ports import DiskRecord, MountRecord, Record
 from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.transitions import DiskState, MountState
@@ -57,11 +66,6 @@ class Ledger:
                 else:
                     fact = Fact.MOUNTED if record.state == MountState.MOUNTED else Fact.UNKNOWN
                 self.learn(slots[record.attachment], record.guest_path, fact)
-
-    def fact(self, path: PurePosixPath) -> Fact:
-        """What is known of `path`."""
-        known = self._paths.get(path)
-        return known.fact if known else Fact.UNKNOWN
 
     def before_mount(self, slot: Slot, path: PurePosixPath) -> None:
         """May it be told to mount?
@@ -107,12 +111,20 @@ class Ledger:
 
         Raises:
             InvalidRequest: another disk is mounted there.
+            OutcomeUnknown: another disk may be, and would be unmounted.
         """
         known = self._paths.get(path)
-        if known and known.fact is Fact.MOUNTED and known.slot != slot:
+        if known is None or known.fact is Fact.NOT_MOUNTED:
+            return slot not in self._ejected | self._ejecting
+        if known.slot != slot and known.fact is Fact.MOUNTED:
             raise InvalidRequest(f"{path} holds the disk at {known.slot}, not the one at {slot}", slot=slot)
-        is_there = known is not None and known.fact is not Fact.NOT_MOUNTED
-        return is_there or slot not in self._ejected | self._ejecting
+        if known.slot != slot:
+            raise OutcomeUnknown(
+                f"{path} may hold the disk at {known.slot}: this guest did not say, and cannot be asked",
+                slot=slot,
+                remedy="unmount that one first",
+            )
+        return True
 
     def before_eject(self, slot: Slot) -> None:
         """May it be told to eject?
@@ -132,6 +144,32 @@ class Ledger:
     def learn(self, slot: Slot, path: PurePosixPath, fact: Fact) -> None:
         """The outcome of a mount or an unmount."""
         self._paths[path] = _Path(slot, fact)
+
+    @contextmanager
+    def unmounting(self, slot: Slot, path: PurePosixPath) -> Iterator[None]:
+        """An unmount is sent. If it is refused, the path is as it was; without an answer nothing is known."""
+        before = self._paths.get(path)
+        self.learn(slot, path, Fact.UNKNOWN)
+        try:
+            yield
+        except (GuestRefused, RequestError):
+            if before is None:
+                del self._paths[path]
+            else:
+                self._paths[path] = before
+            raise
+        self.learn(slot, path, Fact.NOT_MOUNTED)
+
+    @contextmanager
+    def mounting(self, slot: Slot, path: PurePosixPath) -> Iterator[None]:
+        """A mount is sent. If it is refused, nothing is mounted; without an answer nothing is known."""
+        self.learn(slot, path, Fact.UNKNOWN)
+        try:
+            yield
+        except (GuestRefused, RequestError):
+            self.learn(slot, path, Fact.NOT_MOUNTED)
+            raise
+        self.learn(slot, path, Fact.MOUNTED)
 
     def learn_not_ejected(self, slot: Slot) -> None:
         """The guest refused to let go of the disk."""
