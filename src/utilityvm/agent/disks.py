@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from utilityvm.agent import dm, filesystems, holders, mountinfo, mounting
 from utilityvm.agent.faults import Fault
-from utilityvm.agent.find_disk import Bus, Device, until, write
+from utilityvm.agent.find_disk import Bus, Device, write
 
 _STATE: Final = Path("/run/utilityvm/mounts.json")
 _FORBIDDEN: Final = ("/proc", "/sys", "/dev", "/run/utilityvm")
@@ -110,8 +110,7 @@ class DiskTable:
                         f"the disk is still mounted at {entry.path}", kind="busy", holders=[f"mounted at {entry.path}"]
                     )
                 self._unmount(entry, force=True)
-            scsi = self._bus.scsi_device(controller, lun)
-            if scsi is None:
+            if self._bus.scsi_device(controller, lun) is None:
                 return
             disk = self._bus.disk(controller, lun)
             if disk:
@@ -123,12 +122,7 @@ class DiskTable:
                     with suppress(OSError):
                         mounting.unmount(line.path, lazily=True)
                 _flush(disk)
-            write(f"{scsi}/delete", "1")
-            until(
-                lambda: True if not os.path.exists(scsi) else None,
-                deadline=deadline,
-                what=f"the kernel did not let go of the disk at {controller}:{lun}",
-            )
+            self._bus.delete(controller, lun, deadline)
 
     def probe(self, controller: int, lun: int) -> dict[str, Any]:
         """What the kernel says of the slot: is there a device, how large, and what of ours is mounted."""

@@ -126,6 +126,26 @@ class Bus:
             with contextlib.suppress(OSError):
                 write(f"{folder}/scsi_host/host{number}/scan", f"0 0 {lun}")
 
+    def delete(self, controller: int, lun: int, deadline: float) -> None:
+        """Have the kernel forget the device. True on return; no device is done already.
+
+        Raises:
+            Fault: the kernel did not let go of it in time.
+        """
+
+        def gone() -> bool | None:
+            if (path := self.scsi_device(controller, lun)) is None:
+                return True
+            try:
+                write(f"{path}/delete", "1")
+            except OSError as error:
+                # A device's folder is there before its files are, and still is when they are gone.
+                if error.errno not in (errno.ENOENT, errno.ENODEV):
+                    raise
+            return None if os.path.exists(path) else True
+
+        until(gone, deadline=deadline, what=f"the kernel did not let go of the disk at {controller}:{lun}")
+
     def disk(self, controller: int, lun: int) -> Device | None:
         """The disk at the slot, if it has come so far that it has a name."""
         path = self.scsi_device(controller, lun)
