@@ -2,12 +2,17 @@
 
 Makes an ext4 VHDX and an ext4 qcow2 with real files, starts a VM, attaches and mounts both (the read-only one
 twice: one attachment, two references), reads and writes inside the guest, gives everything back, and checks on
-the host that what the guest wrote is in the image.
+the host that what the guest wrote is in the image. Then the less usual kinds of disks, a batch, an owner that is
+killed in the middle of an attach, and a warm VM that is forked.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import signal
+import struct
 import sys
 import tempfile
 import time
@@ -15,8 +20,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utilityvm import UtilityVM, VMConfig
+from utilityvm import DiskSpec, ScratchKey, SCSIMount, UtilityVM, Verity, VMConfig
 from utilityvm.process import find_program, run
+from utilityvm.store import Store
+from utilityvm.templates import catalog
+
+MIB = 1 << 20
+CLONES = 4
+BAR = 60  # characters of the timeline
 
 _started = time.perf_counter()
 
@@ -42,10 +53,38 @@ def make_image(folder: Path, name: str, files: dict[str, str], *, image_format: 
         (tree / path).write_text(text)
     mkfs = find_program("mkfs.ext4", package="e2fsprogs")
     run([mkfs, "-q", "-F", "-d", tree, raw, f"{size_mib}M"])
+    if image_format == "raw":
+        return raw
     image = folder / f"{name}.{image_format}"
     qemu_img = find_program("qemu-img", package="qemu-utils")
     run([qemu_img, "convert", "-f", "raw", "-O", image_format, raw, image])
     return image
+
+
+def make_partitioned(folder: Path) -> Path:
+    """A disk with an MBR and two partitions; the second is an ext4."""
+    second = make_image(folder, "second", {"where": "the second partition\n"}, image_format="raw", size_mib=16)
+    disk = folder / "partitioned.raw"
+    entries = [(MIB // 512, MIB // 512), (2 * MIB // 512, second.stat().st_size // 512)]
+    table = b"".join(struct.pack("<B3xB3xII", 0, 0x83, start, length) for start, length in entries)
+    with disk.open("wb") as file:
+        file.write(bytes(446) + table.ljust(64, b"\0") + b"\x55\xaa")
+        file.seek(2 * MIB)
+        file.write(second.read_bytes())
+    return disk
+
+
+def make_verity(folder: Path) -> tuple[Path, Verity]:
+    """A file system with its hash tree behind it, and what proves that it is this one."""
+    image = make_image(folder, "layer", {"release": "42\n"}, image_format="raw", size_mib=16)
+    offset = image.stat().st_size
+    veritysetup = find_program("veritysetup", package="cryptsetup-bin")
+    sizes = ["--data-block-size=1024", "--hash-block-size=1024"]  # those of so small an ext4
+    said = run([veritysetup, "format", *sizes, f"--hash-offset={offset}", image, image]).decode()
+    found = re.search(r"Root hash:\s+([0-9a-f]+)", said)
+    if not found:
+        raise SystemExit(f"veritysetup said no root hash: {said}")
+    return image, Verity(root_hash=bytes.fromhex(found[1]), hash_offset_bytes=offset)
 
 
 def read_back(image: Path, path: str, folder: Path) -> str:
@@ -73,7 +112,7 @@ def show_slots(vm: UtilityVM) -> None:
     print()
 
 
-async def demo(folder: Path) -> None:
+async def main_job(folder: Path, name: str) -> None:
     print("Disks")
     with step("an ext4 VHDX with the guest's tools"):
         tools = make_image(
@@ -84,7 +123,7 @@ async def demo(folder: Path) -> None:
 
     print("The VM")
     with step("start, until the agent answers"):
-        vm = await UtilityVM.start(VMConfig(name=f"demo-{time.time_ns() % 10**9}"))
+        vm = await UtilityVM.start(VMConfig(name=name))
     async with vm:
         print(f"    {vm.name}: {vm.accelerator}")
         print("Attach and mount")
@@ -115,6 +154,7 @@ async def demo(folder: Path) -> None:
         with step("data.qcow2: unmount, eject, detach"):
             await work.release()
         assert not vm.scsi_mounts()
+        await kinds(vm, folder)
         with step("stop"):
             await vm.stop()
 
@@ -126,7 +166,132 @@ async def demo(folder: Path) -> None:
     print(f"    data.qcow2:/total.txt is {kept.strip()}")
 
 
+async def kinds(vm: UtilityVM, folder: Path) -> None:
+    print("Other kinds of disks")
+    with step("a partition of a disk, at /second"):
+        second = await vm.add_scsi(make_partitioned(folder), "/second", partition=2, read_only=True)
+    print(f"    {(await inside(vm, 'cat /second/where')).strip()}")
+    blank = folder / "blank.raw"
+    with blank.open("wb") as file:
+        file.truncate(64 * MIB)
+    with step("a blank disk, encrypted with a key that nobody knows and formatted, at /scratch"):
+        scratch = await vm.add_scsi(blank, "/scratch", ensure_filesystem=True, encryption=ScratchKey())
+    await inside(vm, "echo a secret of the guest > /scratch/secret; sync")
+    layer, verity = make_verity(folder)
+    with step("a layer whose every block is proven by its root hash, at /layer"):
+        proven = await vm.add_scsi(layer, "/layer", read_only=True, verity=verity)
+    print(f"    release {(await inside(vm, 'cat /layer/release')).strip()}")
+    with step("give the three back together"):
+        results = await vm.remove_scsi_many([second, scratch, proven])
+    assert results == [None, None, None], results
+    if b"a secret of the guest" in blank.read_bytes():
+        raise SystemExit("the scratch disk holds what the guest wrote in plain")
+    print("    blank.raw does not hold what was written to it, and nobody has the key")
+
+    disks = [make_image(folder, f"batch{number}", {"n": f"{number}"}, image_format="qcow2") for number in range(8)]
+    specs = [DiskSpec(host_path=disk, guest_path=f"/batch/{number}") for number, disk in enumerate(disks)]
+    with step("a batch of eight disks, attached and mounted"):
+        mounts = [mount for mount in await vm.add_scsi_many(specs) if isinstance(mount, SCSIMount)]
+    assert await inside(vm, "cat /batch/*/n") == "01234567"
+    with step("and released"):
+        await vm.remove_scsi_many(mounts)
+
+
+async def killed_owner(folder: Path, name: str) -> None:
+    print("An owner that dies")
+    disk = make_image(folder, "survivor", {"in": "still here\n"}, image_format="qcow2")
+    with step("start a VM that outlives its owner"):
+        vm = await UtilityVM.start(VMConfig(name=name, keep=True))
+    await vm.close()
+    try:
+        with step("another process owns it, attaches a disk, and is killed in the middle"):
+            child = await asyncio.create_subprocess_exec(sys.executable, __file__, "--die", name, str(disk))
+            status = await child.wait()
+        if status != -signal.SIGKILL:
+            raise SystemExit(f"the owner was to be killed, and ended with {status}")
+        with step("own it again: what was half done is finished or undone"):
+            vm = await UtilityVM.open(name)
+        for finding in vm.findings:
+            print(f"    found: {finding}")
+        with step("attach the same disk, and go on"):
+            await vm.add_scsi(disk, "/data")
+        print(f"    {(await inside(vm, 'cat /data/in')).strip()}")
+        await vm.stop()
+    finally:
+        if vm.is_running:
+            await vm.stop()
+        elif status_of(name):
+            await UtilityVM.remove(name, force=True)
+
+
+def status_of(name: str) -> bool:
+    with Store.open() as store:
+        return store.find(name) is not None
+
+
+async def die(name: str, disk: str) -> None:
+    """The owner that dies: at the instant in which its attach is sent."""
+    vm = await UtilityVM.open(name)
+
+    async def kill_at_the_attach() -> None:
+        async for event in vm.scsi_events():
+            if event.what == "attaching":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    watching = asyncio.create_task(kill_at_the_attach())
+    await asyncio.sleep(0)
+    await vm.add_scsi(disk, "/data")
+    await watching
+
+
+async def fork(folder: Path, name: str) -> None:
+    print("A warm VM is forked")
+    base = make_image(folder, "work", {"base": "warm\n"}, image_format="vhdx")
+    begun = time.perf_counter()
+    vm = await UtilityVM.start(VMConfig(name=name))
+    await vm.add_scsi(base, "/work")
+    await inside(vm, "echo ready > /work/state")
+    booted = time.perf_counter() - begun
+    clones: list[UtilityVM] = []
+    try:
+        begun = time.perf_counter()
+        await vm.save_as_template(name)
+        rows = [("boot and warm up", 0.0, booted), ("save as a template", booted, time.perf_counter() - begun)]
+        at = booted + rows[-1][2]
+        for number in range(CLONES):
+            begun = time.perf_counter()
+            clones.append(await UtilityVM.clone(name, f"{name}-{number}"))
+            took = time.perf_counter() - begun
+            rows.append((f"clone {number}", at, took))
+            at += took
+        for what, start, took in rows:
+            bar = " " * round(start / at * BAR) + "#" * max(1, round(took / at * BAR))
+            print(f"    {what:<20} {took * 1000:>6.0f} ms  {bar}")
+        for clone in clones:
+            await inside(clone, "hostname > /work/state")
+        states = [(await inside(clone, "cat /work/base /work/state")).split() for clone in clones]
+        assert states == [["warm", clone.name] for clone in clones], states
+        print("    each has the template's files and its own writes, and its own name, ids and random numbers")
+    finally:
+        await vm.stop()
+        for clone in clones:
+            await clone.stop(timeout_s=0)
+        if name in catalog.names():
+            with Store.open() as store:
+                catalog.remove(name, store)
+
+
+async def demo(folder: Path) -> None:
+    name = f"demo-{time.time_ns() % 10**9}"
+    await main_job(folder, name)
+    await killed_owner(folder, f"{name}-kept")
+    await fork(folder, f"{name}-warm")
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--die"]:
+        asyncio.run(die(*sys.argv[2:]))
+        return
     with tempfile.TemporaryDirectory(prefix="utilityvm-demo-") as folder:
         asyncio.run(demo(Path(folder)))
     print(f"Done in {time.perf_counter() - _started:.1f} s.")

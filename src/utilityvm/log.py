@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import logging
 
+# A program that sets up no logging hears nothing of ours: what it has to know, it is told by results and errors.
+logging.getLogger("utilityvm").addHandler(logging.NullHandler())
+
 
 class BoundLogger:
     """A logger with fields; `bind` gives a child with more of them."""
