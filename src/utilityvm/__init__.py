@@ -174,7 +174,16 @@ def __getattr__(name: str) -> object:
     if name == "errors":
         value = importlib.import_module("utilityvm.errors")
     else:
-        value = getattr(importlib.import_module(_MODULE_OF.get(name, "utilityvm.errors")), name)
+        try:
+            value = getattr(importlib.import_module(_MODULE_OF.get(name, "utilityvm.errors")), name)
+        except ModuleNotFoundError as error:
+            if error.name != "fcntl":
+                raise
+            setup_error = importlib.import_module("utilityvm.errors").SetupError
+            raise setup_error(
+                f"utilityvm.{name} runs VMs on QEMU, which needs a Unix system",
+                remedy="on Windows use utilityvm.hosts.hcs: see docs/coming-from-hcsshim.md",
+            ) from error
     globals()[name] = value
     return value
 

@@ -53,6 +53,24 @@ def test_every_module_imports() -> None:
     assert {"utilityvm.hosts.hcs.computecore", "utilityvm.hcs.gob"} <= set(done.stdout.split())
 
 
+def test_what_only_unix_has_is_named() -> None:
+    code = """
+import utilityvm
+print(utilityvm.ScsiState.__name__, utilityvm.Slot(0, 1), utilityvm.errors.__name__)
+for name in ("UtilityVM", "VMConfig", "Template"):
+    try:
+        getattr(utilityvm, name)
+    except utilityvm.SetupError as error:
+        print(error, error.remedy)
+"""
+    done = run_without_unix(code)
+    assert done.returncode == 0, done.stderr
+    first, *refusals = done.stdout.splitlines()
+    assert first == "ScsiState 0:1 utilityvm.errors"
+    assert len(refusals) == 3
+    assert all("needs a Unix system" in line and "utilityvm.hosts.hcs" in line for line in refusals)
+
+
 def test_the_pure_parts_pass_their_tests() -> None:
     done = run_without_unix(RUN_TESTS, *(str(HERE / name) for name in PURE))
     assert done.returncode == 0, done.stdout
