@@ -17,12 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from crash_points import Points, install, install_start_and_stop
-from utilityvm import DiskSpec, SCSIMount, UtilityVM, VMConfig
+from crash_points import Points, install, install_start_and_stop, install_templates
+from utilityvm import ClonePool, DiskSpec, SCSIMount, UtilityVM, VMConfig
 
 KEEPER: Final = "keeper"  # holds what the operation must leave alone
 JOB: Final = "job"  # holds what the operation adds or gives back, and outlives the process
 MIB: Final = 1 << 20
+TEMPLATE: Final = "crash-base"  # what clones are made from
+SAVED: Final = "crash-saved"  # what a VM is saved as
 STOP: Final = "stop"  # begins the name of each point of it
 
 
@@ -207,10 +209,42 @@ async def _start_and_stop(task: Task, points: Points) -> None:
     points.disarm()
 
 
+async def _save(task: Task, points: Points) -> None:
+    install_templates(points)
+    vm = await UtilityVM.open(task.vm)
+    points.arm("save")
+    await vm.save_as_template(SAVED)
+    points.disarm()
+
+
+async def _clone(task: Task, points: Points) -> None:
+    install_start_and_stop(points)
+    install_templates(points)
+    points.arm("clone")
+    vm = await UtilityVM.clone(TEMPLATE, task.vm, keep=task.holder is not None)
+    points.disarm()
+    points.arm(STOP)
+    await vm.stop(timeout_s=0)
+    points.disarm()
+
+
+async def _pool(task: Task, points: Points) -> None:
+    install_start_and_stop(points)
+    install_templates(points)
+    points.arm("pool")
+    async with ClonePool(TEMPLATE, size=1, prefix=task.vm) as pool:
+        vm = await pool.acquire()
+        await vm.stop(timeout_s=0)
+    points.disarm()
+
+
+TEMPLATES: Final = {"save": _save, "clone": _clone, "pool": _pool}
+
+
 def _run(task: Task, tell: Callable[[Outcome], None]) -> None:
     points = Points(task.kill_at, lambda name: tell(Outcome(point=name, points=task.kill_at, error=None)))
     install(points)
-    run = _disk_operation if task.operation in OPERATIONS else _start_and_stop
+    run = TEMPLATES.get(task.operation, _disk_operation if task.operation in OPERATIONS else _start_and_stop)
     try:
         asyncio.run(run(task, points))
     except BaseException:

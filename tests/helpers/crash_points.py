@@ -7,18 +7,21 @@ code from outside, so that nothing in the library knows of it.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from utilityvm import lifecycle
 from utilityvm.bridge import messages
 from utilityvm.bridge.frame import Frame
 from utilityvm.guests.bridge_client import BridgeClient
-from utilityvm.hosts.qemu import console, launch
+from utilityvm.hosts.qemu import console, launch, memory
 from utilityvm.hosts.qemu.qmp import Event, Qmp
 from utilityvm.store import SqliteJournal, Store
 from utilityvm.store.ownership import Ownership
+from utilityvm.templates import catalog, overlay
 
 # Sent again and again until they are answered: their number is not the same each time.
 _AS_OFTEN_AS_NEEDED: Final = frozenset({messages.NEGOTIATE, messages.PING})
@@ -91,6 +94,16 @@ def install_start_and_stop(points: Points) -> None:
     points.around(lifecycle, "write_copy", "the copy of the record is written")
     points.around(lifecycle, "remove_copy", "the copy of the record is removed")
     points.around(Ownership, "release", "the lock is given back")
+
+
+def install_templates(points: Points) -> None:
+    """Also the files of templates and clones."""
+    points.around(memory, "copy", "the memory is copied")
+    points.around(overlay, "create", "an overlay is made")
+    points.around(catalog, "_flush", "a file is flushed")
+    points.around(Path, "rename", "a folder gets its name")
+    points.around(Path, "write_bytes", "the manifest is written")
+    points.before(shutil, "rmtree", "a folder is removed")
 
 
 def _install_qmp(points: Points) -> None:
