@@ -64,8 +64,8 @@ if TYPE_CHECKING:
     )
     from utilityvm.guests.bridge_guest import CommandResult
     from utilityvm.pool import ClonePool
+    from utilityvm.scsi.document import ScsiState
     from utilityvm.scsi.events import ScsiEvent
-    from utilityvm.scsi.migration import ScsiState
     from utilityvm.scsi.ports import (
         AttachmentType,
         CallerKey,
@@ -148,7 +148,7 @@ __all__ = [
 _MODULES = {
     "utilityvm.guests.bridge_guest": ("CommandResult",),
     "utilityvm.scsi.events": ("ScsiEvent",),
-    "utilityvm.scsi.migration": ("ScsiState",),
+    "utilityvm.scsi.document": ("ScsiState",),
     "utilityvm.scsi.views": ("MountView", "SlotView"),
     "utilityvm.scsi.ports": (
         "AttachmentType",

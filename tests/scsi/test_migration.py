@@ -27,8 +27,8 @@ from utilityvm.errors import (
     VMGone,
     WrongState,
 )
+from utilityvm.scsi.document import ScsiState
 from utilityvm.scsi.manager import AddRequest, ScsiManager
-from utilityvm.scsi.migration import ScsiState
 from utilityvm.scsi.ports import CallerKey, DiskFormat, DiskRequest, Holder, MountConfig, ScratchKey, Verity
 from utilityvm.scsi.slot import Slot
 from utilityvm.testing import Break

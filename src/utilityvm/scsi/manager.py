@@ -30,9 +30,10 @@ from utilityvm.errors import (
 )
 from utilityvm.log import logger
 from utilityvm.scsi.book import Book
+from utilityvm.scsi.document import ScsiState
 from utilityvm.scsi.events import Events, ScsiEvent
 from utilityvm.scsi.ledger import Ledger
-from utilityvm.scsi.migration import ScsiState, check_fits, locate
+from utilityvm.scsi.migration import check_fits, locate
 from utilityvm.scsi.mount import checked_config, checked_guest_path
 from utilityvm.scsi.ports import DiskRequest, GuestBackend, Holder, HostBackend, Journal, MountConfig, Record
 from utilityvm.scsi.reservation import Claim, Reservation
@@ -395,7 +396,7 @@ class ScsiManager:
         """The state as a document, for the owner of this VM on the host that it moves to.
 
         From then on every change is refused with `Migrating`, until `resume`: what the document says stays true. If
-        this fails, the manager goes on as before.
+        this fails, the manager goes on as before. Another owner that opens the VM meanwhile knows nothing of it.
 
         Raises:
             WrongState: a disk or a mount is half-way, or is being resized; names it.

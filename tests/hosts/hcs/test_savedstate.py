@@ -16,7 +16,7 @@ from utilityvm.hosts.hcs import documents, savedstate
 from utilityvm.hosts.hcs.disk import DiskFacts
 from utilityvm.hosts.hcs.protowire import message, number, text
 from utilityvm.hosts.hcs.savedstate import SavedDisk, SavedMount, SavedReservation, SavedState
-from utilityvm.scsi.migration import ScsiState
+from utilityvm.scsi.document import ScsiState
 from utilityvm.scsi.ports import DiskFormat, DiskRequest, VMAccess
 from utilityvm.scsi.slot import Slot
 

@@ -27,8 +27,8 @@ from utilityvm.hosts.hcs.documents import GuestOS
 from utilityvm.hosts.hcs.gob import SCSIMount
 from utilityvm.hosts.hcs.guest import HcsGuest
 from utilityvm.hosts.hcs.host import GroupAccess, HcsHost
+from utilityvm.scsi.document import ScsiState
 from utilityvm.scsi.manager import ScsiManager
-from utilityvm.scsi.migration import ScsiState
 from utilityvm.scsi.ports import AttachmentType, DiskRequest, Holder, MountConfig, ScratchKey, VMAccess
 from utilityvm.scsi.reservation import Reservation
 from utilityvm.scsi.steps import StepTimeouts

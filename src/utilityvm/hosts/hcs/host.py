@@ -45,7 +45,7 @@ from utilityvm.hosts.hcs.system import (
     Step,
 )
 from utilityvm.log import logger
-from utilityvm.scsi.migration import ScsiState
+from utilityvm.scsi.document import ScsiState
 from utilityvm.scsi.ports import AttachmentType, DiskRecord, DiskRequest, Holder, OpenDisk, Record, VMAccess
 from utilityvm.scsi.slot import LUNS_PER_CONTROLLER, MAX_CONTROLLERS, Slot
 from utilityvm.scsi.transitions import DiskState

@@ -1,7 +1,7 @@
 """The payload in which hcsshim's controller hands its SCSI state to the host that a VM moves to.
 
 `encode` and `decode` are its Save and Import, to the byte; `to_state` and `from_state` go between it and the document
-of our own manager (`scsi.migration`), which has all that this one has not: whether a disk is attached at all, which
+of our own manager (`scsi.document`), which has all that this one has not: whether a disk is attached at all, which
 file it is, reservations without a mount, several mounts of a partition.
 
 Decoding gives a whole value or raises, where hcsshim's Import takes what makes it fail later: a reservation of an empty
@@ -26,8 +26,8 @@ from utilityvm.errors import InvalidRequest, NotSupported, ProtocolError
 from utilityvm.hosts.hcs.disk import Disks, attachment_for
 from utilityvm.hosts.hcs.documents import Attachment, Scsi, scsi_section
 from utilityvm.hosts.hcs.protowire import Fields, Kind, message, number, text
-from utilityvm.scsi import migration
-from utilityvm.scsi.migration import ScsiState
+from utilityvm.scsi import document
+from utilityvm.scsi.document import ScsiState
 from utilityvm.scsi.mount import checked_guest_path
 from utilityvm.scsi.ports import AttachmentType, DiskRequest, VMAccess
 from utilityvm.scsi.slot import LUNS_PER_CONTROLLER, MAX_CONTROLLERS, Slot
@@ -319,7 +319,7 @@ def to_state(
     """
     since = time.time() if now is None else now
     reserved: dict[Slot, str] = {}
-    held: list[migration.SavedDisk] = []
+    held: list[document.SavedDisk] = []
     for slot, disk in sorted(saved.disks.items()):
         claims = [(id, one.partition) for id, one in saved.reservations.items() if one.slot == slot]
         if not claims:
@@ -331,7 +331,7 @@ def to_state(
         facts = disks.read(request)
         names = {partition: new_id() for _, partition in claims}
         held.append(
-            migration.SavedDisk(
+            document.SavedDisk(
                 attachment=new_id(),
                 slot=str(slot),
                 host_path=request.host_path,
@@ -345,7 +345,7 @@ def to_state(
                     _our_mount(disk, slot, partition, name=name, since=since) for partition, name in names.items()
                 ),
                 reservations=tuple(
-                    migration.SavedReservation(reservation=id, mount=names[partition], holder=holder, since=since)
+                    document.SavedReservation(reservation=id, mount=names[partition], holder=holder, since=since)
                     for id, partition in claims
                 ),
             )
@@ -359,7 +359,7 @@ def _our_path(disk: SavedDisk) -> str:
     return disk.host_path
 
 
-def _our_mount(disk: SavedDisk, slot: Slot, partition: int, *, name: str, since: float) -> migration.SavedMount:
+def _our_mount(disk: SavedDisk, slot: Slot, partition: int, *, name: str, since: float) -> document.SavedMount:
     mount = disk.mounts[partition]
     if mount.is_blank or not mount.guest_path:
         why = "a Windows guest's, of which nothing was saved" if mount.is_blank else "reserved, and never mounted"
@@ -369,7 +369,7 @@ def _our_mount(disk: SavedDisk, slot: Slot, partition: int, *, name: str, since:
             host_path=disk.host_path,
             remedy="unmap it before the VM moves, and add it again after",
         )
-    return migration.SavedMount(
+    return document.SavedMount(
         mount=name,
         guest_path=str(checked_guest_path(PurePosixPath(mount.guest_path))),
         partition=partition,
@@ -421,7 +421,7 @@ def guid_of(reservation: str) -> str:
     return reservation.lower() if _GUID.fullmatch(reservation) else str(uuid.uuid5(_OURS, reservation))
 
 
-def _their_mount(disk: migration.SavedDisk, mount: migration.SavedMount) -> SavedMount:
+def _their_mount(disk: document.SavedDisk, mount: document.SavedMount) -> SavedMount:
     for wanted, what in (
         (mount.encryption == "caller", "a key of the caller's"),
         (mount.verity is not None, "dm-verity"),
@@ -440,7 +440,7 @@ def _their_mount(disk: migration.SavedDisk, mount: migration.SavedMount) -> Save
     )
 
 
-def _no_words(disk: migration.SavedDisk, what: str) -> NotSupported:
+def _no_words(disk: document.SavedDisk, what: str) -> NotSupported:
     return NotSupported(
         f"{disk.host_path} has {what}, which hcsshim's saved state cannot say",
         slot=disk.where(),
