@@ -57,16 +57,16 @@ def open_verity(name: str, node: str, size_bytes: int, verity: Mapping[str, Any]
         raise Fault("dm-verity needs a RootHash in hex and a HashOffset", kind="invalid") from None
     if not 0 <= offset < size_bytes:
         raise Fault(f"the hash offset {offset} is outside the disk of {size_bytes} bytes", kind="invalid")
-    if all(name in verity for name in ("DataBlocks", "Salt", "Algorithm", "BlockSize")):
+    if all(word in verity for word in ("DataBlocks", "Salt", "Algorithm", "BlockSize")):
         algorithm, block = str(verity["Algorithm"]), int(verity["BlockSize"])
         data_blocks, salt = int(verity["DataBlocks"]), bytes.fromhex(verity["Salt"])
         version, hash_start = 1, offset // block
     else:
         version, algorithm, block, data_blocks, salt = _superblock(node, offset)
         found = {"DataBlocks": data_blocks, "Salt": salt.hex(), "Algorithm": algorithm, "BlockSize": block}
-        for name, value in found.items():
-            if name in verity and verity[name] != value:
-                raise Fault(f"the hash tree's superblock says {name} {value}, and not {verity[name]}", kind="invalid")
+        for word, value in found.items():
+            if word in verity and verity[word] != value:
+                raise Fault(f"the hash tree's superblock says {word} {value}, and not {verity[word]}", kind="invalid")
         hash_start = -(-(offset + _VERITY_SUPERBLOCK.size) // block)
     if data_blocks * block > offset:
         raise Fault(

@@ -8,6 +8,7 @@ import mmap
 import os
 import subprocess
 import time
+from collections.abc import Iterator
 from typing import Final
 
 from utilityvm.agent import mounting
@@ -15,7 +16,9 @@ from utilityvm.agent.faults import Fault
 
 _MIB: Final = 1 << 20
 _READ_WHOLE_BYTES: Final = 4 << 30
+_EDGE_BYTES: Final = 1 << 30
 _SAMPLES: Final = 4096
+_SAMPLE_BYTES: Final = 1 << 16
 # Discarding would undo a hole-free image's allocation and costs time; the rest of the tables is written when needed.
 _MAKERS: Final[dict[str, tuple[str, ...]]] = {
     "ext4": ("mkfs.ext4", "-q", "-F", "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1"),
@@ -57,10 +60,7 @@ def ensure(node: str, filesystem: str, *, below: str, reformat: bool, deadline: 
 
 
 def is_blank(node: str, deadline: float) -> bool:
-    """Does the device hold nothing but zeros?
-
-    Up to 4 GiB all of it is read. Of a larger one the first and the last GiB are, and a MiB at each of 4096 places that
-    lie evenly between.
+    """Does the device hold nothing but zeros, in the `places_to_read`?
 
     Raises:
         Fault: the deadline came first.
@@ -70,13 +70,12 @@ def is_blank(node: str, deadline: float) -> bool:
         size = os.lseek(fd, 0, os.SEEK_END)
         zeros = bytes(_MIB)
         with mmap.mmap(-1, _MIB) as page:
-            for offset in _offsets(size):
+            for offset, length in places_to_read(size):
                 if time.monotonic() >= deadline:
                     text = f"reading whether the device of {size >> 20} MiB is blank took longer than the time given"
-                    raise Fault(f"{text}; it was not formatted", kind="refused")
-                length = os.preadv(fd, [page], offset)
-                if length < min(_MIB, size - offset):
-                    raise Fault(f"the device cannot be read at byte {offset + length}; it was not formatted")
+                    raise Fault(f"{text}; it was not formatted")
+                if os.preadv(fd, [memoryview(page)[:length]], offset) < length:
+                    raise Fault(f"the device cannot be read at byte {offset}; it was not formatted")
                 if page[:length] != zeros[:length]:
                     return False
         return True
@@ -84,12 +83,26 @@ def is_blank(node: str, deadline: float) -> bool:
         os.close(fd)
 
 
-def _offsets(size: int) -> range | list[int]:
+def places_to_read(size: int) -> Iterator[tuple[int, int]]:
+    """Where to look whether a device of `size` bytes is blank: offsets and lengths.
+
+    Up to 4 GiB all of it. Of a larger one the first and the last GiB, where all that signs a device is, and 64 KiB at
+    each of 4096 places that lie evenly between.
+    """
     if size <= _READ_WHOLE_BYTES:
-        return range(0, size, _MIB)
-    begin, end = 1024 * _MIB, (size // _MIB - 1024) * _MIB
-    between = {begin + (end - begin) * number // _SAMPLES // _MIB * _MIB for number in range(_SAMPLES)}
-    return [*range(0, begin, _MIB), *sorted(between), *range(end, size, _MIB)]
+        yield from _whole(0, size)
+        return
+    begin, end = _EDGE_BYTES, (size - _EDGE_BYTES) // _SAMPLE_BYTES * _SAMPLE_BYTES
+    step = max((end - begin) // _SAMPLES // _SAMPLE_BYTES * _SAMPLE_BYTES, _SAMPLE_BYTES)
+    yield from _whole(0, begin)
+    for offset in range(begin, end, step):
+        yield offset, _SAMPLE_BYTES
+    yield from _whole(end, size)
+
+
+def _whole(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    for offset in range(begin, end, _MIB):
+        yield offset, min(_MIB, end - offset)
 
 
 def _what_is_on(node: str) -> str | None:
