@@ -710,13 +710,17 @@ class UtilityVM:
 
         Raises:
             OutcomeUnknown: the kernel does not let QEMU go; call again.
+            StoreError: it has ended, and the store keeps its record; call again.
         """
         async with self._ending:
             if self._is_closed:
                 return
             if self._ended is None:
                 self._is_stopping = True
-                self._store.set_state(self._record, VMState.STOPPING)
+                try:
+                    self._store.set_state(self._record, VMState.STOPPING)
+                except UtilityVMError as error:  # a full disk must not keep a VM running
+                    self._log.warning("not written down: %s", error)
                 with suppress(UtilityVMError):
                     await self._guest.shutdown(timeout_s=timeout_s)
                     await asyncio.wait([self._host.gone], timeout=timeout_s)
@@ -748,14 +752,16 @@ class UtilityVM:
                 return
             self._is_closed = True
             self._ended = VMNotRunning(f"VM {self.name} was closed here", vm=self.name, remedy="open it again")
-            with suppress(TimeoutError):
-                async with asyncio.timeout(SETTLE_S):
-                    await self.scsi.settle()
-            await self._guest.close()
-            await self._host.close()
-            await self.scsi.settle()  # at once: what was under way has lost its connection, and the journal says so
-            self._ownership.release()
-            self._store.close()
+            async with AsyncExitStack() as closing:  # the last first, also when this is cancelled
+                closing.callback(self._store.close)
+                closing.callback(self._ownership.release)
+                # At once: what was under way has lost its connection, and the journal says so.
+                closing.push_async_callback(self.scsi.settle)
+                closing.push_async_callback(self._host.close)
+                closing.push_async_callback(self._guest.close)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(SETTLE_S):
+                        await self.scsi.settle()
 
     async def __aenter__(self) -> Self:
         return self

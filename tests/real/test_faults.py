@@ -7,23 +7,31 @@ UTILITYVM_CRASH=all takes all: see `points`.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 
-from agreement import check_agreement, read_in_guest, sizes_in_guest
+from agreement import check_agreement, is_locked, read_in_guest, sizes_in_guest
 from fault_points import DEATHS, Faults
 from points import chosen
-from utilityvm import SCSIMount, UtilityVM, UtilityVMError
+from utilityvm import OutcomeUnknown, SCSIMount, UtilityVM, UtilityVMError
+from utilityvm import paths as places
+from utilityvm.guests.bridge_guest import BridgeGuest
+from utilityvm.hosts.qemu import launch
+from utilityvm.hosts.qemu.qmp import Qmp
+from utilityvm.store import Store
 from utilityvm.testing.images import ext4_image
 
 pytestmark = pytest.mark.real
 
 EVERY = 3
 MIB = 1 << 20
+Start = Callable[..., Awaitable[UtilityVM]]
 Act: TypeAlias = Callable[[], Awaitable[object]]
 
 
@@ -114,3 +122,67 @@ async def test_after_one_fault_all_is_as_before_or_a_second_call_finishes_it(
     record_property("points", len(points))
     record_property("faults, after all of which all came right", len(tried))
     sys.stderr.write(f"{operation}: {len(tried)} faults of {len(points)}, and all came right\n")
+
+
+# The end of a VM.
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Store, "set_state"),
+        (BridgeGuest, "shutdown"),
+        (Qmp, "execute"),
+        (launch, "destroy"),
+        (Store, "remove"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+async def test_a_stop_that_fails_once_is_finished_by_the_next(
+    owner: object, name: str, start: Start, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await start("stopped")
+    await vm.add_scsi(disk)
+    plain, failed = getattr(owner, name), list[str]()
+
+    def fail_once(*args: Any, **kwargs: Any) -> Any:
+        if not failed:
+            failed.append(name)
+            raise OutcomeUnknown("the test broke it")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, fail_once)
+    with suppress(OutcomeUnknown):
+        await vm.stop(timeout_s=0)
+    await vm.stop(timeout_s=0)
+    assert failed
+    assert not places.vm_dir(vm.name).exists()
+    with Store.open() as store:
+        assert store.find(vm.name) is None
+    assert not vm.process.is_running()
+    assert not is_locked(disk)
+
+
+async def test_a_close_that_is_cancelled_lets_go_of_the_vm_all_the_same(
+    start: Start, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await start("closed", keep=True)
+    await vm.add_scsi(disk, "/data", holder="named")
+    plain, waits = vm.scsi.settle, asyncio.Event()
+
+    async def settle() -> None:
+        if not waits.is_set():
+            waits.set()
+            await asyncio.Event().wait()
+        await plain()
+
+    monkeypatch.setattr(vm.scsi, "settle", settle)
+    closing = asyncio.create_task(vm.close())
+    await waits.wait()
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    await vm.close()
+    again = await UtilityVM.open("closed")
+    assert [held.holder for held in again.scsi_reservations()] == ["named"]
+    await again.stop()

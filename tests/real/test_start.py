@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from utilityvm import InvalidRequest, SetupError, StartFailed, UtilityVM, VMConfig, VMNotFound
+from owners import until_no_process_has
+from utilityvm import DeadlineExceeded, InvalidRequest, SetupError, StartFailed, UtilityVM, VMConfig, VMNotFound
 from utilityvm import paths as places
 from utilityvm.guestimage.build import GuestImage
+from utilityvm.guests.bridge_guest import BridgeGuest
+from utilityvm.hosts.qemu import QemuHost, console, launch
+from utilityvm.hosts.qemu.qmp import Qmp
 from utilityvm.store import Store
 from utilityvm.store.ownership import Ownership
 
@@ -78,3 +82,30 @@ async def test_a_folder_that_a_killed_starter_left_goes_and_one_that_is_owned_st
     for name in ("..", "a/b", ""):
         with pytest.raises(VMNotFound):
             await UtilityVM.remove(name)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Store, "add"),
+        (console, "start_writer"),
+        (launch, "spawn"),
+        (Qmp, "connect"),
+        (QemuHost, "status"),
+        (Store, "set_process"),
+        (BridgeGuest, "connect"),
+        (Store, "set_state"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+async def test_whatever_fails_in_a_start_nothing_is_left_and_the_error_is_told(
+    owner: object, name: str, guest_image: GuestImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise DeadlineExceeded("the test broke it")
+
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises((DeadlineExceeded, StartFailed), match="the test broke it"):
+        await UtilityVM.start(VMConfig(name="failing"), image=guest_image)
+    await until_no_process_has(" failing ")
+    await until_no_process_has(str(places.vm_dir("failing")))
