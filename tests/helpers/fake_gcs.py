@@ -31,6 +31,7 @@ class FakeGcs:
         self.busy: set[str] = set()
         self.silent = asyncio.Event()  # set: it does what it is told and says nothing
         self.refuse_next: str | None = None
+        self.cut_next = False  # it does the next thing that it is told, and the connection breaks
         self.harm: list[str] = []
         self.received: list[Frame] = []
         self.was_negotiated = False
@@ -42,7 +43,11 @@ class FakeGcs:
             while data := await reader.read(65536):
                 for frame in decoder.feed(data):
                     self.received.append(frame)
-                    if (answer := self._answer(frame)) and not self.silent.is_set():
+                    answer = self._answer(frame)
+                    if self.cut_next and frame.kind == messages.MODIFY:
+                        self.cut_next = False
+                        return
+                    if answer and not self.silent.is_set():
                         writer.write(encode(messages.response_to(frame.kind), frame.id, guest_json(answer)))
         except OSError:
             pass
