@@ -331,6 +331,13 @@ async def test_host_paths_can_be_others_there(bench: Bench) -> None:
     await there.manager.remove("/pool/a")
 
 
+async def test_a_path_that_is_no_text_has_no_place_in_a_document(bench: Bench) -> None:
+    await bench.add("/a\udcff")
+
+    with pytest.raises(InvalidRequest, match="not valid Unicode"):
+        (await bench.manager.export_state()).to_json()
+
+
 async def test_paths_that_cannot_be_are_refused(bench: Bench) -> None:
     await bench.add("/a")
     await bench.add("/b")

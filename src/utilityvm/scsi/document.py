@@ -228,8 +228,15 @@ class ScsiState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return cls(controllers=controllers, disks=tuple(map(SavedDisk.of, settled)))
 
     def to_json(self) -> bytes:
-        """The document. The same state is the same bytes."""
-        return msgspec.json.encode(self)
+        """The document. The same state is the same bytes.
+
+        Raises:
+            InvalidRequest: a path is not valid Unicode.
+        """
+        try:
+            return msgspec.json.encode(self)
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"{error.object!r} is not valid Unicode", remedy="rename it") from error
 
     @classmethod
     def from_json(cls, document: bytes | str) -> Self:
