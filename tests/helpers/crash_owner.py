@@ -194,6 +194,13 @@ async def _disk_operation(task: Task, points: Points) -> None:
     await vm.close()
 
 
+async def _take_over(task: Task, points: Points) -> None:
+    points.arm(task.operation)
+    vm = await UtilityVM.open(task.vm)
+    await vm.close()
+    points.disarm()
+
+
 async def _start_and_stop(task: Task, points: Points) -> None:
     install_start_and_stop(points)
     config = VMConfig(name=task.vm, keep=task.holder is not None, memory_mib=128)
@@ -238,13 +245,19 @@ async def _pool(task: Task, points: Points) -> None:
     points.disarm()
 
 
-TEMPLATES: Final = {"save": _save, "clone": _clone, "pool": _pool}
+OTHERS: Final = {
+    "take_over": _take_over,
+    "start_and_stop": _start_and_stop,
+    "save": _save,
+    "clone": _clone,
+    "pool": _pool,
+}
 
 
 def _run(task: Task, tell: Callable[[Outcome], None]) -> None:
     points = Points(task.kill_at, lambda name: tell(Outcome(point=name, points=task.kill_at, error=None)))
     install(points)
-    run = TEMPLATES.get(task.operation, _disk_operation if task.operation in OPERATIONS else _start_and_stop)
+    run = OTHERS.get(task.operation, _disk_operation)
     try:
         asyncio.run(run(task, points))
     except BaseException:

@@ -164,6 +164,31 @@ async def test_wherever_its_owner_dies_the_next_one_finds_all_as_promised(
     sys.stderr.write(f"{operation}: {killed} owners killed at {points} points, and all came right\n")
 
 
+async def test_who_dies_while_he_takes_over_leaves_the_same_to_the_next(
+    owners: Owners, folder: Path, kept_vm: tuple[set[str], set[str]], spoiled: set[str]
+) -> None:
+    check = Check("remove_many", folder, kept_vm)
+    spoiled.add(NAME)
+    killed = 0
+    for first in chosen(99, every=45)[:: 10 if takes_all() else 1]:
+        for second in chosen(sys.maxsize, every=25)[:: 7 if takes_all() else 1]:
+            make_blank(folder)
+            task = Task(operation="remove_many", vm=NAME, folder=str(folder), kill_at=first, holder=JOB)
+            assert owners.run(task).point is not None
+            outcome = owners.run(Task(operation="take_over", vm=NAME, folder=str(folder), kill_at=second, holder=None))
+            assert outcome.error is None, outcome.error
+            try:
+                await check.run(task)
+            except BaseException as error:
+                error.add_note(f"the owner died at point {first}, and the next one at {second}: {outcome.point}")
+                raise
+            if outcome.point is None:
+                break
+            killed += 1
+    spoiled.clear()
+    sys.stderr.write(f"{killed} owners killed while they took over from one that was killed, and all came right\n")
+
+
 # Start and stop.
 
 
