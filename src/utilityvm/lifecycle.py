@@ -245,8 +245,9 @@ async def clear(record: StoredVM, store: Store) -> None:
     """
     if record.process is not None:
         await launch.destroy(process_of(record))
-    elif (found := process_with_word(record.uuid)) is not None:
-        # Its starter died before it could write down the process. Nobody else has this UUID on its command line.
+    if (found := process_with_word(record.uuid)) is not None:
+        # Its starter died before it could write down the process, or the record lies. Nobody else has this UUID on its
+        # command line.
         await _kill(*found)
     folder = paths.vm_dir(record.name)
     launch.clean(folder)

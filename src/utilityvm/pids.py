@@ -1,23 +1,45 @@
-"""Which process a pid means. Alone it names whoever has it now; with the kernel's start time it names one process."""
+"""Which process a pid means. Alone it names whoever has it now; with its start it names one process, for ever.
+
+A *start* is the text `TICKS@BOOT`: clock ticks since the boot, and the beginning of that boot's id, because after a
+reboot another process may have the same pid since the same tick.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from pathlib import Path
 
+from utilityvm.errors import SetupError
+
 
 def started_at(pid: int) -> str | None:
-    """The start time of the process in clock ticks since the boot; None if it has ended, reaped or not.
+    """The start of the process; None if it has ended, reaped or not.
 
-    Source: proc(5), /proc/PID/stat, fields 3 and 22.
+    Raises:
+        SetupError: this process has too many files open.
+
+    Source: proc(5), /proc/PID/stat, fields 3 and 22; random(4), /proc/sys/kernel/random/boot_id.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
+    except OSError as error:
+        raise SetupError(
+            f"cannot look at process {pid}: {error.strerror}", remedy="raise the limit on open files: ulimit -n"
+        ) from error
     fields = text[text.rindex(")") + 2 :].split()  # the name before it may hold blanks and brackets
-    return None if fields[0] in "ZX" else fields[19]
+    return None if fields[0] in "ZX" else f"{fields[19]}@{_boot()}"
+
+
+@functools.cache
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    except OSError:
+        return ""  # a sandbox that hides it; no reboot goes unnoticed by the processes in it
 
 
 def is_running(pid: int, started: str) -> bool:
@@ -41,7 +63,7 @@ def process_with_word(word: str) -> tuple[int, str] | None:
 
 
 def own_start() -> str:
-    """The start time of this process."""
+    """The start of this process."""
     return started_at(os.getpid()) or ""
 
 

@@ -109,7 +109,7 @@ class Ownership:
             try:
                 self.path.parent.rmdir()
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                if error.errno not in (errno.ENOTEMPTY, errno.ENOENT, errno.ENOTDIR):
                     raise
         else:
             os.ftruncate(fd, 0)

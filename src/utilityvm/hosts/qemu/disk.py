@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from utilityvm.diskimage import blockdev, headers
-from utilityvm.errors import AccessDenied, ConfigDiffers, DiskInUse, InvalidRequest, NotSupported
+from utilityvm.errors import AccessDenied, ConfigDiffers, DiskInUse, InvalidRequest, NotSupported, SetupError
 from utilityvm.log import logger
 from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest
 
@@ -258,7 +258,7 @@ def _check_kind(path: str, mode: int, *, physical: bool) -> None:
         )
 
 
-def _cannot_open(path: str, error: OSError) -> InvalidRequest | AccessDenied | NotSupported:
+def _cannot_open(path: str, error: OSError) -> InvalidRequest | AccessDenied | NotSupported | SetupError:
     message = f"{path} cannot be opened: {error.strerror}"
     match error.errno:
         case errno.EACCES | errno.EPERM:
@@ -267,6 +267,8 @@ def _cannot_open(path: str, error: OSError) -> InvalidRequest | AccessDenied | N
                 host_path=path,
                 remedy="give this user the right to it, or attach it read-only if that is enough",
             )
+        case errno.EMFILE | errno.ENFILE:
+            return SetupError(message, host_path=path, remedy="raise the limit on open files: ulimit -n")
         case errno.EROFS | errno.ETXTBSY:
             return NotSupported(message, host_path=path, remedy="attach it read-only")
         case _:

@@ -166,6 +166,8 @@ class QemuHost:
         async with AsyncExitStack() as undo:
             watch = Watch(process.pid, process.started)
             undo.callback(watch.close)
+            if not launch.is_proven(process):
+                raise VMGone(f"process {process.pid} is not the QEMU of VM {process.name}", vm=process.name)
             qmp = await Qmp.connect(process.folder / launch.QMP_SOCKETS[0], vm=process.name, timeout_s=timeout_s)
             undo.callback(qmp.close)
             found = (await qmp.execute("query-uuid", timeout_s=timeout_s))["UUID"]

@@ -105,7 +105,7 @@ class QemuProcess:
 
     name: str
     pid: int
-    started: str  # clock ticks since the boot, as the kernel writes them
+    started: str  # see `pids`
     uuid: str
     folder: Path
     uid: int
@@ -285,7 +285,7 @@ async def destroy(process: QemuProcess, *, keep_log: bool = False) -> None:
         OutcomeUnknown: the kernel does not let it go: its storage hangs. Its folder stays; call again.
     """
     watch = _watch(process.pid, process.started)
-    if watch is not None and _has_word(process.pid, process.uuid):
+    if watch is not None and is_proven(process):
         watch.kill()
         if not await watch.wait(timeout_s=_END_S):
             watch.close()
@@ -391,10 +391,10 @@ def _watch(pid: int, started: str) -> Watch | None:
         return None
 
 
-def _has_word(pid: int, word: str) -> bool:
-    """Is `word` on the process's command line?"""
+def is_proven(process: QemuProcess) -> bool:
+    """Has the process of that pid the VM's UUID on its command line? Nobody else has."""
     try:
-        return word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return process.uuid.encode() in Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
 
