@@ -48,6 +48,12 @@ def test_python_in_pages_uses_names_that_exist(page: Path) -> None:
                     assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
 
 
+def test_the_tests_that_pages_name_exist() -> None:
+    for page in PAGES:
+        for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text()):
+            assert f"def {name}(" in (ROOT / path).read_text(), f"{page.name}: {path}::{name}"
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_work(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
