@@ -34,8 +34,17 @@ def filled(page: str, name: str, content: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n{content.strip()}\n{end}", page)
 
 
+def meanings(states: type[enum.StrEnum]) -> str:
+    """A table of the states and what the code says beside each."""
+    rows = re.findall(r'^    [A-Z_]+ = "([^"]+)"  # (.+)$', inspect.getsource(states), re.MULTILINE)
+    assert len(rows) == len(states), f"{states.__name__}: a state without a comment"
+    return "\n".join(["| state | what is true in it |", "|---|---|", *(f"| {name} | {what} |" for name, what in rows)])
+
+
 def concepts() -> str:
     page = (DOCS / "concepts/README.md").read_text()
+    page = filled(page, "disk meanings", meanings(transitions.DiskState))
+    page = filled(page, "mount meanings", meanings(transitions.MountState))
     page = filled(page, "disk states", transitions.disk_table_markdown())
     return filled(page, "mount states", transitions.mount_table_markdown())
 
