@@ -1,0 +1,156 @@
+"""A template is there whole, or not at all, and for as long as somebody depends on it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from manifests_made import manifest
+from utilityvm import paths
+from utilityvm.errors import (
+    InvalidRequest,
+    TemplateDamaged,
+    TemplateExists,
+    TemplateInUse,
+    TemplateNotFound,
+)
+from utilityvm.store import Store
+from utilityvm.templates import catalog
+from utilityvm.templates.manifest import Manifest, Parent, encode
+
+CUT_SHORT = """
+import os, signal
+from utilityvm.templates import catalog
+with catalog.new("cut") as folder:
+    (folder / "memory").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def save(document: Manifest) -> catalog.Template:
+    with catalog.new(document.name) as folder:
+        (folder / catalog.MANIFEST).write_bytes(encode(document))
+        (folder / catalog.MEMORY).write_bytes(b"memory")
+        (folder / catalog.STATE).write_bytes(b"state")
+    return catalog.load(document.name)
+
+
+@pytest.fixture
+def store(folders: Path) -> Iterator[Store]:
+    with Store.open() as store:
+        yield store
+
+
+def test_there_is_none_at_first(folders: Path) -> None:
+    assert catalog.names() == []
+    assert catalog.every() == []
+    assert catalog.leftovers() == []
+    assert catalog.frozen_by("file:1:7") is None
+    with pytest.raises(TemplateNotFound, match="'warm'") as error:
+        catalog.load("warm")
+    assert "uvm template save" in str(error.value.remedy)
+
+
+def test_it_appears_with_its_name(folders: Path) -> None:
+    with catalog.new("warm") as folder:
+        (folder / catalog.MANIFEST).write_bytes(encode(manifest()))
+        assert catalog.names() == []
+        assert catalog.leftovers() == [], "somebody works there"
+    assert catalog.load("warm").manifest == manifest()
+    assert [template.name for template in catalog.every()] == ["warm"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-x", "x" * 64, ".new-x", "a b"])
+def test_a_name_that_cannot_be(folders: Path, name: str) -> None:
+    with pytest.raises(InvalidRequest), catalog.new(name):
+        raise AssertionError
+    with pytest.raises(InvalidRequest):
+        catalog.load(name)
+
+
+def test_a_block_that_fails_leaves_nothing(folders: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "disks").mkdir()
+        (folder / "disks/one").write_bytes(b"1")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), catalog.new("warm") as folder:
+        fail(folder)
+    assert list(paths.templates_dir().iterdir()) == []
+
+
+def test_a_name_is_given_once(folders: Path) -> None:
+    first = save(manifest())
+    with pytest.raises(TemplateExists), catalog.new("warm"):
+        raise AssertionError
+    with pytest.raises(TemplateExists), catalog.new("race"):
+        save(manifest("race"))
+    assert catalog.load("race").manifest == manifest("race")
+    assert catalog.load("warm") == first
+
+
+def test_what_a_killed_process_left_is_found(folders: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", CUT_SHORT], check=False)
+    assert done.returncode == -9
+    assert catalog.names() == []
+    [left] = catalog.leftovers()
+    catalog.remove_leftover(left)
+    assert catalog.leftovers() == []
+
+
+def test_its_disks_are_frozen_while_it_exists(store: Store) -> None:
+    save(manifest())
+    assert catalog.frozen_by("file:1:7") == "warm"
+    assert catalog.frozen_by("file:1:9") == "warm", "its root disk"
+    assert catalog.frozen_by("file:1:8") is None
+    catalog.remove("warm", store)
+    assert catalog.frozen_by("file:1:7") is None
+    assert list(paths.templates_dir().iterdir()) == []
+
+
+def test_a_template_that_cannot_say_what_it_is_made_of_freezes_everything(folders: Path) -> None:
+    template = save(manifest())
+    (template.folder / catalog.MANIFEST).write_bytes(b"{}")
+    with pytest.raises(TemplateDamaged):
+        catalog.frozen_by("file:1:8")
+    assert catalog.every() == []
+
+
+def test_it_stays_while_somebody_depends_on_it(store: Store) -> None:
+    template = save(manifest())
+    clone = store.add("clone", uuid="c", config={"clone": {"template": "warm", "template_uuid": template.uuid}})
+    save(manifest("child", uuid="3", parent=Parent(name="warm", uuid=template.uuid)))
+    with pytest.raises(TemplateInUse, match="VM clone, template child") as error:
+        catalog.remove("warm", store)
+    assert error.value.users == ("VM clone", "template child")
+    store.remove(clone)
+    catalog.remove("child", store)
+    with catalog.in_use("warm"), pytest.raises(TemplateInUse, match="just being started"):
+        catalog.remove("warm", store)
+    catalog.remove("warm", store)
+    with pytest.raises(TemplateNotFound), catalog.in_use("warm"):
+        raise AssertionError
+
+
+def test_the_parent_of_a_clone(store: Store) -> None:
+    template = save(manifest())
+    assert catalog.parent_of({"name": "vm"}) is None
+    assert catalog.parent_of({"clone": {"template": "warm", "template_uuid": template.uuid}}) == template
+    assert catalog.made_of(template.manifest.vm_uuid) == "warm"
+    assert catalog.made_of("another") is None
+
+
+def test_what_differs_is_told(folders: Path) -> None:
+    template = save(manifest())
+    found = catalog.verify(template)
+    assert [line.rpartition("/")[2] for line in found] == [
+        "memory is not what was saved",
+        "state is not what was saved",
+        "root.img: No such file or directory",
+        "a.raw: No such file or directory",
+    ]
+    assert template.disk_bytes() > 0

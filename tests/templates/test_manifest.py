@@ -1,0 +1,115 @@
+"""A manifest is what was written, or it is refused whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manifests_made import layer, manifest, mount
+from utilityvm.errors import TemplateDamaged
+from utilityvm.scsi.ports import AttachmentType, MountConfig, ScratchKey
+from utilityvm.templates import manifest as manifests
+from utilityvm.templates.manifest import Fingerprint, MountEntry
+
+
+def written(folder: Path, data: bytes) -> Path:
+    path = folder / "warm/manifest.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    before = manifest()
+    assert manifests.read(written(tmp_path, manifests.encode(before))) == before
+    assert [entry.path for entry in before.chain()] == ["/cache/root.img", "/images/a.raw"]
+    assert before.chain()[1].identity == "file:1:7"
+
+
+def test_a_mount_comes_back_as_it_was() -> None:
+    config = mount("m1", "/data").config()
+    assert config.encryption == ScratchKey()
+    assert MountEntry.of("m1", PurePosixPath("/data"), config) == mount("m1", "/data")
+    for field in dataclasses.fields(MountConfig):
+        assert getattr(config, field.name) != getattr(MountConfig(), field.name) or field.name in (
+            "ensure_filesystem",
+            "reformat",
+            "block_device",
+        )
+
+
+def test_none_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        manifests.read(tmp_path / "none/manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"name": "other"}, "template 'other'"),
+        ({"memory_mib": "256"}, "memory_mib"),
+        ({"disks": [{}]}, "disks"),
+        ({"root": None}, "root"),
+    ],
+)
+def test_what_is_no_manifest_is_refused_where_it_is_wrong(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    document = {**json.loads(manifests.encode(manifest())), **changes}
+    with pytest.raises(TemplateDamaged, match=words):
+        manifests.read(written(tmp_path, json.dumps(document).encode()))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"controller": 4},
+        {"lun": 64},
+        {"lun": -1},
+        {"layers": ()},
+        {"size_bytes": -512},
+        {"mounts": (mount("m1", "/data"), mount("m2", "/data"))},
+        {"mounts": (mount("m1", "data"),)},
+    ],
+)
+def test_a_disk_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    good = manifest()
+    disk = msgspec.structs.replace(good.disks[0], **changes)
+    with pytest.raises(TemplateDamaged):
+        manifests.read(written(tmp_path, manifests.encode(msgspec.structs.replace(good, disks=(disk,)))))
+
+
+def test_two_disks_in_one_slot_are_refused(tmp_path: Path) -> None:
+    good = manifest()
+    twin = msgspec.structs.replace(good.disks[0], attachment="a2", mounts=())
+    with pytest.raises(TemplateDamaged, match="one slot"):
+        manifests.read(written(tmp_path, manifests.encode(msgspec.structs.replace(good, disks=(good.disks[0], twin)))))
+
+
+@given(st.data())
+def test_cut_or_changed_it_is_refused_or_read_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    good = manifests.encode(manifest())
+    cut = data.draw(st.integers(0, len(good)))
+    noise = data.draw(st.binary(max_size=8))
+    path = written(tmp_path_factory.mktemp("cut"), good[:cut] + noise + good[cut + len(noise) :])
+    with suppress(TemplateDamaged):
+        assert manifests.read(path).name == "warm"
+
+
+def test_a_block_device_is_known_by_its_number(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"one")
+    before = Fingerprint.of(file.stat())
+    file.write_bytes(b"more")
+    assert Fingerprint.of(file.stat()) != before
+    physical = msgspec.structs.replace(layer("/dev/sdx"), kind=AttachmentType.PASS_THRU)
+    assert physical.identity.startswith("block:")
