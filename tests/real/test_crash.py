@@ -170,8 +170,8 @@ async def test_who_dies_while_he_takes_over_leaves_the_same_to_the_next(
     check = Check("remove_many", folder, kept_vm)
     spoiled.add(NAME)
     killed = 0
-    for first in chosen(99, every=45)[:: 10 if takes_all() else 1]:
-        for second in chosen(sys.maxsize, every=25)[:: 7 if takes_all() else 1]:
+    for first in chosen(99, every=60)[:: 10 if takes_all() else 1]:
+        for second in chosen(sys.maxsize, every=45)[:: 7 if takes_all() else 1]:
             make_blank(folder)
             task = Task(operation="remove_many", vm=NAME, folder=str(folder), kill_at=first, holder=JOB)
             assert owners.run(task).point is not None
