@@ -15,7 +15,6 @@ from typing import Any
 
 from figures import ext4_images, table
 from utilityvm import ClonePool, UtilityVM, VMConfig, lifecycle
-from utilityvm import vm as vm_module
 from utilityvm.hosts.qemu import QemuHost
 from utilityvm.process import find_program, run
 from utilityvm.templates import catalog
@@ -26,8 +25,7 @@ DATA_MIB = 1024
 PARTS: list[tuple[str, object, str]] = [
     ("QEMU's process, to its monitor's answer", QemuHost, "start"),
     ("the state, and a look at the disks", QemuHost, "loaded"),
-    ("the agent's first answer", lifecycle, "wake"),
-    ("made unique", vm_module, "_make_unique"),
+    ("running, made unique, and the agent's answer", lifecycle, "wake"),
 ]
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Awaitable, Mapping
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from utilityvm import paths
 from utilityvm.errors import (
@@ -41,6 +43,7 @@ BOOT_S: Final = 120.0  # KVM needs one second, an emulated processor on a busy m
 SHUTDOWN_S: Final = 15.0
 CONNECT_S: Final = 10.0
 _CONSOLE_LINES: Final = 20
+_SEED_BYTES: Final = 64
 _TELLING: Final = ("utilityvm:", "Kernel panic", "error", "Error")  # what a line has in it that says why
 
 _log = logger(__name__)
@@ -74,9 +77,13 @@ async def boot(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
     Raises:
         StartFailed: it did not, or QEMU ended; says what the console says.
     """
+    return await _answered(host, name, BridgeGuest.connect(host.process.agent_socket, timeout_s=timeout_s, vm=name))
+
+
+async def _answered(host: QemuHost, name: str, connecting: Awaitable[BridgeGuest]) -> BridgeGuest:
     begun = time.monotonic()
     try:
-        return await BridgeGuest.connect(host.process.agent_socket, timeout_s=timeout_s, vm=name)
+        return await connecting
     except (DeadlineExceeded, ProtocolError, VMGone) as error:
         lines = [line.strip() for line in host.console().decode(errors="replace").splitlines() if line.strip()]
         told = [line for mark in _TELLING for line in reversed(lines) if mark in line]
@@ -89,13 +96,20 @@ async def boot(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
         ) from error
 
 
+def new_identity(name: str) -> dict[str, Any]:
+    """What a clone is given to be itself: arguments of `BridgeGuest.awaken` and `make_unique`."""
+    return {"seed": os.urandom(_SEED_BYTES), "hostname": name, "machine_id": uuid.uuid4().hex}
+
+
 async def wake(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
-    """Let a clone run, and connect to its agent. What we say first is there before it runs, so it is heard at once.
+    """Let a clone run, and be itself. What we say is there before it runs, so it is heard at once.
 
     Raises:
         StartFailed: the agent did not answer, or QEMU ended.
+        GuestRefused: it could not be made unique; it must not be used.
     """
-    connecting = asyncio.ensure_future(boot(host, name, timeout_s=timeout_s))
+    awakening = BridgeGuest.awaken(host.process.agent_socket, **new_identity(name), timeout_s=timeout_s, vm=name)
+    connecting = asyncio.ensure_future(_answered(host, name, awakening))
     try:
         await host.resume(timeout_s=timeout_s)
         return await connecting

@@ -51,7 +51,6 @@ from utilityvm.templates.catalog import Template
 SETTLE_S: Final = 3.0
 CLONE_S: Final = 60.0
 SAVE_S: Final = 120.0
-_SEED_BYTES: Final = 64
 ROOT_SLOT: Final = Slot(0, 0)
 
 _log = logger(__name__)
@@ -199,7 +198,6 @@ class UtilityVM:
             await host.loaded(prepared.incoming.disks, timeout_s=timeout_s)
             guest = await lifecycle.wake(host, name, timeout_s=timeout_s)
             undo.push_async_callback(guest.close)
-            await _make_unique(guest, name, timeout_s=timeout_s)
             store.set_state(record, VMState.RUNNING)
             vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest)
             await vm.scsi.restore(is_alive=is_alive)
@@ -693,7 +691,7 @@ class UtilityVM:
         if self._ended is not None:
             raise self._ended
         await self._host.resume(timeout_s=timeout_s)
-        await _make_unique(self._guest, self.name, timeout_s=timeout_s)
+        await self._guest.make_unique(**lifecycle.new_identity(self.name), timeout_s=timeout_s)
         self._store.set_state(self._record, VMState.RUNNING)
         self._resting = None
 
@@ -794,12 +792,6 @@ class UtilityVM:
         """Whoever waits for something of the VM is told now."""
         self._ended = reason
         self.scsi.mark_gone(reason)
-
-
-async def _make_unique(guest: BridgeGuest, name: str, *, timeout_s: float) -> None:
-    await guest.make_unique(
-        seed=os.urandom(_SEED_BYTES), hostname=name, machine_id=uuid.uuid4().hex, timeout_s=timeout_s
-    )
 
 
 def _who_uses(store: Store, record: StoredVM) -> Callable[[str], str | None]:

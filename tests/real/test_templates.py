@@ -41,8 +41,8 @@ from utilityvm import (
     lifecycle,
     paths,
 )
-from utilityvm import vm as vm_module
 from utilityvm.guestimage.build import GuestImage
+from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import QemuHost, memory
 from utilityvm.process import find_program, run
 from utilityvm.scsi.manager import ScsiManager
@@ -341,14 +341,14 @@ async def test_another_disk_can_take_the_place_of_one_that_is_not_mounted(warm: 
     assert read_file(warm.spare, "/base", image_format=DiskFormat.RAW) == "spare\n"
 
 
-@pytest.mark.parametrize("step", ["write", "start", "loaded", "wake", "_make_unique", "restore"])
+@pytest.mark.parametrize("step", ["write", "start", "loaded", "wake", "awaken", "restore"])
 async def test_a_clone_that_fails_leaves_nothing(warm: Warm, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     owner: object = {
         "write": SqliteJournal,
         "start": QemuHost,
         "loaded": QemuHost,
         "wake": lifecycle,
-        "_make_unique": vm_module,
+        "awaken": BridgeGuest,
         "restore": ScsiManager,
     }[step]
     monkeypatch.setattr(owner, step, refuse)

@@ -39,6 +39,7 @@ _log = logger(__name__)
 
 _READ_BYTES: Final = 65536
 _NEGOTIATE_AGAIN_S: Final = (0.05, 0.1, 0.2, 0.4, 0.5)  # then the last of them each time
+_FIRST_AGAIN_S: Final = (2.0,)  # a negotiate begins a new session, to which the first request's answer is not sent
 _DOUBT_S: Final = 2.0
 _MAX_UNSENT_BYTES: Final = 8 << 20
 _FLUSH_S: Final = 1.0
@@ -69,6 +70,9 @@ class BridgeClient:
         self._early: list[Frame] = []  # came with the answer to the negotiate
         self._heard_at = 0.0
         self._tasks: list[asyncio.Task[None]] = []
+        self._first: tuple[int, dict[str, Any]] | None = None
+        self._proof = (-1, "")  # number and activity of the request whose answer shows that we are in step
+        self.first_answer: dict[str, Any] | None = None
         self.capabilities: dict[str, Any] = {}
         self.was_negotiated_before = False  # by somebody, with a guest that takes only one negotiate
         self.is_watched = False  # something is waited for that is no request: look whether the agent is still there
@@ -77,12 +81,21 @@ class BridgeClient:
 
     @classmethod
     async def over(
-        cls, streams: Streams, *, timeout_s: float, vm: str | None = None, on_notify: Notified | None = None
+        cls,
+        streams: Streams,
+        *,
+        timeout_s: float,
+        vm: str | None = None,
+        on_notify: Notified | None = None,
+        first: tuple[int, dict[str, Any]] | None = None,
     ) -> BridgeClient:
         """Negotiate over `streams`, which are closed if that fails.
 
         `on_notify` gets the type and the body of each notification. It may raise ProtocolError, which ends the
         connection; without it every notification does.
+
+        `first` is a request for our agent that goes out with the negotiate, and again with each one that has to be
+        repeated; its answer is then in `first_answer`.
 
         Raises:
             VMGone: the guest hung up.
@@ -90,6 +103,7 @@ class BridgeClient:
             ProtocolError: it answered what is no answer, or speaks another version.
         """
         client = cls(streams, vm=vm, on_notify=on_notify)
+        client._first = first
         try:
             await client._negotiate(timeout_s)
         except FrameError as error:
@@ -188,10 +202,13 @@ class BridgeClient:
         deadline = time.monotonic() + timeout_s
         pending = bytearray()
         strange = b""
-        pauses = itertools.chain(_NEGOTIATE_AGAIN_S, itertools.repeat(_NEGOTIATE_AGAIN_S[-1]))
+        again_s = _FIRST_AGAIN_S if self._first else _NEGOTIATE_AGAIN_S
+        pauses = itertools.chain(again_s, itertools.repeat(again_s[-1]))
         while (left := deadline - time.monotonic()) > 0:
             frame = None
             self._negotiates.add(self._send(messages.NEGOTIATE, messages.negotiate_request()))
+            if self._first:
+                self._send_proof(*self._first)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(left, next(pauses))):
                     while not (frame := self._find_answer(pending)):
@@ -219,13 +236,19 @@ class BridgeClient:
             remedy="look at the VM's console: uvm log NAME",
         )
 
+    def _send_proof(self, kind: int, body: dict[str, Any]) -> None:
+        activity = os.urandom(16).hex()
+        self._proof = self._send(kind, {**body, "ActivityId": activity}), activity
+
     async def _is_in_step(self, data: bytes) -> bool:
         """Drop what comes before the answer to a ping of ours. False: the agent is a new one, and not negotiated with.
 
         The agent answers a ping at once and in turn, and sends nothing of the host before us once it has our negotiate.
+        The first request, if there is one, was sent already and does as well.
         """
-        activity = os.urandom(16).hex()
-        id = self._send(messages.PING, {**messages.request(), "ActivityId": activity})
+        if not self._first:
+            self._send_proof(messages.PING, messages.request())
+        id, activity = self._proof
         self._decoder = Decoder()
         while True:
             frames = self._decoder.feed(data)
@@ -233,6 +256,9 @@ class BridgeClient:
                 body = self._body(frame)
                 if frame.id == id and body.get("ActivityId") == activity:
                     self._early = list(frames)
+                    if self._first:
+                        self.first_answer = body
+                        return True
                     return not body.get("Result")
                 if frame.id == id and _kind_of(body) == messages.NOT_NEGOTIATED:
                     return False

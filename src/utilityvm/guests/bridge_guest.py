@@ -80,6 +80,7 @@ class BridgeGuest:
         self._source = source
         self._vm = vm
         self._client: BridgeClient | None = None
+        self._first: tuple[int, dict[str, Any]] | None = None  # what is asked with the negotiate
         self._connecting = asyncio.Lock()
         self._closed = False
         self._ledger = Ledger()
@@ -97,6 +98,38 @@ class BridgeGuest:
             ProtocolError: what answers does not speak our protocol.
         """
         return await cls._begin(Dial(address), timeout_s=timeout_s, vm=vm)
+
+    @classmethod
+    async def awaken(
+        cls,
+        address: Address,
+        *,
+        seed: bytes,
+        hostname: str,
+        machine_id: str,
+        timeout_s: float,
+        vm: str | None = None,
+    ) -> BridgeGuest:
+        """A backend on a clone that was made a VM of its own: `connect` and `make_unique` in one.
+
+        All that is asked of the clone is sent at once, and may be sent before it runs.
+
+        Raises:
+            As `connect` and `make_unique`.
+        """
+        guest = cls(Dial(address), vm=vm)
+        body = guest._unique_request(seed, hostname, machine_id, time.time_ns())
+        guest._first = (messages.UNIQUE, {**body, messages.EXTENSION: {"TimeoutMs": int(timeout_s * 1000)}})
+        try:
+            client = await guest._connected(time.monotonic() + timeout_s)
+            guest._first = None
+            guest._need_templates("be made unique")
+            answer = guest._checked(client.first_answer or {}, None)
+            client.capabilities[messages.EXTENSION]["BootId"] = answer.get("BootId")
+        except BaseException:
+            await guest.close()
+            raise
+        return guest
 
     @classmethod
     async def listen(cls, address: Address, *, timeout_s: float, vm: str | None = None) -> BridgeGuest:
@@ -315,15 +348,13 @@ class BridgeGuest:
             GuestRefused: a hook failed, or the kernel refused; names it.
             DeadlineExceeded: it took more than `timeout_s` seconds.
         """
-        clock_ns = time.time_ns() if clock_ns is None else clock_ns
-        self._check_unique(seed, hostname, machine_id, clock_ns)
+        body = self._unique_request(seed, hostname, machine_id, time.time_ns() if clock_ns is None else clock_ns)
         self._need_templates("be made unique")
-        body = messages.request(Seed=seed.hex(), Hostname=hostname, MachineId=machine_id, ClockNs=clock_ns)
         answer = await self._ask(messages.UNIQUE, body, timeout_s)
         if self._client:
             self._client.capabilities[messages.EXTENSION]["BootId"] = answer.get("BootId")
 
-    def _check_unique(self, seed: bytes, hostname: str, machine_id: str, clock_ns: int) -> None:
+    def _unique_request(self, seed: bytes, hostname: str, machine_id: str, clock_ns: int) -> dict[str, Any]:
         if len(seed) not in _SEED_BYTES:
             raise InvalidRequest(f"a seed of {len(seed)} bytes: 32 to 512 are needed", vm=self._vm)
         if not _HOSTNAME.fullmatch(hostname):
@@ -334,6 +365,7 @@ class BridgeGuest:
             raise InvalidRequest(f"{machine_id!r} is no machine id", vm=self._vm, remedy=remedy)
         if not 0 < clock_ns < 1 << 63:
             raise InvalidRequest(f"{clock_ns} is no time in nanoseconds since 1970", vm=self._vm)
+        return messages.request(Seed=seed.hex(), Hostname=hostname, MachineId=machine_id, ClockNs=clock_ns)
 
     async def shutdown(self, *, timeout_s: float = 10.0) -> None:
         """Have the guest end its programs, unmount everything and power off. Returns when it has begun.
@@ -507,6 +539,7 @@ class BridgeGuest:
             timeout_s=max(deadline - time.monotonic(), 0.0),
             vm=self._vm,
             on_notify=self._take_notification,
+            first=self._first,
         )
         return self._client
 
