@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
+from typing import NamedTuple
 
 from utilityvm import UtilityVM
 
@@ -23,28 +24,46 @@ async def complaint(vm: UtilityVM, script: str) -> str:
     return result.stderr.decode()
 
 
-async def options_of(vm: UtilityVM, path: str) -> set[str]:
-    """The options of what is mounted at `path`, of the mount and of its file system, and its propagation."""
-    found = await output(vm, f"findmnt -n -o OPTIONS,PROPAGATION --mountpoint {path}")
-    return set(found.replace(" ", ",").strip().split(",")) - {""}
+async def mount_at(vm: UtilityVM, path: str) -> Mounted:
+    """What is mounted at `path`."""
+    done = await vm.run(["cat", "/proc/self/mountinfo"])
+    for line in reversed(done.stdout.decode().splitlines()):
+        before, _, after = line.partition(" - ")
+        _, _, _, root, place, options, *tags = before.split()
+        if place == path:
+            filesystem, source, of_filesystem = after.split()
+            words = {*options.split(","), *of_filesystem.split(",")}
+            kinds = {tag.partition(":")[0] for tag in tags}
+            return Mounted(source, root, filesystem, words, kinds)
+    raise AssertionError(f"nothing is mounted at {path}")
 
 
-async def device_of(vm: UtilityVM, path: str) -> str:
-    """The device that is mounted at `path`."""
-    return (await output(vm, f"findmnt -n -o SOURCE --mountpoint {path}")).strip()
+class Mounted(NamedTuple):
+    """A mount in the guest."""
+
+    device: str
+    root: str  # which folder of the file system is shown
+    filesystem: str
+    options: set[str]  # of the mount and of the file system
+    propagation: set[str]  # shared, master, unbindable; none: private
 
 
 async def traces(vm: UtilityVM) -> str:
-    """The guest's disks, partitions, mappings, loop devices in use, swap and mounts."""
-    return await output(vm, "echo /sys/class/block/[!l]* /sys/block/loop*/loop; cat /proc/swaps /proc/self/mountinfo")
+    """The guest's disks, partitions, mappings and loop devices with their sizes, its swap and its mounts."""
+    return (await vm.run(["cat", "/proc/partitions", "/proc/swaps", "/proc/self/mountinfo"])).stdout.decode()
 
 
 class Running(AbstractAsyncContextManager["Running"]):
-    """A shell script that runs in the guest during the block, which begins when the script has said `ready`."""
+    """A shell script that runs in the guest during the block.
 
-    def __init__(self, vm: UtilityVM, script: str) -> None:
+    The block begins when the script has said `ready`, or when a process beside it finds that `when` is true.
+    """
+
+    def __init__(self, vm: UtilityVM, script: str, *, when: str = "") -> None:
         self._vm = vm
-        self._script = f"echo $$; {script}"
+        self._script = (
+            f"echo $$; {f'(until {when}; do [ -d /proc/$$ ] || exit; done; echo ready) & ' if when else ''}{script}"
+        )
         self._said = b""
         self._is_ready = asyncio.Event()
 

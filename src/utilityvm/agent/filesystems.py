@@ -55,7 +55,8 @@ def ensure(node: str, filesystem: str, *, below: str, reformat: bool, deadline: 
             if below != node and mounting.detect(node) is None:
                 what = _what_is_on(below) or "data, and no file system shows with this key"
             raise Fault(f"the device is not blank: it holds {what}; it was not formatted (reformat would)")
-    _wipe(node)
+    if reformat:
+        _wipe(node)
     _run([*_MAKERS[filesystem], node], deadline)
 
 

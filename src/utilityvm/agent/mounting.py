@@ -166,8 +166,12 @@ def _mount(source: bytes, target: str, kind: bytes | None, flags: int, data: byt
 
 @contextmanager
 def _kernel_log() -> Iterator[int]:
-    """The kernel's log from here on, as a descriptor."""
-    fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    """The kernel's log from here on, as a descriptor; of no use where there is none."""
+    try:
+        fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        yield -1
+        return
     try:
         os.lseek(fd, 0, os.SEEK_END)
         yield fd
@@ -178,7 +182,7 @@ def _kernel_log() -> Iterator[int]:
 def _said_of(log: int, names: Sequence[str]) -> str:
     """What the kernel said of one of `names`, such as why a file system was not mounted: an errno tells little."""
     lines: list[str] = []
-    with suppress(OSError):  # EAGAIN: that was all
+    with suppress(OSError):  # that was all
         while len(lines) < _LINES_AT_MOST:
             record = os.read(log, 8192).decode(errors="replace")
             text = record.partition(";")[2].partition("\n")[0]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from filesystem_images import MIB, blank, digest, gpt_disk
-from in_guest import Running, device_of, output
+from in_guest import Running, mount_at, output
 from utilityvm import CallerKey, ConfigDiffers, GuestRefused, InvalidRequest, ScratchKey, UtilityVM
 from utilityvm.testing.images import ext4_image
 
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.real
 TEXT = "nobody may read this line"
 WRITE = f"yes '{TEXT}' | head -c 1000000 > /data/secret; sync /data/secret"
 KEY = CallerKey(bytes(range(100, 164)))
+SHORT = CallerKey(b"k" * 32)
 WRONG = CallerKey(bytes(range(64)))
 MADE: dict[str, Any] = {"ensure_filesystem": True}
 
@@ -34,7 +35,7 @@ async def test_a_scratch_disk_is_noise_and_dies_with_its_mount(vm: UtilityVM, tm
     for image in images:
         async with await vm.add_scsi(image, "/data", encryption=ScratchKey(), **MADE):
             await output(vm, WRITE)
-            assert (await device_of(vm, "/data")).startswith(("/dev/dm-", "/dev/mapper/"))
+            assert (await mount_at(vm, "/data")).device.startswith(("/dev/dm-", "/dev/mapper/"))
             assert await output(vm, "head -n 1 /data/secret") == f"{TEXT}\n"
         assert not is_readable(image)
     assert images[0].read_bytes()[1024:2048] != images[1].read_bytes()[1024:2048]  # a key for each
@@ -47,10 +48,9 @@ async def test_a_scratch_disk_is_noise_and_dies_with_its_mount(vm: UtilityVM, tm
         assert await output(vm, "ls /data") == "lost+found\n"
 
 
-@pytest.mark.parametrize("key", [KEY, CallerKey(b"k" * 32)], ids=["64", "32"])
-async def test_the_same_key_reads_it_again_and_no_other(vm: UtilityVM, tmp_path: Path, key: CallerKey) -> None:
+async def test_the_same_key_reads_it_again_and_no_other(vm: UtilityVM, tmp_path: Path) -> None:
     image = blank(tmp_path / "disk.raw", 16)
-    async with await vm.add_scsi(image, "/data", encryption=key, **MADE):
+    async with await vm.add_scsi(image, "/data", encryption=KEY, **MADE):
         await output(vm, WRITE)
     assert not is_readable(image)
     before = digest(image)
@@ -59,15 +59,15 @@ async def test_the_same_key_reads_it_again_and_no_other(vm: UtilityVM, tmp_path:
         {"encryption": WRONG, **MADE},
         {},
         MADE,
-        {"encryption": CallerKey(b"w" * 32)},
+        {"encryption": SHORT},
     ):
         with pytest.raises(GuestRefused):
             await vm.add_scsi(image, "/data", **settings)
         assert not vm.scsi_slots()
-    async with await vm.add_scsi(image, "/data", encryption=key, read_only=True):
+    async with await vm.add_scsi(image, "/data", encryption=KEY, read_only=True):
         assert await output(vm, "head -n 1 /data/secret; wc -c < /data/secret") == f"{TEXT}\n1000000\n"
     assert digest(image) == before
-    async with await vm.add_scsi(image, "/data", encryption=key, **MADE):  # it is there: it is not made again
+    async with await vm.add_scsi(image, "/data", encryption=KEY, **MADE):  # it is there: it is not made again
         assert await output(vm, "wc -c < /data/secret") == "1000000\n"
 
 
@@ -75,7 +75,7 @@ async def test_partitions_have_keys_of_their_own(vm: UtilityVM, tmp_path: Path) 
     disk = gpt_disk(tmp_path / "disk.raw", [blank(tmp_path / "1", 20), ext4_image(tmp_path / "2", {"plain": "text\n"})])
     for number in range(2):
         async with (
-            await vm.add_scsi(disk, "/data", partition=1, encryption=KEY, **MADE),
+            await vm.add_scsi(disk, "/data", partition=1, encryption=SHORT, **MADE),
             await vm.add_scsi(disk, "/plain", partition=2),
         ):
             await output(vm, f"echo '{TEXT}' >> /data/secret")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import pytest
 
 from filesystem_images import blank, filesystem_image, gpt_disk
-from in_guest import Running, complaint, device_of, output, traces
+from in_guest import Running, complaint, mount_at, output
 from utilityvm import CallerKey, GuestBusy, SCSIMount, UtilityVM
 from utilityvm.testing.images import ext4_image
 
 pytestmark = pytest.mark.real
 
-STAY = "echo ready; exec sleep 1000"
-PYTHON = "import socket, time\n%s\nprint('ready', flush=True)\ntime.sleep(1000)"
+STAY = "exec sleep 1000"
+BIND = "import socket, time; s = socket.socket(socket.AF_UNIX); s.bind('/data/socket'); time.sleep(1000)"
+ASLEEP = "grep -q nanosleep /proc/$$/wchan"
 
 
 class User(NamedTuple):
@@ -29,21 +31,17 @@ class User(NamedTuple):
     end: str = ""
 
 
-def python(code: str) -> str:
-    return f'exec python3 -c "{PYTHON % code}"'
-
-
 OF_MOUNTS: Final = (
     User("open file", r"process \d+ \(sleep\) has /data/open open", f"exec 3> /data/open; {STAY}"),
     User("deleted file", r"process \d+ \(sleep\) has /data/gone", f"exec 3> /data/gone; rm /data/gone; {STAY}"),
     User("working folder", r"process \d+ \(sleep\) has its working folder there: /data/f", f"cd /data/folder; {STAY}"),
-    User("program", "has its program there: /data/folder/sleep", "echo ready; exec /data/folder/sleep 1000"),
+    User("program", "has its program there: /data/folder/sleep", "exec /data/folder/sleep 1000"),
     User(
         "mapped file",
         r"process \d+ \(sleep\) has /data/folder/library in its memory",
-        f"cp /lib/*-linux-gnu/libm.so.6 /data/folder/library; export LD_PRELOAD=/data/folder/library; {STAY}",
+        f"export LD_PRELOAD=/data/folder/library; {STAY}",
     ),
-    User("socket", "a socket at /data/socket", python("s = socket.socket(socket.AF_UNIX); s.bind('/data/socket')")),
+    User("socket", "a socket at /data/socket", f'exec python3 -c "{BIND}"'),
     User("mount below", "tmpfs mounted at /data/folder", "", "mount -t tmpfs x /data/folder", "umount /data/folder"),
     User("mount over it", "tmpfs mounted at /data, over it", "", "mount -t tmpfs x /data", "umount /data"),
     User(
@@ -103,26 +101,27 @@ OF_DEVICES: Final = (
 )
 
 
-async def refused_then_released(vm: UtilityVM, mount: SCSIMount, user: User, device: str, still: str) -> None:
-    """While `user` uses it, releasing it fails and changes nothing; then it works."""
-    prefix = f"DEVICE={device}; "
+@asynccontextmanager
+async def used(vm: UtilityVM, user: User, device: str) -> AsyncIterator[None]:
+    """While `user` uses the disk, whose device is `device`."""
     async with AsyncExitStack() as using:
         if user.begin:
-            await output(vm, prefix + user.begin)
-            using.push_async_callback(output, vm, prefix + user.end)
+            await output(vm, f"DEVICE={device}; {user.begin}")
+            using.push_async_callback(output, vm, user.end)
         if user.program:
-            await using.enter_async_context(Running(vm, prefix + user.program))
-        before, (slot,) = await traces(vm), vm.scsi_slots()
-        with pytest.raises(GuestBusy, match=user.holder) as caught:
-            await mount.release()
-        assert caught.value.holders
-        assert len(caught.value.holders) == 1, caught.value.holders
-        assert await traces(vm) == before
-        (after,) = vm.scsi_slots()
-        assert (after.attachment, after.state, after.guest_paths) == (slot.attachment, slot.state, slot.guest_paths)
-    await output(vm, still)
-    await mount.release()
-    assert not vm.scsi_slots()
+            await using.enter_async_context(Running(vm, f"export DEVICE={device}; {user.program}", when=ASLEEP))
+        yield
+
+
+async def refused(mount: SCSIMount, user: User) -> None:
+    """Releasing it fails, names the user and nobody else, and takes nothing away."""
+    vm = mount._vm
+    (before,) = vm.scsi_slots()
+    with pytest.raises(GuestBusy, match=user.holder) as caught:
+        await mount.release()
+    assert len(caught.value.holders) == 1, caught.value.holders
+    (after,) = vm.scsi_slots()
+    assert (after.attachment, after.state, after.guest_paths) == (before.attachment, before.state, before.guest_paths)
 
 
 @pytest.fixture
@@ -130,19 +129,27 @@ def full_disk(tmp_path: Path) -> Path:
     return ext4_image(tmp_path / "disk.raw", {"greeting": "hello\n", "folder/file": "text\n"})
 
 
-@pytest.mark.parametrize("user", OF_MOUNTS, ids=lambda user: user.name)
-async def test_what_uses_a_mount_keeps_it(vm: UtilityVM, full_disk: Path, user: User) -> None:
+async def test_what_uses_a_mount_keeps_it(vm: UtilityVM, full_disk: Path) -> None:
     mount = await vm.add_scsi(full_disk, "/data")
-    if user.name == "program":
-        await output(vm, "cp /bin/sleep /data/folder/sleep")
-    await refused_then_released(vm, mount, user, await device_of(vm, "/data"), "cat /data/greeting")
+    device = (await mount_at(vm, "/data")).device
+    await output(vm, "cp /bin/sleep /data/folder/sleep; cp /lib/*-linux-gnu/libm.so.6 /data/folder/library")
+    for user in OF_MOUNTS:
+        async with used(vm, user, device):
+            await refused(mount, user)
+    assert await output(vm, "cat /data/greeting") == "hello\n"
+    await mount.release()
+    assert not vm.scsi_slots()
 
 
-@pytest.mark.parametrize("user", OF_DEVICES, ids=lambda user: user.name)
-async def test_what_uses_a_published_device_keeps_it(vm: UtilityVM, full_disk: Path, user: User) -> None:
+async def test_what_uses_a_published_device_keeps_it(vm: UtilityVM, full_disk: Path) -> None:
     mount = await vm.add_scsi(full_disk, "/device", block_device=True)
-    name = (await output(vm, "findmnt -n -o FSROOT --mountpoint /device")).strip()
-    await refused_then_released(vm, mount, user, f"/dev{name}", "blkid /device")
+    device = f"/dev{(await mount_at(vm, '/device')).root}"
+    for user in OF_DEVICES:
+        async with used(vm, user, device):
+            await refused(mount, user)
+    await output(vm, "head -c 1 /device > /dev/null")
+    await mount.release()
+    assert not vm.scsi_slots()
 
 
 async def test_what_uses_an_attached_disk_or_a_part_of_it_keeps_it(vm: UtilityVM, tmp_path: Path) -> None:
@@ -161,22 +168,16 @@ async def test_what_uses_an_attached_disk_or_a_part_of_it_keeps_it(vm: UtilityVM
         User("", r"\(sleep\) has /dev/sd\w2 open", f"exec 3< ${{DEVICE}}2; {STAY}"),
         User("", r"mount namespace of process \d+", f"exec unshare -m sh -c 'mount ${{DEVICE}}1 /mnt; {STAY}'"),
     ):
-        async with AsyncExitStack() as using:
-            if user.begin:
-                await output(vm, f"DEVICE={device}; {user.begin}")
-                using.push_async_callback(output, vm, user.end)
-            if user.program:
-                await using.enter_async_context(Running(vm, f"export DEVICE={device}; {user.program}"))
-            with pytest.raises(GuestBusy, match=user.holder):
-                await mount.release()
-            assert await output(vm, f"blockdev --getsize64 {device}") == f"{disk.stat().st_size}\n"
+        async with used(vm, user, device):
+            await refused(mount, user)
+    assert await output(vm, f"blockdev --getsize64 {device}") == f"{disk.stat().st_size}\n"
     await mount.release()
     assert not vm.scsi_slots()
 
 
 async def test_one_of_two_mounts_goes_though_the_other_is_used(vm: UtilityVM, full_disk: Path) -> None:
     used, unused = await vm.add_scsi(full_disk, "/data"), await vm.add_scsi(full_disk, "/other")
-    async with Running(vm, f"cd /data; {STAY}"):
+    async with Running(vm, f"cd /data; {STAY}", when=ASLEEP):
         await unused.release()
         with pytest.raises(GuestBusy, match="working folder"):
             await used.release()
@@ -187,14 +188,12 @@ async def test_one_of_two_mounts_goes_though_the_other_is_used(vm: UtilityVM, fu
 async def test_a_used_mapping_keeps_its_disk(vm: UtilityVM, tmp_path: Path) -> None:
     image = blank(tmp_path / "disk.raw", 16)
     mount = await vm.add_scsi(image, "/data", encryption=CallerKey(bytes(range(64))), ensure_filesystem=True)
-    device = await device_of(vm, "/data")
-    await refused_then_released(
-        vm,
-        mount,
-        User("", r"process \d+ \(sleep\) has /dev/dm-\d+ open", f"exec 3< $DEVICE; {STAY}"),
-        device,
-        "ls /data",
-    )
+    user = User("", r"process \d+ \(sleep\) has /dev/dm-\d+ open", f"exec 3< $DEVICE; {STAY}")
+    async with used(vm, user, (await mount_at(vm, "/data")).device):
+        await refused(mount, user)
+    await output(vm, "ls /data/lost+found")
+    await mount.release()
+    assert not vm.scsi_slots()
 
 
 # Force.
@@ -220,19 +219,11 @@ FORCED: Final = (
 @pytest.mark.parametrize("user", FORCED, ids=lambda user: user.name)
 async def test_force_takes_it_away_all_the_same(vm: UtilityVM, full_disk: Path, user: User) -> None:
     mount = await vm.add_scsi(full_disk, "/data")
-    device = await device_of(vm, "/data")
-    async with AsyncExitStack() as using:
-        if user.begin:
-            await output(vm, user.begin)
-            using.push_async_callback(output, vm, user.end)
-        if user.program:
-            await using.enter_async_context(Running(vm, f"DEVICE={device}; {user.program}"))
-        with pytest.raises(GuestBusy):
-            await mount.release()
+    device = (await mount_at(vm, "/data")).device
+    async with used(vm, user, device):
         await mount.release(force=True)
         assert not vm.scsi_slots()
-        await complaint(vm, f"ls {device}")
-        await complaint(vm, "findmnt --mountpoint /data")
+        await complaint(vm, f"test -e {device} || grep ' /data ' /proc/self/mountinfo")
     async with await vm.add_scsi(full_disk, "/data"):
         assert await output(vm, "cat /data/greeting") == "hello\n"
 
@@ -241,8 +232,8 @@ async def test_a_mapping_that_is_forced_away_ends_with_its_last_user(vm: Utility
     image = blank(tmp_path / "disk.raw", 16)
     key = CallerKey(bytes(range(64)))
     mount = await vm.add_scsi(image, "/data", encryption=key, ensure_filesystem=True)
-    mapping = await device_of(vm, "/data")
-    async with Running(vm, f"exec 3> /data/open; {STAY}"):
+    mapping = (await mount_at(vm, "/data")).device
+    async with Running(vm, f"exec 3> /data/open; {STAY}", when=ASLEEP):
         await mount.release(force=True)
         assert not vm.scsi_slots()
         await output(vm, f"ls {mapping}")

@@ -38,4 +38,4 @@ async def test_the_guides_examples_work(vm: UtilityVM, tmp_path: Path, monkeypat
         if inspect.iscoroutine(done):
             await done
         assert not vm.scsi_slots(), text
-    assert (tmp_path / "data.raw").stat().st_size == 256 << 20
+    assert (tmp_path / "data.raw").stat().st_size == 64 << 20
