@@ -73,7 +73,22 @@ def _prepare() -> None:
         _raise_loopback()
     except OSError as error:
         _say(f"the network is not as it should be: {error}")
+    _end_thrashing_early()
     power.disable_reboot_key()
+
+
+def _end_thrashing_early() -> None:
+    """Without swap, a VM whose memory runs out reads its programs from the disk again and again, for minutes.
+
+    With this the kernel ends the largest program as soon as it cannot keep what was used in the last second.
+    Source: Linux Documentation/admin-guide/mm/multigen_lru.rst.
+    """
+    for name, value in (("enabled", "y"), ("min_ttl_ms", "1000")):
+        try:
+            with open(f"/sys/kernel/mm/lru_gen/{name}", "w") as file:
+                file.write(value)
+        except OSError:
+            return  # a kernel that has no such thing
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, options: str) -> None:
