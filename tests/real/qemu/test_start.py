@@ -373,7 +373,7 @@ async def test_another_vm_at_the_same_place_is_not_taken_over(start: Start) -> N
     vm = await start()
     record = replace(vm.process, uuid=str(uuid.uuid4()))
     await vm.close()
-    with pytest.raises(VMGone, match="is VM"):
+    with pytest.raises(VMGone, match="is not the QEMU of VM"):
         await QemuHost.connect(record)
 
 
