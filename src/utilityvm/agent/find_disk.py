@@ -17,12 +17,14 @@ import time
 from collections.abc import Callable
 from typing import Final, NamedTuple, TypeVar
 
+from utilityvm.agent import inquiry
 from utilityvm.agent.faults import Fault
 
 _T = TypeVar("_T")
 _NETLINK_KOBJECT_UEVENT: Final = 15  # linux/netlink.h
 _LOOK_AGAIN_S: Final = 0.25  # without any event: for one that was lost
 _SCAN_AFTER_S: Final = 0.5
+_NUMBERED: Final = "u"  # how a revision begins that is each attachment's own (hosts/qemu/blockdev.py)
 _BLKRRPART: Final = 0x125F  # linux/fs.h
 
 
@@ -134,17 +136,29 @@ class Bus:
         """
 
         def gone() -> bool | None:
-            if (path := self.scsi_device(controller, lun)) is None:
-                return True
+            self.drop(controller, lun)
+            return True if self.scsi_device(controller, lun) is None else None
+
+        until(gone, deadline=deadline, what=f"the kernel did not let go of the disk at {controller}:{lun}")
+
+    def drop(self, controller: int, lun: int) -> None:
+        """Have the kernel begin to forget the device, if there is one."""
+        if path := self.scsi_device(controller, lun):
             try:
                 write(f"{path}/delete", "1")
             except OSError as error:
                 # A device's folder is there before its files are, and still is when they are gone.
                 if error.errno not in (errno.ENOENT, errno.ENODEV):
                     raise
-            return None if os.path.exists(path) else True
 
-        until(gone, deadline=deadline, what=f"the kernel did not let go of the disk at {controller}:{lun}")
+    def _is_of_another(self, controller: int, lun: int, disk: Device) -> bool:
+        """Was the device made for another disk than the one that is at the slot now?"""
+        told = inquiry.revision(disk.node)
+        if told is None or not told.startswith(_NUMBERED):
+            return False  # it does not say which one it is
+        with contextlib.suppress(OSError):
+            return read(f"{self.scsi_device(controller, lun)}/rev") != told
+        return True  # it goes just now
 
     def disk(self, controller: int, lun: int) -> Device | None:
         """The disk at the slot, if it has come so far that it has a name."""
@@ -182,7 +196,14 @@ class Bus:
 
         def look() -> Device | None:
             disk = self.disk(controller, lun)
-            return disk if disk and _opens(disk) else None
+            if disk is None or not _opens(disk):
+                return None
+            if self._is_of_another(controller, lun, disk):
+                # The last disk's: the kernel has not heard yet that it went, or never will. The news of this disk come
+                # after that, so to wait for them is safe, and to scan at once is not.
+                self.drop(controller, lun)
+                return None
+            return disk
 
         disk = until(look, deadline=deadline, what=f"no disk came at {where}", nudge=lambda: self.scan(controller, lun))
         if not partition:

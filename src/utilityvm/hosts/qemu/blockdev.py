@@ -26,6 +26,7 @@ DEFAULT_BLOCK_BYTES: Final = 512
 ROOT_SET, LOG_SET = 0, 1  # fdsets that are not attachments
 FIRST_NUMBER: Final = LOG_SET + 1
 _BASE: Final = "below:"
+_DIGITS: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def node_name(number: int) -> str:
@@ -34,6 +35,17 @@ def node_name(number: int) -> str:
 
 def device_id(number: int) -> str:
     return f"d{number}"
+
+
+def revision(number: int) -> str:
+    """What the device of a hot-plugged disk says is its revision: another one for each attachment.
+
+    A Linux guest may still have the device of the last disk at a slot when the next disk comes to it, and take the one
+    for the other. What it was told when it found the device, and what the disk says now, tell them apart. Of a clone's
+    disks it remembers what the template's said, so those say nothing (agent/inquiry.py).
+    """
+    digits = (number // len(_DIGITS) ** place % len(_DIGITS) for place in (2, 1, 0))
+    return "u" + "".join(_DIGITS[digit] for digit in digits)
 
 
 def opaque(attachment: str, slot: Slot) -> str:
@@ -93,13 +105,14 @@ def layer_node(
 
 def device(disk: QemuDisk, number: int, slot: Slot) -> dict[str, object]:
     """The arguments of `device_add`."""
-    return device_of(
+    described = device_of(
         number,
         slot,
         serial=disk.serial,
         read_only=disk.request.read_only,
         logical_block_bytes=disk.logical_block_bytes,
     )
+    return {**described, "ver": revision(number)}
 
 
 def device_of(
