@@ -218,6 +218,26 @@ async def test_a_disk_detached_before_it_was_ejected_is_ejected_by_that(vm: Cont
     assert not await vm.probe_device(SLOT)
 
 
+async def test_disks_that_were_hardly_there_are_not_in_the_way_of_the_next(vm: ContractVM) -> None:
+    """Ejected before the guest noticed them, all at once, and others in their slots as soon as they are free."""
+    slots = [Slot(1, lun) for lun in range(16)]
+    paths = [vm.image(str(slot)) for slot in slots]
+
+    async def come_and_go(path: str, slot: Slot) -> None:
+        await vm.take_away(slot, await vm.attach(path, slot))
+
+    async def stay(path: str, slot: Slot) -> None:
+        at = PurePosixPath(f"/mnt/{slot.lun}")
+        name = await vm.attach(path, slot)
+        await vm.mount(slot, at)
+        assert await vm.probe_mount(slot, at)
+        await vm.unmount(slot, at)
+        await vm.take_away(slot, name)
+
+    await asyncio.gather(*map(come_and_go, paths, slots))
+    await asyncio.gather(*map(stay, reversed(paths), slots))
+
+
 async def test_the_next_disk_at_a_slot_is_another_disk(vm: ContractVM) -> None:
     for image in "ab":
         name = await vm.attach(vm.image(image), SLOT)

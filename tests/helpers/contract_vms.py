@@ -264,6 +264,8 @@ class QemuVM(ContractVM):
         yield
         user.cancel()
         await asyncio.wait({user})
+        while b"sleep" in (await self._agent.run(["ps", "-e", "-o", "args="])).stdout:
+            pass  # it is being killed
 
     @contextmanager
     def silence(self) -> Iterator[None]:
