@@ -26,12 +26,17 @@ def test_a_zombie_does_not_run() -> None:
         assert not pids.is_running(process.pid, started)
 
 
-def test_a_process_is_found_by_a_word_of_its_command_line() -> None:
+def test_a_process_is_found_by_words_of_its_command_line() -> None:
     word = str(uuid.uuid4())
-    assert pids.process_with_word(word) is None
-    with subprocess.Popen([sys.executable, "-c", "print(flush=True); input()", word], stdin=-1, stdout=-1) as process:
+    assert pids.process_with("-uuid", word) is None
+    with subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True); input()", "-uuid", word], stdin=-1, stdout=-1
+    ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        assert pids.process_with_word(word) == (process.pid, pids.started_at(process.pid))
-        assert pids.process_with_word(word[:-1]) is None  # a whole word, not a part of one
+        assert pids.process_with("-uuid", word) == (process.pid, pids.started_at(process.pid))
+        assert pids.has_words(process.pid, sys.executable), "the first word too"
+        assert pids.process_with("-uuid", word[:-1]) is None, "whole words, not parts of them"
+        assert pids.process_with("uuid", word) is None
+        assert pids.process_with(word, "-uuid") is None, "in this order"
         process.kill()

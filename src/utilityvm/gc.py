@@ -13,7 +13,7 @@ from pathlib import Path
 
 from utilityvm import lifecycle, paths
 from utilityvm.errors import UtilityVMError, VMNotFound, VMOwned
-from utilityvm.guestimage import build
+from utilityvm.guestimage import build, cache, recipe
 from utilityvm.log import logger
 from utilityvm.store import Store, StoredVM
 from utilityvm.store.ownership import owner_of
@@ -28,6 +28,7 @@ class Kind(StrEnum):
     OVERLAYS = "overlays"  # of a clone without a record
     TEMPLATE = "template"  # whose saving or removing was cut short
     IMAGE = "guest image"  # that neither new VMs, nor one that runs, nor a template uses
+    BUILD = "guest image build"  # one that was cut short, or the base of images that are not built any more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +43,14 @@ class Leftover:
 
 def leftovers(store: Store) -> list[Leftover]:
     """All that can go, in the order in which it is removed. Nothing is changed."""
+    # The folders first: a VM has its record before it has a folder, so what is new is not taken for left over.
+    folders, overlays = _entries(paths.runtime_dir() / "vms"), _entries(paths.overlays_dir("-").parent)
     vms = store.vms()
+    names, uuids = {vm.name for vm in vms}, {vm.uuid for vm in vms}
     return [
         *(_leftover(Kind.VM, vm.name, paths.vm_dir(vm.name)) for vm in vms if _is_left(vm)),
-        *_folders(vms),
-        *_overlays(vms),
+        *(_leftover(Kind.FOLDER, one.name, one) for one in folders if one.name not in names and _is_nobodys(one)),
+        *(_leftover(Kind.OVERLAYS, one.name, one) for one in overlays if one.name not in uuids),
         *(_leftover(Kind.TEMPLATE, path.name, path) for path in catalog.leftovers()),
         *_images(vms),
     ]
@@ -77,8 +81,13 @@ async def remove(leftover: Leftover, store: Store) -> bool:
             await lifecycle.sweep(store, leftover.name)
         case Kind.TEMPLATE:
             catalog.remove_leftover(leftover.path)
-        case Kind.OVERLAYS | Kind.IMAGE:
+        case Kind.OVERLAYS:
             shutil.rmtree(leftover.path, ignore_errors=True)
+        case Kind.IMAGE | Kind.BUILD:
+            with cache.no_builder(_builders_lock()) as is_held:
+                if not is_held:
+                    return False
+                shutil.rmtree(leftover.path, ignore_errors=True)
     _log.info("removed the %s %s", leftover.kind, leftover.name)
     return not leftover.path.exists()
 
@@ -92,41 +101,48 @@ def _is_dead(vm: StoredVM) -> bool:
     return not vm.is_alive()
 
 
-def _folders(vms: list[StoredVM]) -> list[Leftover]:
-    known = {vm.name for vm in vms}
-    parent = paths.runtime_dir() / "vms"
-    folders = sorted(parent.iterdir()) if parent.is_dir() else []
-    return [
-        _leftover(Kind.FOLDER, folder.name, folder)
-        for folder in folders
-        if folder.name not in known and owner_of(folder) is None and not (folder / paths.RECORD_FILE).exists()
-    ]
-
-
-def _overlays(vms: list[StoredVM]) -> list[Leftover]:
-    known = {vm.uuid for vm in vms}
-    parent = paths.overlays_dir("-").parent
-    folders = sorted(parent.iterdir()) if parent.is_dir() else []
-    return [_leftover(Kind.OVERLAYS, folder.name, folder) for folder in folders if folder.name not in known]
+def _is_nobodys(folder: Path) -> bool:
+    """Not of an owner who has yet to write his record, and not of a VM whose store was lost."""
+    return owner_of(folder) is None and not (folder / paths.RECORD_FILE).exists()
 
 
 def _images(vms: list[StoredVM]) -> list[Leftover]:
-    """Old guest images. If a VM runs and does not say from which image, all stay; so does a damaged template's."""
-    current = build.find()
-    running = [vm for vm in vms if vm.is_alive()]
-    used = {str(root) for vm in running if (root := vm.config.get("root"))}
+    """Old guest images, and what their builds left. All stay if somebody builds, or if it is unclear what is used."""
+    if (used := _roots_in_use(vms)) is None:
+        return []
+    with cache.no_builder(_builders_lock()) as is_held:
+        if not is_held:
+            return []
+        images, bases = paths.cache_dir() / "images", paths.cache_dir() / "bases"
+        found = [_leftover(Kind.BUILD, path.name, path) for path in cache.unfinished(images, bases)]
+        if (current := build.find()) is None:
+            return found
+        base = f"{current.suite}-{build.base_key(recipe.architecture())}"
+        found += [_leftover(Kind.BUILD, path.name, path) for path in cache.whole_folders(bases) if path.name != base]
+        return found + [
+            _leftover(Kind.IMAGE, path.name, path)
+            for path in cache.whole_folders(images)
+            if path.name != current.key and path not in used
+        ]
+
+
+def _roots_in_use(vms: list[StoredVM]) -> set[Path] | None:
+    """The folders of the images that VMs and templates use; None: one of them does not say which."""
+    roots = [vm.config.get("root") for vm in vms if not _is_left(vm)]
     try:
-        used |= {str(catalog.load(name).root) for name in catalog.names()}
+        roots += [catalog.load(name).root for name in catalog.names()]
     except UtilityVMError as error:
         _log.warning("the guest images stay: %s", error)
-        return []
-    if current is None or any("root" not in vm.config and "clone" not in vm.config for vm in running):
-        return []
-    return [
-        _leftover(Kind.IMAGE, image.key, image.root.parent)
-        for image in build.catalog()
-        if image.key != current.key and str(image.root) not in used
-    ]
+        return None
+    return None if None in roots else {Path(str(root)).parent for root in roots}
+
+
+def _builders_lock() -> Path:
+    return paths.cache_dir() / "images/.lock"
+
+
+def _entries(parent: Path) -> list[Path]:
+    return sorted(parent.iterdir()) if parent.is_dir() else []
 
 
 def _leftover(kind: Kind, name: str, path: Path) -> Leftover:

@@ -32,7 +32,7 @@ from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import QemuHost, QemuProcess, launch
 from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.log import logger
-from utilityvm.pids import process_with_word
+from utilityvm.pids import process_with
 from utilityvm.scsi.ports import DiskRecord
 from utilityvm.scsi.slot import Slot
 from utilityvm.store import SqliteJournal, Store, StoredVM, VMState
@@ -227,7 +227,7 @@ def process_of(record: StoredVM) -> QemuProcess:
         raise StoreError(
             f"the store's record of VM {record.name} is not one that utilityvm wrote: {error!r}",
             vm=record.name,
-            remedy=f"end its QEMU by hand, process {record.pid}" if record.pid else "remove the store",
+            remedy=f"end that VM, which does not need the record: uvm stop {record.name}",
         ) from error
     return process
 
@@ -240,8 +240,8 @@ async def strays(host: QemuHost, journal: SqliteJournal) -> dict[Slot, str]:
 
 async def shut_down(record: StoredVM) -> None:
     """Have the guest power off; one that does not, or does not answer, is left to be killed."""
-    process = process_of(record)
     with suppress(UtilityVMError):
+        process = process_of(record)
         async with AsyncExitStack() as closing:
             host = await QemuHost.connect(process, timeout_s=CONNECT_S)
             closing.push_async_callback(host.close)
@@ -258,10 +258,12 @@ async def clear(record: StoredVM, store: Store) -> None:
         OutcomeUnknown: the kernel does not let its QEMU go; call again.
     """
     if record.process is not None:
-        await launch.destroy(process_of(record))
-    if (found := process_with_word(record.uuid)) is not None:
-        # Its starter died before it could write down the process, or the record lies. Nobody else has this UUID on its
-        # command line.
+        try:
+            await launch.destroy(process_of(record))
+        except StoreError as error:
+            _log.warning("%s", error)
+    if (found := process_with("-uuid", record.uuid)) is not None:
+        # Its starter died before it could write down the process, or the record lies. No other QEMU has this UUID.
         await _kill(*found)
     folder = paths.vm_dir(record.name)
     launch.clean(folder)

@@ -47,19 +47,23 @@ def is_running(pid: int, started: str) -> bool:
     return started_at(pid) == started
 
 
-def process_with_word(word: str) -> tuple[int, str] | None:
-    """The process that has `word` on its command line, as pid and start time; None if there is none."""
-    wanted = word.encode()
+def process_with(*words: str) -> tuple[int, str] | None:
+    """The process that has `words` on its command line, as pid and start; None if there is none."""
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
-            continue
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue  # it ended, or is not ours to look at
-        if wanted in words and (started := started_at(int(entry.name))) is not None:
-            return int(entry.name), started
+        if entry.name.isdecimal() and has_words(int(entry.name), *words):
+            started = started_at(int(entry.name))
+            if started is not None:
+                return int(entry.name), started
     return None
+
+
+def has_words(pid: int, *words: str) -> bool:
+    """Has the process `words` on its command line, whole and one after the other?"""
+    try:
+        line = b"\0" + Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False  # it ended, or is not ours to look at
+    return b"\0%s\0" % b"\0".join(word.encode() for word in words) in line
 
 
 def own_start() -> str:

@@ -177,7 +177,8 @@ class UtilityVM:
                 config.check()
                 await cloning.check_machine(source)
                 store = undo.enter_context(open_store())
-                document = {**config.to_json(), "clone": {"template": template, "template_uuid": source.uuid}}
+                origin = {"template": template, "template_uuid": source.uuid}
+                document = {**config.to_json(), "root": str(source.root), "clone": origin}
                 record, ownership, folder = await lifecycle.claim_name(undo, store, name, vm_uuid, document)
                 overlays = paths.overlays_dir(vm_uuid)
                 holder = Holder(name=f"template {template}")

@@ -16,7 +16,7 @@ import pytest
 
 from utilityvm import paths as places
 from utilityvm.guestimage.build import GuestImage
-from utilityvm.pids import is_running, process_with_word
+from utilityvm.pids import is_running, process_with
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.store import Store
 from utilityvm.testing.images import ext4_image, read_file
@@ -220,7 +220,7 @@ async def test_a_start_that_is_killed_can_be_done_again(guest_image: GuestImage,
     with Store.open() as store:
         first = store.get("cut")
         store.db.execute("UPDATE vms SET process = NULL WHERE id = ?", (first.id,))  # if it came to write that
-    left = process_with_word(first.uuid)
+    left = process_with("-uuid", first.uuid)
     assert left is not None
     assert [row[1] for row in fields(uvm("ps")) if row[0] == "cut"] == ["dead"]
     assert uvm("start", "cut").returncode == 0

@@ -189,8 +189,8 @@ async def test_a_record_that_we_did_not_write_is_refused(start: Start) -> None:
             store.set_process(record, forged)
             with pytest.raises(StoreError, match="not one that utilityvm wrote"):
                 await UtilityVM.open("forged")
-        store.set_process(record, record.process)
-    await UtilityVM.remove("forged", force=True)
+    await UtilityVM.remove("forged")
+    assert started_at(vm.process.pid) is None, "its QEMU is known by its UUID, and this process is not it"
 
 
 async def test_a_runtime_folder_that_others_may_write_to_is_refused(

@@ -10,6 +10,9 @@ from utilityvm.cli.options import json_option, run, vm_argument, wait_option
 from utilityvm.cli.output import print_json, print_table, say, size
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from utilityvm.errors import UtilityVMError
     from utilityvm.gc import Leftover
 
 apply_option = click.option("--apply", "is_applied", is_flag=True, help="Do it. Without this nothing is changed.")
@@ -53,20 +56,42 @@ async def _repair(name: str, *, is_applied: bool, wait_s: float, as_json: bool) 
 def gc_command(is_applied: bool, as_json: bool) -> None:
     """Show what is left of things that are gone; with --apply, remove it. Never a disk of yours.
 
-    Dead VMs, runtime folders, overlays of clones, half-made templates, and guest images that nothing uses.
+    Dead VMs, runtime folders, overlays of clones, half-made templates, guest images that nothing uses, and what builds
+    of them left.
     """
     run(_gc(is_applied=is_applied, as_json=as_json))
 
 
 async def _gc(*, is_applied: bool, as_json: bool) -> None:
     from utilityvm import gc
+    from utilityvm.errors import UtilityVMError
     from utilityvm.store.recover import open_store
 
     with open_store() as store:
         found = gc.leftovers(store)
-        removed = [one for one in found if is_applied and await gc.remove(one, store)]
+        removed: list[Leftover] = []
+        failed: dict[str, UtilityVMError] = {}
+        for one in found if is_applied else []:
+            try:
+                removed += [one] if await gc.remove(one, store) else []
+            except UtilityVMError as error:  # the others can go all the same
+                failed[str(one.path)] = error
+    _print_leftovers(found, removed, failed, is_applied=is_applied, as_json=as_json)
+    if failed:
+        raise next(iter(failed.values()))
+
+
+def _print_leftovers(
+    found: list[Leftover],
+    removed: list[Leftover],
+    failed: Mapping[str, UtilityVMError],
+    *,
+    is_applied: bool,
+    as_json: bool,
+) -> None:
     if as_json:
-        print_json([{**_document(one), "removed": one in removed} for one in found])
+        errors = {path: str(error) for path, error in failed.items()}
+        print_json([{**_document(one), "removed": one in removed, "error": errors.get(str(one.path))} for one in found])
         return
     print_table(
         ("KIND", "NAME", "SIZE", "PATH"), [(one.kind, one.name, size(one.size_bytes), one.path) for one in found]

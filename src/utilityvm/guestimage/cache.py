@@ -48,6 +48,28 @@ def one_builder(lock: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
+def no_builder(lock: Path) -> Iterator[bool]:
+    """Keep builders off for the block. False: one is at work, or the lock cannot be had, and nobody is kept off.
+
+    Where nothing was ever built there is nobody to keep off.
+    """
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        yield isinstance(error, FileNotFoundError)
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def new_folder(parent: Path, name: str, *, space_bytes: int) -> Iterator[Path]:
     """A folder that gets its name when the block is done, and is gone if the block fails. Needs the builders' lock.
 
@@ -88,6 +110,11 @@ def whole_folders(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
     return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def unfinished(*parents: Path) -> list[Path]:
+    """The folders of builds that are under way, or that were cut short if nobody builds."""
+    return sorted(path for parent in parents for path in parent.glob(f"{_UNFINISHED}*"))
 
 
 def _flush(folder: Path) -> None:

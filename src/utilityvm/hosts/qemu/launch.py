@@ -35,7 +35,7 @@ from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.privileges import Identity
 from utilityvm.hosts.qemu.qmp import Qmp
 from utilityvm.log import logger
-from utilityvm.pids import is_running, started_at
+from utilityvm.pids import has_words, is_running, started_at
 from utilityvm.process import spawn
 from utilityvm.scsi.slot import MAX_CONTROLLERS
 
@@ -393,10 +393,7 @@ def _watch(pid: int, started: str) -> Watch | None:
 
 def is_proven(process: QemuProcess) -> bool:
     """Has the process of that pid the VM's UUID on its command line? Nobody else has."""
-    try:
-        return process.uuid.encode() in Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
+    return has_words(process.pid, "-uuid", process.uuid)
 
 
 def _make_folder(folder: Path, *, vm: str) -> None:

@@ -1,0 +1,154 @@
+"""What is left over, by folders and records alone; with real VMs: tests/real/test_upkeep.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from utilityvm import gc, paths
+from utilityvm.errors import SetupError
+from utilityvm.gc import Kind
+from utilityvm.guestimage import build, recipe
+from utilityvm.guestimage.cache import one_builder
+from utilityvm.pids import own_start
+from utilityvm.store import Store, StoredVM
+from utilityvm.store.ownership import Ownership
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for what in ("STATE", "RUNTIME", "CACHE"):
+        monkeypatch.setenv(f"UTILITYVM_{what}_DIR", str(tmp_path / what.lower()))
+    monkeypatch.setattr(build, "host_suite", lambda: "bookworm")
+    return tmp_path
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    with Store.open() as store:
+        yield store
+
+
+def image(name: str) -> Path:
+    """A whole image of that name in the cache."""
+    folder = paths.cache_dir() / "images" / name
+    folder.mkdir(parents=True)
+    files = {}
+    for file in ("vmlinuz", "initramfs", "root.ext4"):
+        (folder / file).write_text(file)
+        files[file] = {"size": len(file), "sha256": hashlib.sha256(file.encode()).hexdigest()}
+    manifest = {"arch": "amd64", "suite": "bookworm", "cmdline": "", "files": files, "packages": []}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def current_image() -> Path:
+    try:
+        arch = recipe.architecture()
+    except SetupError as error:
+        pytest.skip(str(error))
+    (paths.cache_dir() / "images").mkdir(parents=True, exist_ok=True)
+    (paths.cache_dir() / "images/.lock").touch()
+    (paths.cache_dir() / "bases" / f"bookworm-{build.base_key(arch)}").mkdir(parents=True)
+    return image(f"bookworm-{build.image_key(arch, dict(build.agent_files()))}")
+
+
+def running(store: Store, name: str, **config: object) -> StoredVM:
+    """A VM whose QEMU is this process."""
+    vm = store.add(name, uuid=name, config=config)
+    store.set_process(vm, {"pid": os.getpid(), "started": own_start()})
+    return vm
+
+
+def found(store: Store) -> list[tuple[Kind, str]]:
+    return [(one.kind, one.name) for one in gc.leftovers(store)]
+
+
+async def test_an_image_that_nobody_uses_goes_and_the_others_stay(store: Store) -> None:
+    current, of_a_vm, old = current_image(), image("bookworm-ofavm"), image("bookworm-old")
+    running(store, "alive", root=str(of_a_vm / "root.ext4"))
+    [one] = gc.leftovers(store)
+    assert (one.kind, one.path) == (Kind.IMAGE, old)
+    assert one.size_bytes > 0
+    assert await gc.remove(one, store)
+    assert sorted(path.name for path in (paths.cache_dir() / "images").iterdir()) == sorted(
+        [".lock", current.name, of_a_vm.name]
+    )
+
+
+async def test_the_image_of_a_vm_that_is_just_starting_stays(store: Store) -> None:
+    current_image()
+    chosen = image("bookworm-chosen")
+    ownership = await Ownership.acquire(paths.vm_dir("new"), vm="new")
+    vm = store.add("new", uuid="new", config={"root": str(chosen / "root.ext4")})
+    assert found(store) == []
+    ownership.release()
+    assert found(store) == [(Kind.VM, "new"), (Kind.IMAGE, chosen.name)], "its starter died"
+    store.remove(vm)
+
+
+def test_all_images_stay_while_a_vm_does_not_say_which_it_uses(store: Store) -> None:
+    current_image()
+    image("bookworm-old")
+    vm = running(store, "alive")
+    assert found(store) == []
+    store.remove(vm)
+    assert found(store) == [(Kind.IMAGE, "bookworm-old")]
+
+
+def test_all_images_stay_while_the_current_one_is_not_built(store: Store) -> None:
+    image("bookworm-old")
+    assert found(store) == [], "it may be all that can be started here"
+
+
+async def test_what_builds_left_goes_unless_somebody_builds(store: Store) -> None:
+    current_image()
+    bases = paths.cache_dir() / "bases"
+    (bases / "bookworm-old").mkdir()
+    (bases / ".new-bookworm-1").mkdir()
+    (paths.cache_dir() / "images/.new-bookworm-2").mkdir()
+    left = gc.leftovers(store)
+    assert [one.name for one in left] == [".new-bookworm-1", ".new-bookworm-2", "bookworm-old"]
+    with one_builder(paths.cache_dir() / "images/.lock", waiting=lambda: None):
+        assert found(store) == []
+        assert [await gc.remove(one, store) for one in left] == [False] * 3
+        assert (bases / ".new-bookworm-1").exists()
+    assert [await gc.remove(one, store) for one in left] == [True] * 3
+    assert found(store) == []
+
+
+async def test_a_vm_that_starts_meanwhile_keeps_its_overlays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record is there before its overlays are: at whatever point we look, they are not taken for left over."""
+    read = store.vms
+
+    def read_then_start() -> list[StoredVM]:
+        vms = read()
+        store.add("quick", uuid="quick", config={})
+        paths.overlays_dir("quick").mkdir(parents=True)
+        return vms
+
+    monkeypatch.setattr(store, "vms", read_then_start)
+    assert [one for one in gc.leftovers(store) if one.kind is Kind.OVERLAYS] == []
+
+
+async def test_what_is_taken_up_meanwhile_is_not_removed(store: Store) -> None:
+    folder = paths.vm_dir("taken")
+    folder.mkdir(parents=True)
+    (folder / "console.log").write_text("")
+    [one] = gc.leftovers(store)
+    ownership = await Ownership.acquire(folder, vm="taken")
+    assert not await gc.remove(one, store)
+    assert (folder / "console.log").exists()
+    ownership.release()
+
+
+def test_the_folder_of_a_vm_whose_store_was_lost_stays(store: Store) -> None:
+    folder = paths.vm_dir("lost")
+    folder.mkdir(parents=True)
+    (folder / paths.RECORD_FILE).write_text("{}")
+    assert found(store) == []
