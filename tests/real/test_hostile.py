@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
+import shutil
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -23,12 +25,15 @@ from utilityvm import (
     VMNotRunning,
     paths,
 )
+from utilityvm.guestimage.build import GuestImage
 from utilityvm.pids import own_start, started_at
+from utilityvm.process import run
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.store import Store, VMState
 from utilityvm.testing.images import ext4_image, read_file
 
 Start = Callable[..., Awaitable[UtilityVM]]
+Tmpfs = Callable[[int], AbstractContextManager[Path]]
 
 pytestmark = pytest.mark.real
 
@@ -78,6 +83,44 @@ async def test_without_space_for_the_journal_nothing_is_sent(start: Start, disk:
         assert await output(vm, "cat /other/name") == "other"
     await held.release()
     assert vm.scsi_slots() == []
+
+
+async def test_a_full_or_read_only_state_folder_starts_nothing(
+    own_folders: Path, guest_image: GuestImage, tmpfs: Tmpfs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tmpfs(512 << 10) as folder:
+        monkeypatch.setenv("UTILITYVM_STATE_DIR", str(folder))
+        Store.open().close()
+        fill(folder)
+        with pytest.raises(StoreError, match=r"full|disk I/O error") as refused:
+            await UtilityVM.start("nowhere", image=guest_image)
+        assert str(folder) in str(refused.value.remedy)
+        (folder / "filler").unlink()
+        with Store.open() as store:
+            assert store.vms() == []
+        run(["mount", "-o", "remount,ro", folder])
+        with pytest.raises((StoreError, SetupError), match=re.escape(str(folder))):
+            await UtilityVM.start("nowhere", image=guest_image)
+        monkeypatch.setenv("UTILITYVM_STATE_DIR", str(folder / "new"))
+        with pytest.raises(SetupError, match="Read-only") as unusable:
+            await UtilityVM.start("nowhere", image=guest_image)
+        assert "UTILITYVM_STATE_DIR" in str(unusable.value.remedy)
+    assert not (own_folders / "run/vms/nowhere").exists(), "neither a lock nor a socket is left"
+
+
+async def test_an_image_that_finds_no_space_on_the_host_hurts_its_writer_alone(
+    vm_booted: UtilityVM, disk: Path, tmpfs: Tmpfs
+) -> None:
+    with tmpfs(4 << 20) as folder:
+        sparse = ext4_image(folder / "sparse.raw", {"old": "old"}, size_mib=32)
+        async with await vm_booted.add_scsi(disk, "/data"):
+            mount = await vm_booted.add_scsi(sparse, "/sparse")
+            failed = await vm_booted.run(["dd", "if=/dev/urandom", "of=/sparse/new", "bs=1M", "count=16", "conv=fsync"])
+            assert failed.exit_code != 0
+            assert await output(vm_booted, "echo fine > /data/after; cat /data/after") == "fine\n"
+            await mount.release(force=True)
+            assert [view.host_path for view in vm_booted.scsi_slots()] == [str(disk)]
+    assert read_file(disk, "/after", image_format=DiskFormat.RAW) == "fine\n"
 
 
 async def test_without_a_free_descriptor_it_says_so_and_goes_on_later(vm_booted: UtilityVM, disk: Path) -> None:
@@ -212,10 +255,52 @@ async def test_a_runtime_folder_that_others_may_write_to_is_refused(
         assert store.find("open") is None
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+@pytest.mark.parametrize("what", ["run", "run/vms", "run/vms/open"])
+async def test_a_runtime_folder_of_another_user_is_refused(
+    guest_folder: Path, monkeypatch: pytest.MonkeyPatch, booted: str, what: str
+) -> None:
+    monkeypatch.setenv("UTILITYVM_RUNTIME_DIR", str(guest_folder / "run"))
+    (guest_folder / "run/vms/open").mkdir(parents=True)
+    os.chown(guest_folder / what, 65534, 65534)
+    with pytest.raises(SetupError, match=r"not a folder of ours|others may write") as refused:
+        await UtilityVM.clone(booted, "open")
+    assert refused.value.remedy
+    with Store.open() as store:
+        assert store.find("open") is None
+
+
 @pytest.fixture
-def guest_folder(own_folders: Path) -> Path:
+def guest_folder(own_folders: Path) -> Iterator[Path]:
     """A folder with a short name, as sockets need it."""
     folder = own_folders / "hostile"
     folder.mkdir()
     assert paths.state_dir() == own_folders / "state"
-    return folder
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Tmpfs:
+    """Small file systems of so many bytes, in memory, to be filled."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount")
+
+    @contextmanager
+    def mounted(size_bytes: int) -> Iterator[Path]:
+        folder = tmp_path / "small"
+        folder.mkdir()
+        run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes},mode=0700", "small", folder])
+        try:
+            yield folder
+        finally:
+            run(["umount", folder])
+
+    return mounted
+
+
+def fill(folder: Path) -> None:
+    """Not one byte more can be written to the file system of that folder."""
+    with suppress(OSError), (folder / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
