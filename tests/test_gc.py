@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,6 +139,18 @@ async def test_a_vm_that_starts_meanwhile_keeps_its_overlays(store: Store, monke
     assert [one for one in gc.leftovers(store) if one.kind is Kind.OVERLAYS] == []
 
 
+def test_overlays_of_a_vm_that_runs_and_is_in_no_store_stay(store: Store) -> None:
+    name = str(uuid.uuid4())
+    paths.overlays_dir(name).mkdir(parents=True)
+    script = "print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", script, "-uuid", name], stdin=-1, stdout=-1) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert found(store) == []
+        process.kill()
+    assert found(store) == [(Kind.OVERLAYS, name)]
+
+
 async def test_what_is_taken_up_meanwhile_is_not_removed(store: Store) -> None:
     folder = paths.vm_dir("taken")
     folder.mkdir(parents=True)
@@ -147,8 +162,21 @@ async def test_what_is_taken_up_meanwhile_is_not_removed(store: Store) -> None:
     ownership.release()
 
 
-def test_the_folder_of_a_vm_whose_store_was_lost_stays(store: Store) -> None:
+@pytest.mark.parametrize(("of_store", "started", "is_left"), [
+    (None, None, False),
+    (None, "another@00000000", True),
+    ("/another/state.db", "another@00000000", False),
+])  # fmt: skip
+async def test_the_folder_of_a_vm_that_is_in_no_store(
+    store: Store, of_store: str | None, started: str | None, is_left: bool
+) -> None:
+    """It stays if that VM runs, as after its store was lost, or if it is another store's."""
     folder = paths.vm_dir("lost")
     folder.mkdir(parents=True)
-    (folder / paths.RECORD_FILE).write_text("{}")
-    assert found(store) == []
+    process = {"pid": os.getpid(), "started": started or own_start()}
+    copy = {"name": "lost", "uuid": "u", "created": 0.0, "config": {}, "process": process}
+    (folder / paths.RECORD_FILE).write_text(json.dumps({**copy, "store": of_store or str(store.path)}))
+    left = gc.leftovers(store)
+    assert [one.name for one in left] == ["lost"] * is_left
+    assert [await gc.remove(one, store) for one in left] == [True] * is_left
+    assert folder.exists() is not is_left

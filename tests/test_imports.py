@@ -68,7 +68,7 @@ MAY: dict[str, set[str]] = {
     },
     "testing": {"scsi", "process", "hosts", "bridge", "agent", "guests"},
     "pool": {"vm", "templates"},
-    "gc": {"lifecycle", "store", "templates", "guestimage", "paths"},
+    "gc": {"lifecycle", "store", "templates", "guestimage", "paths", "pids"},
     "repair": {"vm", "lifecycle", "scsi", "hosts", "guests", "store"},
     "": {
         "pool",

@@ -15,7 +15,8 @@ from utilityvm import lifecycle, paths
 from utilityvm.errors import UtilityVMError, VMNotFound, VMOwned
 from utilityvm.guestimage import build, cache, recipe
 from utilityvm.log import logger
-from utilityvm.store import Store, StoredVM
+from utilityvm.pids import process_with
+from utilityvm.store import Store, StoredVM, recover
 from utilityvm.store.ownership import owner_of
 from utilityvm.templates import catalog
 
@@ -43,14 +44,16 @@ class Leftover:
 
 def leftovers(store: Store) -> list[Leftover]:
     """All that can go, in the order in which it is removed. Nothing is changed."""
-    # The folders first: a VM has its record before it has a folder, so what is new is not taken for left over.
+    # The folders first: those of a VM that starts meanwhile are not looked at then.
     folders, overlays = _entries(paths.runtime_dir() / "vms"), _entries(paths.overlays_dir("-").parent)
     vms = store.vms()
-    names, uuids = {vm.name for vm in vms}, {vm.uuid for vm in vms}
+    folders = [one for one in folders if one.name not in {vm.name for vm in vms} and _is_nobodys(one, store)]
+    # One that is in no store may run all the same: the store was lost, and the copy of its record too.
+    overlays = [one for one in overlays if one.name not in {vm.uuid for vm in vms} and not _runs(one.name)]
     return [
         *(_leftover(Kind.VM, vm.name, paths.vm_dir(vm.name)) for vm in vms if _is_left(vm)),
-        *(_leftover(Kind.FOLDER, one.name, one) for one in folders if one.name not in names and _is_nobodys(one)),
-        *(_leftover(Kind.OVERLAYS, one.name, one) for one in overlays if one.name not in uuids),
+        *(_leftover(Kind.FOLDER, one.name, one) for one in folders),
+        *(_leftover(Kind.OVERLAYS, one.name, one) for one in overlays),
         *(_leftover(Kind.TEMPLATE, path.name, path) for path in catalog.leftovers()),
         *_images(vms),
     ]
@@ -101,9 +104,18 @@ def _is_dead(vm: StoredVM) -> bool:
     return not vm.is_alive()
 
 
-def _is_nobodys(folder: Path) -> bool:
-    """Not of an owner who has yet to write his record, and not of a VM whose store was lost."""
-    return owner_of(folder) is None and not (folder / paths.RECORD_FILE).exists()
+def _is_nobodys(folder: Path, store: Store) -> bool:
+    """Not of an owner who has yet to write its record, nor of another store's VM, nor of one that runs."""
+    if owner_of(folder) is not None:
+        return False
+    if not (folder / paths.RECORD_FILE).exists():
+        return True
+    copy = recover.copy_of(folder, store.path)
+    return copy is not None and not recover.is_running_copy(copy)
+
+
+def _runs(uuid: str) -> bool:
+    return process_with("-uuid", uuid) is not None
 
 
 def _images(vms: list[StoredVM]) -> list[Leftover]:

@@ -280,6 +280,7 @@ def remove_overlays(record: StoredVM) -> None:
 def write_copy(folder: Path, record: StoredVM, process: Mapping[str, object]) -> None:
     """Put a copy of the VM's record beside its sockets, from which a lost store is made again."""
     document = {"name": record.name, "uuid": record.uuid, "created": record.created, "config": record.config}
+    document["store"] = str(paths.store_file())
     path = folder / paths.RECORD_FILE
     temporary = path.with_suffix(".new")
     try:

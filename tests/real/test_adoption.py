@@ -50,15 +50,21 @@ async def test_what_no_journal_knows_keeps_its_slot(worker: str, images: tuple[P
     assert uvm("start", worker).returncode == 0
 
 
-async def test_a_lost_store_finds_the_vm_again(worker: str, uvm: Uvm) -> None:
+@pytest.mark.parametrize("how", ["damaged", "removed"])
+async def test_a_lost_store_finds_the_vm_again(worker: str, uvm: Uvm, how: str) -> None:
     with Store.open() as store:
         path, before = store.path, store.get(worker)
-    path.write_bytes(b"\xff" * 5000)
+    if how == "damaged":
+        path.write_bytes(b"\xff" * 5000)
+    else:
+        path.unlink()
     for suffix in ("-wal", "-shm"):
         Path(f"{path}{suffix}").unlink(missing_ok=True)
     done = uvm("ps")
     assert done.returncode == 0, done.stderr
-    assert "damaged" in done.stderr
+    assert done.stdout.split("\t")[0] == worker
+    assert ("damaged" in done.stderr) is (how == "damaged")
+    assert f"VM {worker} was found running" in done.stderr
     with Store.open() as store:
         after = store.get(worker)
     assert (after.uuid, after.process, after.config) == (before.uuid, before.process, before.config)

@@ -1,9 +1,9 @@
-"""Opens the store; makes it anew where it is damaged, from what the running VMs have beside their sockets."""
+"""Opens the store; makes it anew where it is damaged or gone, from what the running VMs have beside their sockets."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,31 +17,54 @@ _log = logger(__name__)
 
 
 def open_store(path: Path | None = None) -> Store:
-    """The store. A damaged one is kept beside it under another name, and the VMs that run are entered into a new one.
+    """The store. A damaged one is kept beside it under another name, and a new one takes its place.
 
-    Which disks those have is not known then: they are found when the VM is opened.
+    VMs that run and are not in it, because it was damaged or removed, are entered again. Which disks they have is not
+    known then: those are found when the VM is opened.
 
     Raises:
         StoreError: it is another program's, a later version's, or cannot be read.
         SetupError: its folder cannot be used.
     """
     try:
-        return Store.open(path)
+        store = Store.open(path)
     except StoreDamaged as error:
         _log.warning("%s", error)
         store = Store.open(path)
-        for record in _running():
-            if store.restore(record):
-                _log.warning("VM %s was found running", record["name"])
-        return store
+    try:
+        _restore(store)
+    except BaseException:
+        store.close()
+        raise
+    return store
 
 
-def _running() -> Iterator[Mapping[str, Any]]:
+def copy_of(folder: Path, store: Path) -> Mapping[str, Any] | None:
+    """The copy of its record in a VM's runtime folder. None: there is none that can be read, or of another store."""
+    path = folder / paths.RECORD_FILE
+    try:
+        record = cast(dict[str, Any], json.loads(path.read_text()))
+        is_ours = record["name"] == folder.name and record["store"] == str(store)
+        return record if is_ours and {"uuid", "created", "config", "process"} <= record.keys() else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _log.warning("%s cannot be read: %s", path, error)
+        return None
+
+
+def is_running_copy(record: Mapping[str, Any]) -> bool:
+    """Does the QEMU run that the copy names?"""
+    try:
+        return is_running(int(record["process"]["pid"]), str(record["process"]["started"]))
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _restore(store: Store) -> None:
     for path in sorted((paths.runtime_dir() / "vms").glob(f"*/{paths.RECORD_FILE}")):
-        try:
-            record = cast(dict[str, Any], json.loads(path.read_text()))
-            process = record["process"]
-            if record["name"] == path.parent.name and is_running(int(process["pid"]), str(process["started"])):
-                yield record
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            _log.warning("%s cannot be read: %s", path, error)
+        if store.find(path.parent.name) is not None:
+            continue
+        record = copy_of(path.parent, store.path)
+        if record is not None and is_running_copy(record) and store.restore(record):
+            _log.warning("VM %s was found running", record["name"])
