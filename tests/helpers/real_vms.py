@@ -47,8 +47,8 @@ async def end_all(store):
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 sys.stdin.read()
 folder = Path(sys.argv[1])
-if (folder / "state/state.db").exists():
-    with Store.open(folder / "state/state.db") as store:
+for path in folder.rglob("state.db"):
+    with Store.open(path) as store:
         asyncio.run(end_all(store))
 shutil.rmtree(folder)
 """

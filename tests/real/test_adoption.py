@@ -23,11 +23,15 @@ pytestmark = pytest.mark.real
 
 @pytest.fixture(scope="module")
 def worker(own_folders: Path, guest_image: GuestImage) -> Iterator[str]:
+    """The name of a VM that is alone in its store: other VMs of the session would be lost with it."""
     command = [sys.executable, "-c", "from utilityvm.cli import main; main()"]
-    subprocess.run([*command, "start", "adopted"], check=True, capture_output=True)
-    yield "adopted"
-    subprocess.run([*command, "stop", "adopted", "--force"], check=True, capture_output=True)
-    assert not places.vm_dir("adopted").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UTILITYVM_STATE_DIR", f"{own_folders}/lost/state")
+        patch.setenv("UTILITYVM_RUNTIME_DIR", f"{own_folders}/lost/run")
+        subprocess.run([*command, "start", "adopted"], check=True, capture_output=True)
+        yield "adopted"
+        subprocess.run([*command, "stop", "adopted", "--force"], check=True, capture_output=True)
+        assert not places.vm_dir("adopted").exists()
 
 
 @pytest.fixture
