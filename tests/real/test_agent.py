@@ -37,7 +37,7 @@ async def until_false(vm: UtilityVM, *command: str) -> None:
 
 
 async def test_the_system_is_one_to_run_programs_in(vm_booted: UtilityVM) -> None:
-    for folder in ("/tmp", "/run", "/dev/shm", "/var/tmp", "/made/up"):
+    for folder in ("/tmp", "/run", "/dev/shm", "/var/tmp", "/a/new/one"):
         await output(vm_booted, f"mkdir -p {folder} && echo > {folder}/file && rm {folder}/file")
     assert await output(vm_booted, "stat -c %a /tmp") == "1777\n"
     assert await output(vm_booted, "echo a | tee /dev/stderr /dev/fd/1 2>/dev/null") == "a\na\n"
