@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import uuid
@@ -13,7 +14,11 @@ from utilityvm import pids
 def test_this_process_runs_and_knows_itself() -> None:
     assert pids.is_running(os.getpid(), pids.own_start())
     assert not pids.is_running(os.getpid(), "1")
-    assert "pytest" in pids.own_command()
+
+
+def test_a_process_knows_its_command() -> None:
+    command = [sys.executable, "-c", "from utilityvm import pids; print(pids.own_command())", "two words"]
+    assert shlex.split(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == command
 
 
 def test_a_zombie_does_not_run() -> None:

@@ -460,7 +460,7 @@ class UtilityVM:
         self._check_running()
         await self.scsi.release(reservation, force=force, timeout_s=timeout_s)
 
-    async def resize_scsi(self, host_path: HostPath, size_bytes: int) -> None:
+    async def resize_scsi(self, host_path: HostPath, size_bytes: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Grow the disk, its image, and the file systems that are mounted from all of it.
 
         Raises:
@@ -468,9 +468,11 @@ class UtilityVM:
             InvalidRequest: it would not be larger, or the size is not a multiple of 512.
             NotSupported, HostRefused: the image cannot grow; nothing changed.
             GuestRefused: the disk is larger now, a file system is not; ask again with the same size.
+            DeadlineExceeded, OutcomeUnknown: no answer within `timeout_s` seconds; ask again with the same size.
         """
         self._check_running()
-        await self.scsi.resize(absolute(host_path), size_bytes, identity=identity_of(host_path))
+        identity = identity_of(host_path)
+        await self.scsi.resize(absolute(host_path), size_bytes, identity=identity, timeout_s=timeout_s)
 
     async def remove_strays(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[str]:
         """Take out of the VM what no journal knows, as after the store was lost; says what, a line each.

@@ -1,9 +1,15 @@
-"""Which of many points a test takes: all of them in a long run, a few of them, other ones each day, in a short one."""
+"""Which of many points a test takes: all of them in a long run, a few of them, other ones each day, in a short one.
+
+And how it says so in the end: the fixture `tell`.
+"""
 
 from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
+
+Tell = Callable[[str], None]
 
 _VARIABLE = "UTILITYVM_CRASH"
 

@@ -14,6 +14,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
+from filesystem_images import add_hash_tree, blank
 from utilityvm import paths as places
 from utilityvm.guestimage.build import GuestImage
 from utilityvm.pids import is_running, process_with
@@ -68,6 +69,38 @@ def test_the_main_job(uvm: Uvm, worker: str, tmp_path: Path) -> None:
     assert uvm("detach", worker, image).returncode == 3
     assert uvm("detach", worker, first).returncode == 3
     assert read_file(image, "/out", image_format=DiskFormat.QCOW2) == "49\n"
+
+
+def test_a_disk_that_grows(uvm: Uvm, worker: str, disk: Path) -> None:
+    size = "stat -f -c '%b %S' /data"
+    assert uvm("attach", worker, f"{disk}:/data").returncode == 0
+    before = uvm("exec", worker, "--", "sh", "-c", size).stdout
+    done = uvm("resize", worker, disk, "32M", "--json")
+    assert json.loads(done.stdout)["size_bytes"] == disk.stat().st_size == 32 << 20, done.stderr
+    assert int(uvm("exec", worker, "--", "sh", "-c", size).stdout.split()[0]) > int(before.split()[0])
+    smaller = uvm("resize", worker, disk, "1M")
+    assert (smaller.returncode, disk.stat().st_size) == (2, 32 << 20)
+    assert "shrinking" in smaller.stderr
+    assert uvm("detach", worker, disk).returncode == 0
+
+
+def test_a_key_and_a_hash_tree_from_files(uvm: Uvm, worker: str, disk: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(bytes(range(64)))
+    secret = blank(tmp_path / "secret.raw", 16)
+    encrypted = ("attach", worker, f"{secret}:/secret", "--key-file")
+    assert uvm(*encrypted, key, "--ensure-filesystem").returncode == 0
+    assert uvm("detach", worker, secret).returncode == 0
+    assert uvm(*encrypted, key).returncode == 0
+    assert uvm("detach", worker, secret).returncode == 0
+    key.write_bytes(bytes(65))
+    assert uvm(*encrypted, key).returncode == 2
+    root_hash, offset = add_hash_tree(disk, "--data-block-size", "1024", "--hash-block-size", "1024")
+    checked = ("attach", worker, f"{disk}:/layer", "--read-only", "--verity-offset", str(offset), "--verity")
+    assert uvm(*checked, root_hash.hex()).returncode == 0
+    assert uvm("exec", worker, "--", "cat", "/layer/greeting").stdout == "hello\n"
+    assert uvm("detach", worker, disk).returncode == 0
+    assert uvm(*checked, bytes(32).hex()).returncode == 1
 
 
 def test_exec_passes_on_input_output_and_the_exit_code(uvm: Uvm, worker: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ import crash_owner
 from agreement import check_agreement, folders, is_locked, read_in_guest, sizes_in_guest, until_guest_has_no_disks
 from crash_owner import JOB, KEEPER, KEPT, OPERATIONS, STOP, WRITTEN, Outcome, Task
 from owners import Owners, remove, until_no_process_has
-from points import chosen, takes_all
+from points import Tell, chosen, takes_all
 from utilityvm import DeadlineExceeded, SCSIMount, UtilityVM, VMGone, VMNotFound, VMNotRunning
 from utilityvm import paths as places
 from utilityvm.guestimage.build import GuestImage
@@ -136,7 +136,7 @@ async def test_wherever_its_owner_dies_the_next_one_finds_all_as_promised(
     folder: Path,
     kept_vm: tuple[set[str], set[str]],
     spoiled: set[str],
-    record_property: Callable[[str, object], None],
+    tell: Tell,
 ) -> None:
     check = Check(operation, folder, kept_vm)
     spoiled.add(NAME)
@@ -159,13 +159,11 @@ async def test_wherever_its_owner_dies_the_next_one_finds_all_as_promised(
         for holder in (JOB, None) if takes_all() else ((JOB, None)[number % 2],):
             killed += (await end_at(number, holder)).point is not None
     spoiled.clear()
-    record_property("points", points)
-    record_property("owners killed, and all came right", killed)
-    sys.stderr.write(f"{operation}: {killed} owners killed at {points} points, and all came right\n")
+    tell(f"{operation}: {killed} owners killed at {points} points, and all came right")
 
 
 async def test_who_dies_while_he_takes_over_leaves_the_same_to_the_next(
-    owners: Owners, folder: Path, kept_vm: tuple[set[str], set[str]], spoiled: set[str]
+    owners: Owners, folder: Path, kept_vm: tuple[set[str], set[str]], spoiled: set[str], tell: Tell
 ) -> None:
     check = Check("remove_many", folder, kept_vm)
     spoiled.add(NAME)
@@ -186,7 +184,7 @@ async def test_who_dies_while_he_takes_over_leaves_the_same_to_the_next(
                 break
             killed += 1
     spoiled.clear()
-    sys.stderr.write(f"{killed} owners killed while they took over from one that was killed, and all came right\n")
+    tell(f"{killed} owners killed while they took over from one that was killed, and all came right")
 
 
 # Start and stop.
@@ -205,7 +203,7 @@ async def find_out(name: str) -> None:
 
 
 async def test_wherever_a_start_or_a_stop_is_cut_short_nothing_is_left_of_it(
-    owners: Owners, folder: Path, guest_image: GuestImage
+    owners: Owners, folder: Path, guest_image: GuestImage, tell: Tell
 ) -> None:
     image = folder / "one.raw"
     which = chosen(sys.maxsize, every=STARTS_EVERY)
@@ -237,14 +235,14 @@ async def test_wherever_a_start_or_a_stop_is_cut_short_nothing_is_left_of_it(
         killed += sum(outcome.point is not None for outcome in outcomes)
         if outcomes[0].point is None:
             break
-    sys.stderr.write(f"start and stop: {killed} owners killed at {outcomes[0].points} points, and all came right\n")
+    tell(f"start and stop: {killed} owners killed at {outcomes[0].points} points, and all came right")
 
 
 # The agent.
 
 
 async def test_wherever_the_agent_dies_the_next_one_takes_over_the_mount_or_undoes_it(
-    vm_booted: UtilityVM, tmp_path: Path
+    vm_booted: UtilityVM, tmp_path: Path, tell: Tell
 ) -> None:
     image = ext4_image(tmp_path / "disk.raw", {}, size_mib=4)
     async with await vm_booted.add_scsi(image) as held:
@@ -256,4 +254,4 @@ async def test_wherever_the_agent_dies_the_next_one_takes_over_the_mount_or_undo
     killed = {way: int(count) for way, count in (line.split() for line in done.stdout.decode().splitlines())}
     assert killed.keys() == {"plain", "published", "encrypted"}
     assert min(killed.values()) > 20 // numbers.step
-    sys.stderr.write(f"agents killed, and all came right: {killed}\n")
+    tell(f"agents killed, and all came right: {killed}")

@@ -15,7 +15,7 @@ import pytest_asyncio
 from agreement import is_locked
 from crash_owner import JOB, SAVED, TEMPLATE, Outcome, Task
 from owners import Owners, remove, until_no_process_has
-from points import chosen, takes_all
+from points import Tell, chosen, takes_all
 from utilityvm import UtilityVM, VMNotFound, VMNotRunning, gc, paths
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.store import Store
@@ -78,7 +78,7 @@ def run(owners: Owners, operation: str, number: int, holder: str | None) -> Outc
     return outcome
 
 
-async def test_wherever_a_clone_is_cut_short_nothing_is_left_of_it(owners: Owners, image: Path) -> None:
+async def test_wherever_a_clone_is_cut_short_nothing_is_left_of_it(owners: Owners, image: Path, tell: Tell) -> None:
     killed = 0
     which = chosen(sys.maxsize, every=EVERY)
     for number in which:
@@ -101,10 +101,10 @@ async def test_wherever_a_clone_is_cut_short_nothing_is_left_of_it(owners: Owner
                 raise
         if outcome.point is None:
             break
-    sys.stderr.write(f"clone: {killed} owners killed at {outcome.points} points, and all came right\n")
+    tell(f"clone: {killed} owners killed at {outcome.points} points, and all came right")
 
 
-async def test_wherever_a_pool_is_cut_short_nothing_is_left_of_it(owners: Owners, image: Path) -> None:
+async def test_wherever_a_pool_is_cut_short_nothing_is_left_of_it(owners: Owners, image: Path, tell: Tell) -> None:
     killed = 0
     for number in chosen(sys.maxsize, every=2 * EVERY):
         outcome = run(owners, "pool", number, None)
@@ -118,10 +118,12 @@ async def test_wherever_a_pool_is_cut_short_nothing_is_left_of_it(owners: Owners
             raise
         if outcome.point is None:
             break
-    sys.stderr.write(f"pool: {killed} owners killed at {outcome.points} points, and all came right\n")
+    tell(f"pool: {killed} owners killed at {outcome.points} points, and all came right")
 
 
-async def test_wherever_a_save_is_cut_short_there_is_a_template_or_the_vm_goes_on(owners: Owners, image: Path) -> None:
+async def test_wherever_a_save_is_cut_short_there_is_a_template_or_the_vm_goes_on(
+    owners: Owners, image: Path, tell: Tell
+) -> None:
     killed = saved = 0
     for number in chosen(sys.maxsize, every=EVERY):
         vm = await UtilityVM.clone(TEMPLATE, NAME, keep=True)
@@ -156,6 +158,4 @@ async def test_wherever_a_save_is_cut_short_there_is_a_template_or_the_vm_goes_o
         if outcome.point is None:
             break
     assert saved, "the last one came to its end"
-    sys.stderr.write(
-        f"save: {killed} owners killed at {outcome.points} points, {saved} of them after the template was\n"
-    )
+    tell(f"save: {killed} owners killed at {outcome.points} points, {saved} of them after the template was")

@@ -8,7 +8,6 @@ UTILITYVM_CRASH=all takes all: see `points`.
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 
 from agreement import check_agreement, is_locked, read_in_guest, sizes_in_guest
 from fault_points import DEATHS, Faults
-from points import chosen
+from points import Tell, chosen
 from utilityvm import OutcomeUnknown, SCSIMount, UtilityVM, UtilityVMError
 from utilityvm import paths as places
 from utilityvm.guests.bridge_guest import BridgeGuest
@@ -88,7 +87,7 @@ def bench(vm_booted: UtilityVM, tmp_path: Path) -> Bench:
 
 @pytest.mark.parametrize("operation", ["add", "release", "resize"])
 async def test_after_one_fault_all_is_as_before_or_a_second_call_finishes_it(
-    operation: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+    operation: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, tell: Tell
 ) -> None:
     faults = Faults(bench.vm, monkeypatch)
     act = await bench.prepare(operation)
@@ -119,9 +118,7 @@ async def test_after_one_fault_all_is_as_before_or_a_second_call_finishes_it(
         except BaseException as broken:
             broken.add_note(f"{fault}, number {at}, in {operation}; it raised {error!r}")
             raise
-    record_property("points", len(points))
-    record_property("faults, after all of which all came right", len(tried))
-    sys.stderr.write(f"{operation}: {len(tried)} faults of {len(points)}, and all came right\n")
+    tell(f"{operation}: {len(tried)} faults of {len(points)}, and all came right")
 
 
 # The end of a VM.

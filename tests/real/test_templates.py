@@ -176,7 +176,7 @@ async def test_no_two_clones_are_alike(warm: Warm) -> None:
         for number in range(20):
             clones.append(await UtilityVM.clone("warm", f"unique{number}"))
         assert all(vm.is_running for vm in clones)
-        answers = [(await output(vm, script)).splitlines() for vm in clones]
+        answers = [text.splitlines() for text in await asyncio.gather(*(output(vm, script) for vm in clones))]
         for position, values in enumerate(zip(*answers, strict=True)):
             assert len(set(values)) == len(clones), f"line {position} of {answers[0]}"
         assert [answer[4] for answer in answers] == [vm.name for vm in clones]
@@ -185,8 +185,7 @@ async def test_no_two_clones_are_alike(warm: Warm) -> None:
         apart_s = float(await output(late, "date +%s.%N")) - time.time()
         assert abs(apart_s) < 60, "its clock is the host's, not the template's"
     finally:
-        for vm in clones:
-            await vm.stop()
+        await asyncio.gather(*(vm.stop() for vm in clones))
 
 
 async def test_a_hook_makes_what_a_clone_must_not_share(booted: str) -> None:

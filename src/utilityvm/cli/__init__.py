@@ -26,6 +26,7 @@ COMMANDS = {
     "attach": "disk",
     "ls": "disk",
     "path": "disk",
+    "resize": "disk",
     "detach": "disk",
     "template": "template",
     "clone": "template",

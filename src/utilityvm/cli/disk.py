@@ -1,10 +1,10 @@
-"""Disks: attach, ls, path, detach."""
+"""Disks: attach, ls, path, resize, detach."""
 
 from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import click
 
@@ -13,9 +13,12 @@ from utilityvm.cli.output import age, print_fields, print_json, print_table, say
 
 if TYPE_CHECKING:
     from utilityvm.config import DiskSpec
+    from utilityvm.scsi.ports import Verity
     from utilityvm.store.view import SlotRow
 
 HOLDER = "cli"
+_LONGEST_KEY = 64
+_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 TIMEOUT_S = 60.0
 
 
@@ -40,6 +43,21 @@ TIMEOUT_S = 60.0
 @click.option("--reformat", is_flag=True, help="With --ensure-filesystem: make it in any case. The data is lost.")
 @click.option("--block-device", is_flag=True, help="Publish the device itself at GUEST_PATH.")
 @click.option("--encrypt-scratch", is_flag=True, help="Encrypt with a random key that dies with the mount.")
+@click.option(
+    "--key-file",
+    type=click.File("rb"),
+    metavar="FILE",
+    help="Encrypt with the 32 or 64 bytes of FILE (-: the standard input), for aes-xts-plain64.",
+)
+@click.option(
+    "--verity",
+    "root_hash",
+    metavar="HASH",
+    help="Check each block against dm-verity's root hash; with --verity-offset.",
+)
+@click.option(
+    "--verity-offset", type=click.IntRange(min=0), metavar="BYTES", help="Where on the disk the hash tree begins."
+)
 @click.option("--mount", "generated", is_flag=True, help="Mount it at a path of uvm's choosing.")
 @timeout_option(TIMEOUT_S)
 @wait_option
@@ -59,6 +77,9 @@ def attach_command(
     reformat: bool,
     block_device: bool,
     encrypt_scratch: bool,
+    key_file: IO[bytes] | None,
+    root_hash: str | None,
+    verity_offset: int | None,
     generated: bool,
     timeout_s: float,
     wait_s: float,
@@ -70,9 +91,11 @@ def attach_command(
     back by one `uvm detach`.
     """
     from utilityvm.config import GENERATED, DiskSpec
-    from utilityvm.scsi.ports import ScratchKey, VMAccess
+    from utilityvm.scsi.ports import CallerKey, ScratchKey, VMAccess
 
     host_path, guest_path = split_disk(disk)
+    if encrypt_scratch and key_file is not None:
+        raise click.UsageError("--encrypt-scratch makes a key, and --key-file gives one")
     if generated and guest_path is not None:
         raise click.UsageError("--mount chooses the guest path, and one was given")
     spec = DiskSpec(
@@ -87,10 +110,28 @@ def attach_command(
         ensure_filesystem=ensure_filesystem,
         reformat=reformat,
         block_device=block_device,
-        encryption=ScratchKey() if encrypt_scratch else None,
+        encryption=ScratchKey()
+        if encrypt_scratch
+        else CallerKey(key_file.read(_LONGEST_KEY + 1))
+        if key_file
+        else None,
+        verity=_verity(root_hash, verity_offset),
         physical=physical,
     )
     run(_attach(name, spec, holder=holder, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
+
+
+def _verity(root_hash: str | None, offset: int | None) -> Verity | None:
+    from utilityvm.scsi.ports import Verity
+
+    if root_hash is None and offset is None:
+        return None
+    if root_hash is None or offset is None:
+        raise click.UsageError("--verity and --verity-offset go together")
+    try:
+        return Verity(root_hash=bytes.fromhex(root_hash), hash_offset_bytes=offset)
+    except ValueError as error:
+        raise click.UsageError(f"--verity {root_hash}: not a number in hexadecimal digits") from error
 
 
 async def _attach(name: str, spec: DiskSpec, *, holder: str, timeout_s: float, wait_s: float, as_json: bool) -> None:
@@ -202,6 +243,41 @@ def path_command(name: str, disk: str, as_json: bool) -> None:
         print_json({"host_path": row.host_path, "slot": str(row.slot), "guest_paths": list(map(str, row.guest_paths))})
     else:
         click.echo(str(row.guest_paths[0]))
+
+
+@click.command("resize")
+@vm_argument
+@attached_argument
+@click.argument("size", metavar="SIZE")
+@timeout_option(TIMEOUT_S)
+@wait_option
+@json_option
+def resize_command(name: str, disk: str, size: str, timeout_s: float, wait_s: float, as_json: bool) -> None:
+    """Grow the disk to SIZE while it is in use: its image, and what is mounted from all of it.
+
+    SIZE is in bytes, or ends in K, M, G or T (of 1024). A disk cannot shrink.
+    """
+    run(_resize(name, disk, size_bytes(size), timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
+
+
+async def _resize(name: str, disk: str, to_bytes: int, *, timeout_s: float, wait_s: float, as_json: bool) -> None:
+    from utilityvm.vm import UtilityVM
+
+    async with await UtilityVM.open(name, wait_s=wait_s) as vm:
+        begun = time.monotonic()
+        await vm.resize_scsi(disk, to_bytes, timeout_s=timeout_s)
+        seconds = time.monotonic() - begun
+        say(f"{disk}: {to_bytes} bytes ({seconds * 1000:.0f} ms)")
+        if as_json:
+            print_json({"vm": name, "host_path": disk, "size_bytes": to_bytes, "seconds": round(seconds, 4)})
+
+
+def size_bytes(text: str) -> int:
+    """Bytes, of a number that may end in K, M, G or T."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in _UNITS else (text, "")
+    if not (number.isascii() and number.isdigit()):
+        raise click.UsageError(f"{text!r} is no size: give bytes, or a whole number and one of K, M, G and T")
+    return int(number) << _UNITS.get(unit, 0)
 
 
 @click.command("detach")

@@ -290,14 +290,19 @@ class ScsiManager:
                 raise result
         return [result if isinstance(result, UtilityVMError) else None for result in results]
 
-    async def resize(self, host_path: str, size_bytes: int, *, identity: str | None = None) -> None:
+    async def resize(
+        self, host_path: str, size_bytes: int, *, identity: str | None = None, timeout_s: float | None = None
+    ) -> None:
         """Grow the disk, its image, and the file systems that are mounted from all of it.
+
+        `timeout_s`: None: as the manager's timeouts say.
 
         Raises:
             NotAttached: it is not attached now.
             InvalidRequest: the size is not larger than what it is.
             HostRefused, NotSupported: the host cannot; nothing changed.
             GuestRefused: the disk is larger now, a file system is not; ask again with the same size.
+            DeadlineExceeded, OutcomeUnknown: no answer in time; ask again with the same size.
         """
         self._check_open()
         disk = self._book.find(host_path, identity)
@@ -313,16 +318,16 @@ class ScsiManager:
             )
         if size_bytes % 512:
             raise InvalidRequest(f"{size_bytes} bytes", remedy="give a multiple of 512")
-        limit = self._timeouts.resize
+        ends = time.monotonic() + (self._timeouts.resize if timeout_s is None else timeout_s)
         self._resizing += 1
         try:
             if size_bytes > disk.size_bytes:
-                await self._host.resize(disk.slot, attachment=disk.id, size_bytes=size_bytes, timeout_s=limit)
+                await self._host.resize(disk.slot, attachment=disk.id, size_bytes=size_bytes, timeout_s=_left(ends))
                 disk.size_bytes = size_bytes
                 self._ledger.note([disk.record()])
                 self._ledger.flush()
             mounted = [(m.config, m.guest_path) for m in disk.mounts.values() if m.state is MountState.MOUNTED]
-            await self._guest.grow(disk.slot, mounts=mounted, timeout_s=limit)
+            await self._guest.grow(disk.slot, mounts=mounted, timeout_s=_left(ends))
         finally:
             self._resizing -= 1
 
@@ -580,3 +585,8 @@ class ScsiManager:
             self._ledger.note([claim.record()])
             if disk.worker is None and self._workers.try_settle(claim):
                 self._ledger.flush()
+
+
+def _left(ends: float) -> float:
+    """The seconds until then; what is late gets no time, and is not left out."""
+    return max(ends - time.monotonic(), 0.001)
