@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -42,9 +43,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(str(text))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, a file is for one of them, and so are all tests with real VMs."""
-    for item in items:
-        group = "real" if item.get_closest_marker("real") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Where several processes share the tests, all that start real VMs are for one of them: they would slow each other.
+
+    Of the others, a file is for one process.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    def scope(test: str) -> str:
+        return "real" if test.startswith("tests/real/") or "[qemu" in test else test.partition("::")[0]
+
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = scope
+    return scheduler
