@@ -460,7 +460,7 @@ class UtilityVM:
         self._check_running()
         await self.scsi.release(reservation, force=force, timeout_s=timeout_s)
 
-    async def resize_scsi(self, host_path: HostPath, size_bytes: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    async def resize_scsi(self, host_path: HostPath, size_bytes: int, *, timeout_s: float | None = None) -> None:
         """Grow the disk, its image, and the file systems that are mounted from all of it.
 
         Raises:
@@ -468,7 +468,8 @@ class UtilityVM:
             InvalidRequest: it would not be larger, or the size is not a multiple of 512.
             NotSupported, HostRefused: the image cannot grow; nothing changed.
             GuestRefused: the disk is larger now, a file system is not; ask again with the same size.
-            DeadlineExceeded, OutcomeUnknown: no answer within `timeout_s` seconds; ask again with the same size.
+            DeadlineExceeded, OutcomeUnknown: no answer within `timeout_s` seconds (None: as long as a step may take
+                by itself); ask again with the same size.
         """
         self._check_running()
         identity = identity_of(host_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from utilityvm.errors import VMGone
+from utilityvm.hosts.qemu import lifetime
 from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.pids import started_at
 from utilityvm.process import spawn
@@ -36,6 +37,18 @@ async def test_the_end_is_seen_and_the_child_reaped(child: int) -> None:
     assert is_reaped(child)
     watch.kill()
     watch.close()
+
+
+async def test_a_child_that_ends_while_it_is_looked_at_is_reaped(child: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends_after_a_look(pid: int) -> str | None:
+        started = started_at(pid)
+        os.kill(pid, 9)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        return started
+
+    monkeypatch.setattr(lifetime, "started_at", ends_after_a_look)
+    assert Watch.child(child) is None
+    assert is_reaped(child)
 
 
 async def test_who_does_not_end_in_time_is_not_ended(child: int) -> None:

@@ -43,7 +43,10 @@ class Watch:
         if started is None:
             os.waitpid(pid, 0)
             return None
-        return cls(pid, started)
+        try:
+            return cls(pid, started)
+        except VMGone:  # it ended since, and is reaped
+            return None
 
     async def wait(self, *, timeout_s: float) -> bool:
         """Has it ended, within `timeout_s` seconds?"""
