@@ -10,11 +10,13 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from by_hand import HandVM
 from figures import ext4_images, median_ms, table
-from utilityvm import SCSIMount, Slot, UtilityVM, VMConfig
+from utilityvm import Slot, UtilityVM, VMConfig
 from utilityvm.bridge import frame, messages
 from utilityvm.guestimage import build
 from utilityvm.hosts.qemu import accelerator as accelerators
@@ -23,48 +25,77 @@ from utilityvm.process import find_program, run
 from utilityvm.scsi.ports import DiskRequest
 
 ROUNDS = 25
-MANY = 48
+MANY, MANY_ROUNDS = 48, 3
 MEMORY_MIB = 256
 
 
-async def ours(disks: list[Path]) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    begun = time.perf_counter()
-    async with await UtilityVM.start(VMConfig(name=f"bench-{os.getpid()}", memory_mib=MEMORY_MIB)) as vm:
-        figures["boot"] = time.perf_counter() - begun
-        adds, removes = [], []
-        for _ in range(ROUNDS):
-            begun = time.perf_counter()
-            mount = await vm.add_scsi(disks[0], "/mnt/one", read_only=True)
-            middle = time.perf_counter()
-            await mount.release()
-            adds.append(middle - begun)
-            removes.append(time.perf_counter() - middle)
-        figures["add"], figures["remove"] = statistics.median(adds), statistics.median(removes)
+class Times:
+    """What each work took, in seconds, on one side."""
 
-        mounts: list[SCSIMount] = []
+    def __init__(self) -> None:
+        self._taken: dict[str, list[float]] = {}
 
-        async def add_all() -> None:
-            mounts[:] = await asyncio.gather(
-                *(vm.add_scsi(disk, f"/mnt/{i}", read_only=True) for i, disk in enumerate(disks))
+    @contextmanager
+    def taking(self, work: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.add(work, time.perf_counter() - begun)
+
+    def add(self, work: str, seconds: float) -> None:
+        self._taken.setdefault(work, []).append(seconds)
+
+    def medians(self) -> dict[str, float]:
+        return {work: statistics.median(taken) for work, taken in self._taken.items()}
+
+
+async def ours_and_by_hand(disks: list[Path], folder: Path, accelerator: str) -> dict[str, dict[str, float]]:
+    """Both VMs at once, and their rounds in turn: what else the machine does is then the same for both."""
+    image = build.find()
+    assert image is not None
+    hand_times, times = Times(), Times()
+    hand = HandVM(
+        folder=folder,
+        kernel=image.kernel,
+        initramfs=image.initramfs,
+        root=image.root,
+        cmdline=image.cmdline,
+        memory_mib=MEMORY_MIB,
+        machine="q35",
+        accelerator=accelerator,
+    )
+    hand_times.add("boot", hand.boot_s)
+    try:
+        with times.taking("boot"):
+            vm = await UtilityVM.start(VMConfig(name=f"bench-{os.getpid()}", memory_mib=MEMORY_MIB))
+        async with vm:
+            for _ in range(ROUNDS):
+                one_by_hand(hand, disks[0], hand_times)
+                await one(vm, disks[0], times)
+            for _ in range(MANY_ROUNDS):
+                many_by_hand(hand, disks, hand_times)
+                await many(vm, disks, times)
+            times.add("ping", await median_ms(vm.ping, 200) / 1000)
+    finally:
+        hand.stop()
+    return {"by hand": hand_times.medians(), "ours": times.medians()}
+
+
+async def one(vm: UtilityVM, disk: Path, times: Times) -> None:
+    with times.taking("add"):
+        mount = await vm.add_scsi(disk, "/mnt/one", read_only=True)
+    with times.taking("remove"):
+        await mount.release()
+
+
+async def many(vm: UtilityVM, disks: list[Path], times: Times) -> None:
+    for at, add, remove in (("/mnt/{}", "add_many", "remove_many"), (None, "attach_many", "detach_many")):
+        with times.taking(add):
+            mounts = await asyncio.gather(
+                *(vm.add_scsi(disk, at and at.format(number), read_only=True) for number, disk in enumerate(disks))
             )
-
-        begun = time.perf_counter()
-        await add_all()
-        middle = time.perf_counter()
-        await asyncio.gather(*(mount.release() for mount in mounts))
-        figures["add_many"] = middle - begun
-        figures["remove_many"] = time.perf_counter() - middle
-
-        begun = time.perf_counter()
-        mounts = await asyncio.gather(*(vm.add_scsi(disk, read_only=True) for disk in disks))
-        middle = time.perf_counter()
-        await asyncio.gather(*(mount.release() for mount in mounts))
-        figures["attach_many"] = middle - begun
-        figures["detach_many"] = time.perf_counter() - middle
-        figures["unplug_many"] = await unplug_many(vm, disks)
-        figures["ping"] = await median_ms(vm.ping, 200) / 1000
-    return figures
+        with times.taking(remove):
+            await asyncio.gather(*(mount.release() for mount in mounts))
+    times.add("unplug_many", await unplug_many(vm, disks))
 
 
 async def unplug_many(vm: UtilityVM, disks: list[Path]) -> float:
@@ -80,61 +111,38 @@ async def unplug_many(vm: UtilityVM, disks: list[Path]) -> float:
     return time.perf_counter() - begun
 
 
-def by_hand(disks: list[Path], folder: Path, accelerator: str) -> dict[str, float]:
-    image = build.find()
-    assert image is not None
-    vm = HandVM(
-        folder=folder,
-        kernel=image.kernel,
-        initramfs=image.initramfs,
-        root=image.root,
-        cmdline=image.cmdline,
-        memory_mib=MEMORY_MIB,
-        machine="q35",
-        accelerator=accelerator,
-    )
-    try:
-        figures = {"boot": vm.boot_s}
-        adds, removes = [], []
-        for _ in range(ROUNDS):
-            begun = time.perf_counter()
-            device = vm.attach(disks[0], 1, file_format="qcow2", read_only=True)
-            vm.mount(1, "/mnt/one", read_only=True)
-            middle = time.perf_counter()
-            vm.unmount_and_eject(1, "/mnt/one")
-            vm.detach([device])
-            adds.append(middle - begun)
-            removes.append(time.perf_counter() - middle)
-        figures["add"], figures["remove"] = statistics.median(adds), statistics.median(removes)
+def one_by_hand(vm: HandVM, disk: Path, times: Times) -> None:
+    with times.taking("add"):
+        device = vm.attach(disk, 1, file_format="qcow2", read_only=True)
+        vm.mount(1, "/mnt/one", read_only=True)
+    with times.taking("remove"):
+        vm.unmount_and_eject(1, "/mnt/one")
+        vm.detach([device])
 
-        numbered = list(enumerate(disks, start=1))
-        begun = time.perf_counter()
-        devices = [vm.attach(disk, lun, file_format="qcow2", read_only=True) for lun, disk in numbered]
+
+def many_by_hand(vm: HandVM, disks: list[Path], times: Times) -> None:
+    numbered = list(enumerate(disks, start=1))
+
+    def attach_all() -> list[str]:
+        return [vm.attach(disk, lun, file_format="qcow2", read_only=True) for lun, disk in numbered]
+
+    with times.taking("add_many"):
+        devices = attach_all()
         for lun, _ in numbered:
             vm.mount(lun, f"/mnt/{lun}", read_only=True)
-        middle = time.perf_counter()
+    with times.taking("remove_many"):
         for lun, _ in numbered:
             vm.unmount_and_eject(lun, f"/mnt/{lun}")
         vm.detach(devices)
-        figures["add_many"] = middle - begun
-        figures["remove_many"] = time.perf_counter() - middle
-
-        begun = time.perf_counter()
-        devices = [vm.attach(disk, lun, file_format="qcow2", read_only=True) for lun, disk in numbered]
-        middle = time.perf_counter()
+    with times.taking("attach_many"):
+        devices = attach_all()
+    with times.taking("detach_many"):
         for lun, _ in numbered:
             vm.bridge.modify("Remove", "SCSIDevice", Lun=lun)
         vm.detach(devices)
-        figures["attach_many"] = middle - begun
-        figures["detach_many"] = time.perf_counter() - middle
-
-        devices = [vm.attach(disk, lun, file_format="qcow2", read_only=True) for lun, disk in numbered]
-        middle = time.perf_counter()
+    devices = attach_all()
+    with times.taking("unplug_many"):
         vm.detach(devices)
-        figures["unplug_many"] = time.perf_counter() - middle
-    finally:
-        vm.stop()
-    return figures
 
 
 QGA_PACKAGES = ("qemu-guest-agent", "libglib2.0-0", "libnuma1", "libudev1", "liburing2", "libpcre2-8-0")
@@ -222,7 +230,7 @@ async def main() -> None:
         folder.chmod(0o755)
         disks = ext4_images(folder, MANY)
         chosen = (await accelerators.choose(await emulator.find())).name
-        sides = {"by hand": by_hand(disks, folder, chosen), "ours": await ours(disks)}
+        sides = await ours_and_by_hand(disks, folder, chosen)
         if os.geteuid() == 0 and shutil.which("libvirtd"):
             sides["libvirt 9 + QGA"] = libvirt(disks, folder, chosen)
         else:
