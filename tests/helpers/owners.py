@@ -54,10 +54,22 @@ async def remove(name: str, *, force: bool = True) -> None:
 
 
 async def until_no_process_has(word: str) -> None:
-    """The log's writer ends by itself, when it sees that nobody writes any more."""
+    """The log's writer ends by itself, when it sees that nobody writes any more.
+
+    A process that is just ending has lost its command line, and may still hold its files: it is waited for too.
+    """
     async with asyncio.timeout(10):
-        while any(word in words for words in command_lines()):
+        while any(word in words for words in command_lines()) or any(map(is_ending, Path("/proc").glob("[0-9]*"))):
             await asyncio.sleep(0)
+
+
+def is_ending(process: Path) -> bool:
+    """Source: proc(5), /proc/PID/stat, fields 3 and 9; linux/sched.h, PF_EXITING."""
+    try:
+        fields = (process / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return False
+    return fields[0] not in "ZX" and bool(int(fields[6]) & 0x4)
 
 
 def command_lines() -> Iterator[str]:
