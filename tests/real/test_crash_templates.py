@@ -140,7 +140,7 @@ async def test_wherever_a_save_is_cut_short_there_is_a_template_or_the_vm_goes_o
                 saved += 1
                 assert catalog.verify(catalog.load(SAVED)) == []
                 if outcome.point is not None and (paths.vm_dir(NAME)).exists():
-                    with pytest.raises(VMNotRunning):
+                    with pytest.raises((VMNotRunning, VMNotFound)):
                         await UtilityVM.open(NAME)
                 await remove(NAME)
                 async with await UtilityVM.clone(SAVED, f"{NAME}-again") as clone:
