@@ -686,6 +686,7 @@ class UtilityVM:
     async def rest(self, *, timeout_s: float = 10.0) -> None:
         """Stop its processors until `wake`; meanwhile every other call is refused. For `ClonePool`."""
         self._check_running()
+        await self._guest.ping(timeout_s=timeout_s)  # what it still had to do is done when it answers
         self._store.set_state(self._record, VMState.WAITING)
         await self._host.pause(timeout_s=timeout_s)
         self._resting = VMNotRunning(f"VM {self.name} waits in a pool", vm=self.name)

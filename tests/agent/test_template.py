@@ -192,6 +192,34 @@ def test_nothing_of_the_templates_goes_on_before_the_clone_draws_anew(system: Fa
     assert sorted(system.filesystems.frozen) == BOTH
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_who_waits_for_a_clone_hears_of_it_before_the_thaw_if_its_files_need_no_disk(
+    system: FakeSystem, template: Template, in_memory: bool
+) -> None:
+    system.kernel.in_memory = in_memory
+    quiesce(template)
+    frozen_when_told: list[list[str]] = []
+    answer = template.make_unique(
+        GIVEN, soon(), tell=lambda told: frozen_when_told.append([*told, *sorted(system.filesystems.frozen)])
+    )
+    assert frozen_when_told == ([["BootId", *BOTH]] if in_memory else [])
+    assert system.kernel.read(BOOT_ID) == f"{answer['BootId']}\n"
+    assert not system.filesystems.frozen
+    assert is_open(template)
+
+
+def test_a_clone_that_stays_frozen_says_so_until_it_is_thawed(system: FakeSystem, template: Template) -> None:
+    quiesce(template)
+    system.filesystems.cannot_thaw["/data/inner"] = errno.EIO
+    with pytest.raises(Fault, match="/data/inner cannot be thawed"):
+        template.make_unique(GIVEN, soon())
+    with pytest.raises(Fault, match="not fit to be used: /data/inner cannot be thawed"), template.changing():
+        pass
+    system.filesystems.cannot_thaw.clear()
+    template.thaw(soon())
+    assert is_open(template)
+
+
 def test_a_clone_that_could_not_be_made_itself_may_be_asked_again(system: FakeSystem, template: Template) -> None:
     quiesce(template)
     system.kernel.refuses.add("set_hostname")

@@ -207,6 +207,7 @@ class FakeKernel:
         self.hostname = "template"
         self.binds: dict[Path, Path] = {}  # target: source
         self.refuses: set[str] = set()  # names of what follows
+        self.in_memory = True  # the files that hold who the system is
 
     def read(self, path: str) -> str:
         """What a program reads at `path`."""
@@ -232,6 +233,10 @@ class FakeKernel:
         self._refuse("bind")
         assert Path(target) not in self.binds, "mounted over twice"
         self.binds[Path(target)] = Path(source)
+
+    def is_in_memory(self, fd: int) -> bool:
+        os.fstat(fd)
+        return self.in_memory
 
     def _refuse(self, name: str) -> None:
         if name in self.refuses:

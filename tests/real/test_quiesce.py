@@ -176,3 +176,14 @@ async def test_a_clone_becomes_itself_as_programs_see_it_and_its_disks_stay(star
             with contextlib.suppress(GuestRefused, OutcomeUnknown):  # the old one, while it lives, and its end
                 assert await output(vm, "echo again > /data/again; sync /data/again; cat /data/more") == "more\n"
                 break
+
+
+async def test_who_the_system_is_stands_in_files_that_need_no_disk(vm_booted: UtilityVM, tmp_path: Path) -> None:
+    look = (
+        "import os; from utilityvm.agent.identity import ThisKernel;"
+        "print([ThisKernel().is_in_memory(os.open(path, os.O_RDONLY)) for path in"
+        " ('/etc/hostname', '/run/utilityvm/mounts.json', '/data')])"
+    )
+    async with await vm_booted.add_scsi(ext4_image(tmp_path / "disk.raw", {}), "/data"):
+        done = await vm_booted.run(["python3", "-c", look])
+    assert done.stdout == b"[True, True, False]\n", done.stderr

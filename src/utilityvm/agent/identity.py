@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
-from utilityvm.agent import mounting
+from utilityvm.agent import mountinfo, mounting
 from utilityvm.agent.faults import Fault
 
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207  # linux/random.h
@@ -31,6 +31,7 @@ SEED_BYTES: Final = range(32, 513)
 BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 _HOSTNAME, _HOSTS, _MACHINE_ID = "/etc/hostname", "/etc/hosts", "/etc/machine-id"
 _MACHINE_ID_DIGITS: Final = 32
+UPPER: Final = "upperdir=/rw/upper"  # of the overlay that the guest image's initramfs makes over a tmpfs
 _COPIES: Final = ("/run/machine-id", "/var/lib/dbus/machine-id")  # of the machine id, on some systems
 _OURS: Final = "/run/utilityvm/own"  # files of ours that are mounted over those that cannot be written
 
@@ -76,6 +77,7 @@ class Kernel(Protocol):
     def set_clock(self, clock_ns: int) -> None: ...
     def set_hostname(self, name: str) -> None: ...
     def bind(self, source: str, target: str) -> None: ...
+    def is_in_memory(self, fd: int) -> bool: ...
 
 
 class ThisKernel:
@@ -110,6 +112,17 @@ class ThisKernel:
         except Fault as fault:
             raise OSError(errno.EPERM, fault.message) from None
 
+    def is_in_memory(self, fd: int) -> bool:
+        """Is it a file that can be written while every file system of a disk is frozen? False if in doubt."""
+        with open(f"/proc/self/fdinfo/{fd}") as info:
+            words = info.read().split()
+        mount_id = int(words[words.index("mnt_id:") + 1])
+        for line in mountinfo.mount_lines():
+            if line.id == mount_id:
+                is_ours = line.filesystem == "overlay" and UPPER in line.super_options.split(",")
+                return is_ours or line.filesystem == "tmpfs"
+        return False
+
 
 class Identity:
     """The system's own. One thread at a time."""
@@ -120,6 +133,7 @@ class Identity:
         self._files: dict[str, _File] = {}
         self._around_name: list[str] = []  # the text of /etc/hosts, cut where it has the hostname
         self._is_prepared = False
+        self.is_in_memory = False  # `become` needs no disk; known since `prepare`
 
     def prepare(self) -> None:
         """Have all at hand that `become` writes to, for in a clone each new thing that the kernel does takes time.
@@ -136,6 +150,7 @@ class Identity:
         copies = [path for path in _COPIES if os.path.isfile(self._root + path)]
         for path in (_HOSTNAME, _HOSTS, _MACHINE_ID, *copies, BOOT_ID):
             self._files[path] = _do(f"write {path}", partial(self._open, path))
+        self.is_in_memory = all(self._kernel.is_in_memory(file.fileno()) for file in self._files.values())
         name = self._files[_HOSTNAME].text().strip()
         hosts = self._files[_HOSTS].text()
         is_whole = rf"(?<=\s){re.escape(name)}(?=\s|$)"
@@ -208,6 +223,9 @@ class _File:
     def __init__(self, path: str) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._size = os.fstat(self._fd).st_size
+
+    def fileno(self) -> int:
+        return self._fd
 
     def text(self) -> str:
         return os.pread(self._fd, self._size, 0).decode(errors="surrogateescape")

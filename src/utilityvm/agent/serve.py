@@ -335,7 +335,7 @@ class Serve:
         return {}
 
     def _make_unique(self, call: Call) -> dict[str, Any]:
-        answer = self._template.make_unique(Given.of(call.body), call.due)
+        answer = self._template.make_unique(Given.of(call.body), call.due, tell=call.answer)
         self._boot_id = answer["BootId"]
         return answer
 

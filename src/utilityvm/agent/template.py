@@ -23,6 +23,7 @@ from utilityvm.agent.watch import Watch
 _MAX_HOLD_S: Final = 3600.0
 _HOOKS_S: Final = 30.0  # for those that are told `thaw` without a host that waits for them
 _MAX_TOLD: Final = 50
+_FROZEN: Final = "the VM is frozen to become a template, or is just being frozen: nothing may be changed"
 
 
 class Template:
@@ -91,20 +92,36 @@ class Template:
     def _hooks_of_clone(self) -> list[str]:
         return hooks.found(self._folder) if self._clone_hooks is None else self._clone_hooks
 
-    def make_unique(self, given: Given, deadline: float) -> dict[str, Any]:
-        """Be a clone of its own: draw anew, thaw, take name and ids, and tell the hooks. May be done again.
+    def make_unique(
+        self, given: Given, deadline: float, *, tell: Callable[[dict[str, Any]], None] = lambda _answer: None
+    ) -> dict[str, Any]:
+        """Be a clone of its own: draw anew, take name and ids, thaw, and tell the hooks. May be done again.
+
+        `tell` gets the answer as soon as the clone is its own, and may have got it when a fault is raised: the thaw
+        needs the disks, and whoever asks for something next waits for it anyway. If that fails nothing may be changed.
 
         Raises:
             Fault: a step failed, named; the clone is not fit to be used.
         """
         with self._taking_turns(deadline):
             self._identity.draw_anew(given)
-            self._end_hold()
-            self._freezer.thaw()
-            boot_id = self._identity.become(given)
+            paths = self._hooks_of_clone()
+            if paths or not self._identity.is_in_memory:
+                self._end_hold()
+                self._freezer.thaw()
+                boot_id = self._identity.become(given)
+            else:
+                boot_id = self._identity.become(given)
+                tell({"BootId": boot_id})
+                self._end_hold()
+                try:
+                    self._freezer.thaw()
+                except Fault as fault:
+                    self._gate.say(f"the clone is not fit to be used: {fault.message}")
+                    raise
             self._told.clear()
+            self._clone_hooks = None
             self._gate.open()
-            paths, self._clone_hooks = self._hooks_of_clone(), None
             if paths:
                 env = {"UTILITYVM_NAME": given.hostname, "UTILITYVM_MACHINE_ID": given.machine_id}
                 hooks.run(paths, hooks.CLONE, deadline, env=env)
@@ -180,11 +197,12 @@ class _Gate:
         self._changed = threading.Condition()
         self._inside = 0
         self._is_closed = False
+        self._why = _FROZEN
 
     def enter(self) -> None:
         with self._changed:
             if self._is_closed:
-                raise Fault("the VM is frozen to become a template, or is just being frozen: nothing may be changed")
+                raise Fault(self._why)
             self._inside += 1
 
     def leave(self) -> None:
@@ -199,10 +217,15 @@ class _Gate:
             Fault: somebody stays inside; it is open again.
         """
         with self._changed:
-            self._is_closed = True
+            self._is_closed, self._why = True, _FROZEN
             if not self._changed.wait_for(lambda: not self._inside, max(0.0, deadline - time.monotonic())):
                 self._is_closed = False
                 raise Fault("a request that changes disks does not end", kind="timeout")
+
+    def say(self, why: str) -> None:
+        """What is told to those who are not let in, until it is closed anew."""
+        with self._changed:
+            self._why = why
 
     def open(self) -> None:
         with self._changed:

@@ -337,7 +337,7 @@ class BridgeGuest:
     async def make_unique(
         self, *, seed: bytes, hostname: str, machine_id: str, clock_ns: int | None = None, timeout_s: float
     ) -> None:
-        """Make this clone a VM of its own: random numbers, clock, hostname, machine id and boot id. Thaws it first.
+        """Make this clone a VM of its own: random numbers, clock, hostname, machine id and boot id. Thaws it.
 
         Its hooks in /etc/utilityvm/template.d are told `clone`, with UTILITYVM_NAME and UTILITYVM_MACHINE_ID. `seed` is
         of 32 bytes or more that nobody else knows; `clock_ns` is the time since 1970, the host's if it is None. If it
