@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utilityvm.agent import disks, dm, mountinfo, mounting
+from utilityvm.agent import disks, dm, folders, mountinfo, mounting
 
 STATE = Path("/run/agent-crash/mounts.json")
 TARGET = "/made/for/it"
@@ -60,9 +60,9 @@ def killed_in(act: Callable[[disks.DiskTable], None], kill_at: int) -> bool:
         for owner, names in (
             (dm, ("open_crypt", "close")),
             (mounting, ("mount", "bind", "unmount")),
-            (disks, ("_remove_made", "_make")),
+            (folders, ("_remove_made", "_make")),
             (disks.DiskTable, ("_save",)),
-            (os, ("mkdir", "rename")),
+            (os, ("mkdir", "rmdir", "rename")),
             (Path, ("unlink", "touch")),
         ):
             for name in names:

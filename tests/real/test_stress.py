@@ -136,9 +136,9 @@ async def test_every_slot_is_filled_used_and_given_back(vm_booted: UtilityVM, tm
     assert sorted(held) == slots
     paths = {slot: mount.host_path for slot, mount in held.items()}  # who came first got the lowest
     seen = slots[::-MOUNT_EACH][::-1]
-    specs = [DiskSpec(host_path=paths[slot], guest_path=f"/mnt/{slot.number:03}") for slot in seen]
+    specs = [DiskSpec(host_path=paths[slot], guest_path=f"/all/of/them/{slot.number:03}") for slot in seen]
     mounts = await vm.add_scsi_many(specs, timeout_s=300)
-    assert await output(vm, "cat /mnt/*/mark") == "".join(mark(int(paths[slot].stem)) for slot in seen)
+    assert await output(vm, "cat /all/of/them/*/mark") == "".join(mark(int(paths[slot].stem)) for slot in seen)
 
     one_more = images.make(0)
     with pytest.raises(NoFreeSlot, match="256 of 256") as caught:
@@ -158,5 +158,6 @@ async def test_every_slot_is_filled_used_and_given_back(vm_booted: UtilityVM, tm
         assert await output(vm, "cat /mnt/more/mark") == mark(0)
     assert await vm.remove_scsi_many(held.values(), timeout_s=300) == [None] * 254
     assert not vm.scsi_slots()
+    assert await output(vm, "ls / | grep -c all || true") == "0\n", "what they shared is gone with the last of them"
     assert not await vm._guest.mounts()
     assert not await vm._host.attachments()

@@ -27,6 +27,7 @@ from typing import Any, Final
 from utilityvm.agent import dm, filesystems, holders, mountinfo, mounting
 from utilityvm.agent.faults import Fault
 from utilityvm.agent.find_disk import Bus, Device, write
+from utilityvm.agent.folders import Folders
 
 _STATE: Final = Path("/run/utilityvm/mounts.json")
 _FORBIDDEN: Final = ("/proc", "/sys", "/dev", "/run/utilityvm")
@@ -62,6 +63,7 @@ class DiskTable:
         self._claimed: set[str] = set()  # paths that a request is working on
         self._slots: dict[tuple[int, int], threading.Lock] = {}
         self._mapping_number = 0
+        self._folders = Folders()
         state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._load()
 
@@ -220,17 +222,18 @@ class DiskTable:
         extension = settings.get("Utilityvm") or {}
         read_only = bool(settings.get("ReadOnly"))
         how = mounting.words(settings.get("Options") or [], read_only=read_only)
-        node, mappings = device.node, list[str]()
+        node, mappings, filesystem = device.node, list[str](), ""
 
-        def note(filesystem: str = "", made: Sequence[str] = ()) -> Entry:
-            entry = Entry(str(path), controller, lun, partition, filesystem, [*made], [*mappings], node)
+        def entry(made: Sequence[str]) -> Entry:
+            return Entry(str(path), controller, lun, partition, filesystem, [*made], [*mappings], node)
+
+        def note(made: Sequence[str]) -> None:
             with open(self._notes(controller, lun), "a") as notes:
-                notes.write(json.dumps(asdict(entry)) + "\n")
-            return entry
+                notes.write(json.dumps(asdict(entry(made))) + "\n")
 
         def layer(open_mapping: Callable[[str], str]) -> str:
             mappings.append(self._new_mapping())
-            note()
+            note([])
             opened = open_mapping(mappings[-1])
             undo.callback(dm.close, mappings[-1])
             return opened
@@ -250,21 +253,20 @@ class DiskTable:
             reformat = bool(extension.get("Reformat"))
             filesystems.ensure(node, filesystem, below=device.node, reformat=reformat, deadline=deadline)
         is_published = bool(settings.get("BlockDev"))
-        missing = _missing(path, as_file=is_published)
         if is_published:
             filesystem = ""
         else:
             filesystem = filesystem or mounting.detect(node) or ""
             if not filesystem:
                 raise Fault(_no_filesystem(f"{controller}:{lun}", partition, has_key=key is not None))
-        entry = note(filesystem, missing)
-        _make(missing, undo, as_file=is_published)
+        made = self._folders.make(path, as_file=is_published, note=note)
+        undo.callback(self._folders.give_back, str(path), made)
         if is_published:
-            mounting.bind(node, entry.path)
+            mounting.bind(node, str(path))
         else:
-            mounting.mount(node, entry.path, filesystem, how)
-        undo.callback(mounting.unmount, entry.path, lazily=True)
-        return entry
+            mounting.mount(node, str(path), filesystem, how)
+        undo.callback(mounting.unmount, str(path), lazily=True)
+        return entry(made)
 
     def _new_mapping(self) -> str:
         with self._lock:
@@ -286,8 +288,7 @@ class DiskTable:
             _let_go(entry.path, force=force)
         for name in reversed(entry.mappings):
             dm.close(name, deferred=force)
-        for made in reversed(entry.made):
-            _remove_made(Path(made))
+        self._folders.give_back(entry.path, entry.made)
         with self._lock:
             self._entries.pop(entry.path, None)
             self._save()
@@ -313,8 +314,13 @@ class DiskTable:
         for entry in known:
             if entry.path in mounted:
                 self._entries[entry.path] = entry
-            else:
-                _undo(entry)
+                self._folders.use(entry.path)
+        for entry in known:
+            if entry.path not in mounted:
+                for name in reversed(entry.mappings):
+                    with suppress(Fault, OSError):
+                        dm.close(name)
+                self._folders.give_back(entry.path, entry.made)
         if known:
             self._save()
         for notes in all_notes:
@@ -361,50 +367,6 @@ def _no_filesystem(slot: str, partition: int, *, has_key: bool) -> str:
     if has_key:
         return f"no file system that we know shows on {where} with this key: it is another key, or none was made there"
     return f"no file system that we know is on {where}"
-
-
-def _missing(path: PurePosixPath, *, as_file: bool) -> list[str]:
-    """What has to be made to mount there, the outermost first. A path through a link is refused."""
-    for one in (*reversed(path.parents[:-1]), path):
-        _refuse_link(one)
-    missing = [str(one) for one in (*reversed(path.parents[:-1]), path) if not os.path.lexists(one)]
-    if not missing and os.path.isdir(path) == as_file:
-        raise Fault(f"{path} is {'a folder, where a device' if as_file else 'no folder, where a disk'} would go")
-    return missing
-
-
-def _make(missing: list[str], undo: ExitStack, *, as_file: bool) -> None:
-    for path in missing:
-        if as_file and path == missing[-1]:
-            Path(path).touch(0o600)
-        else:
-            os.mkdir(path, 0o755)
-        undo.callback(_remove_made, Path(path))
-
-
-def _refuse_link(path: PurePosixPath) -> None:
-    if os.path.islink(path):
-        raise Fault(f"the guest path leads through the symbolic link {path}", kind="invalid")
-
-
-def _remove_made(path: Path) -> None:
-    """Remove what we made, if nobody put anything there."""
-    try:
-        if path.is_dir():
-            path.rmdir()
-        elif path.stat().st_size == 0:
-            path.unlink()
-    except OSError:
-        pass  # somebody uses it: it is theirs now
-
-
-def _undo(entry: Entry) -> None:
-    """Remove what was made for a mount that is not there."""
-    for name in reversed(entry.mappings):
-        with suppress(Fault, OSError):
-            dm.close(name)
-    for made in reversed(entry.made):
-        _remove_made(Path(made))
 
 
 def _busy(what: str, users: list[str]) -> Fault:
