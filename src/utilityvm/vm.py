@@ -703,8 +703,10 @@ class UtilityVM:
     # Its end.
 
     async def wait(self) -> UtilityVMError:
-        """Return when the VM has ended, with the reason."""
-        return await asyncio.shield(self._host.gone)
+        """Return when the VM has ended, with the reason; `console` has its last words then."""
+        reason = await asyncio.shield(self._host.gone)
+        await self._host.logged()
+        return reason
 
     async def stop(self, *, timeout_s: float = SHUTDOWN_S) -> None:
         """End the VM: the guest writes out everything and powers off, or is killed after `timeout_s` seconds.

@@ -290,7 +290,7 @@ async def test_descriptors_that_wait_are_closed_when_qemu_hangs_up(qmp: Qmp, mon
         b"not json\r\n",
         b"[]\r\n",
         b"{}\r\n",
-        b'{"return": {}, "id": 7}\r\n',
+        b'{"return": {}, "id": 70}\r\n',
         b'{"error": {"class": "GenericError", "desc": "parse error"}}\r\n',
         b'{"event": 1, "data": 2}\r\n',
         b'{"QMP": {}}\r\n',

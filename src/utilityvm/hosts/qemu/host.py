@@ -430,6 +430,10 @@ class QemuHost:
         """The end of the VM's log (up to 1 MiB): the guest's console and QEMU's own messages."""
         return console.read(self.process.folder)
 
+    async def logged(self) -> None:
+        """Return when the log of a QEMU that has ended is whole."""
+        await launch.logged(self.process)
+
     async def stop(self, *, timeout_s: float = _QUIT_S, keep_log: bool = False) -> None:
         """End QEMU, by force if it does not go within `timeout_s` seconds, and remove its runtime folder.
 

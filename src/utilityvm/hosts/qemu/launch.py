@@ -296,12 +296,17 @@ async def destroy(process: QemuProcess, *, keep_log: bool = False) -> None:
             )
     if watch is not None:
         watch.close()
+    await logged(process)
+    clean(process.folder, keep_log=keep_log)
+
+
+async def logged(process: QemuProcess) -> None:
+    """Return when all that a QEMU which has ended said is in its log."""
     writer = _watch(process.log_pid, process.log_started)
     if writer is not None:
         if not await writer.wait(timeout_s=_END_S):
             _log.warning("the writer of %s does not end", process.folder / console.NAME, vm=process.name)
         writer.close()
-    clean(process.folder, keep_log=keep_log)
 
 
 async def _spawn(
