@@ -193,13 +193,15 @@ def test_a_signal_that_is_none_is_dropped(host: RawHost, number: object) -> None
     assert host.outcome() == (b"still here", b"", 0)
 
 
-def test_cancelling_kills_a_program_with_its_children_and_says_no_more(host: RawHost) -> None:
-    script = "setsid -f sleep 999 >/dev/null 2>&1; sleep 1000 & (trap '' TERM HUP; sleep 1001) & echo $! $$; wait"
-    host.run("sh", "-c", script)
+def test_cancelling_kills_a_program_with_its_children_and_says_no_more(host: RawHost, tmp_path: Path) -> None:
+    daemon = f"setsid sh -c 'echo $$ > {tmp_path}/pid; exec sleep 999' > /dev/null 2>&1 &"
+    wait = f"until [ -s {tmp_path}/pid ]; do :; done"
+    host.run("sh", "-c", f"{daemon} sleep 1000 & (trap '' TERM HUP; sleep 1001) & last=$!; {wait}; echo $last $$; wait")
     pids = [int(word) for word in first_line(host).split()]
     host.send(messages.RUN_CANCEL, {"Process": 1}, id=0)
     for pid in pids:
         wait_until_ended(pid)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # it left the session, and lives on
     host.run("true", process=2)
     frame = host.notification()
     assert frame.body() == {"Process": 2, "ExitCode": 0}
