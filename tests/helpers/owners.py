@@ -9,12 +9,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import crash_owner
 from crash_owner import Outcome, Task
 from utilityvm import UtilityVM, VMNotFound
+from utilityvm import paths as places
 
 
 class Owners:
@@ -53,14 +55,24 @@ async def remove(name: str, *, force: bool = True) -> None:
         await UtilityVM.remove(name, force=force)
 
 
-async def until_no_process_has(word: str) -> None:
-    """The log's writer ends by itself, when it sees that nobody writes any more.
+async def until_no_process_of(name: str) -> None:
+    """Neither QEMU nor the log's writer runs any more, of this VM and of those whose names begin like its name.
 
-    A process that is just ending has lost its command line, and may still hold its files: it is waited for too.
+    The log's writer ends by itself, when it sees that nobody writes any more. A process that is just ending has lost
+    its command line, and may still hold its files: it is waited for too. Other programs may say the name as they like.
     """
+    folder = str(places.vm_dir(name))
     async with asyncio.timeout(10):
-        while any(word in words for words in command_lines()) or any(map(is_ending, Path("/proc").glob("[0-9]*"))):
+        while any(is_of(name, folder, words) for words in command_lines()):
             await asyncio.sleep(0)
+        for process in filter(is_ending, Path("/proc").glob("[0-9]*")):
+            while is_ending(process):
+                await asyncio.sleep(0)
+
+
+def is_of(name: str, folder: str, words: list[str]) -> bool:
+    named = any(option == "-name" and value.startswith(name) for option, value in pairwise(words))
+    return named or any(word.startswith(folder) for word in words)
 
 
 def is_ending(process: Path) -> bool:
@@ -72,7 +84,7 @@ def is_ending(process: Path) -> bool:
     return fields[0] not in "ZX" and bool(int(fields[6]) & 0x4)
 
 
-def command_lines() -> Iterator[str]:
+def command_lines() -> Iterator[list[str]]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
-            yield path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            yield path.read_bytes().decode(errors="replace").split("\0")

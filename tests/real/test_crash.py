@@ -18,7 +18,7 @@ import pytest_asyncio
 import crash_owner
 from agreement import check_agreement, folders, is_locked, read_in_guest, sizes_in_guest, until_guest_has_no_disks
 from crash_owner import JOB, KEEPER, KEPT, OPERATIONS, STOP, WRITTEN, Outcome, Task
-from owners import Owners, remove, until_no_process_has
+from owners import Owners, remove, until_no_process_of
 from points import Tell, chosen, takes_all
 from utilityvm import DeadlineExceeded, SCSIMount, UtilityVM, VMGone, VMNotFound, VMNotRunning
 from utilityvm import paths as places
@@ -220,8 +220,7 @@ async def test_wherever_a_start_or_a_stop_is_cut_short_nothing_is_left_of_it(
             assert not places.vm_dir(task.vm).exists()
             with Store.open() as store:
                 assert store.find(task.vm) is None
-            await until_no_process_has(f" {task.vm} ")
-            await until_no_process_has(str(places.vm_dir(task.vm)))
+            await until_no_process_of(task.vm)
             assert not is_locked(image)
             if outcome.point is None or outcome.point.startswith(STOP):
                 assert read_file(image, "/written", image_format=DiskFormat.RAW) == task.text

@@ -15,7 +15,7 @@ import pytest_asyncio
 
 from agreement import is_locked
 from crash_owner import JOB, SAVED, TEMPLATE, Outcome, Task
-from owners import Owners, remove, until_no_process_has
+from owners import Owners, remove, until_no_process_of
 from points import Tell, chosen, takes_all
 from utilityvm import UtilityVM, VMGone, VMNotFound, VMNotRunning, gc, paths
 from utilityvm.scsi.ports import DiskFormat
@@ -63,7 +63,7 @@ async def sweep() -> None:
 
 
 async def check_nothing_left(image: Path, name: str) -> None:
-    await until_no_process_has(f"-name {name}")
+    await until_no_process_of(name)
     with Store.open() as store:
         assert [vm.name for vm in store.vms() if vm.name.startswith(name)] == []
     assert list((paths.runtime_dir() / "vms").glob(f"{name}*")) == []
@@ -113,7 +113,7 @@ async def test_wherever_a_pool_is_cut_short_nothing_is_left_of_it(owners: Owners
         outcome = run(owners, "pool", number, None)
         killed += outcome.point is not None
         try:
-            await until_no_process_has(f"-name {NAME}")  # they die with it, before anybody sweeps
+            await until_no_process_of(NAME)  # they die with it, before anybody sweeps
             await sweep()
             await check_nothing_left(image, NAME)
         except BaseException as error:

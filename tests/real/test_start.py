@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from owners import until_no_process_has
+from owners import until_no_process_of
 from utilityvm import DeadlineExceeded, InvalidRequest, SetupError, StartFailed, UtilityVM, VMConfig, VMNotFound
 from utilityvm import paths as places
 from utilityvm.guestimage.build import GuestImage
@@ -107,5 +107,4 @@ async def test_whatever_fails_in_a_start_nothing_is_left_and_the_error_is_told(
     monkeypatch.setattr(owner, name, fail)
     with pytest.raises((DeadlineExceeded, StartFailed), match="the test broke it"):
         await UtilityVM.start(VMConfig(name="failing"), image=guest_image)
-    await until_no_process_has(" failing ")
-    await until_no_process_has(str(places.vm_dir("failing")))
+    await until_no_process_of("failing")

@@ -15,7 +15,7 @@ from subprocess import CompletedProcess
 import pytest
 import pytest_asyncio
 
-from owners import until_no_process_has
+from owners import until_no_process_of
 from utilityvm import (
     CallerKey,
     ClonePool,
@@ -355,7 +355,7 @@ async def test_a_clone_that_fails_leaves_nothing(warm: Warm, monkeypatch: pytest
     with pytest.raises(SetupError, match="no space"):
         await UtilityVM.clone("warm", "failing")
     assert left_of("failing") == []
-    await until_no_process_has(" -name failing ")
+    await until_no_process_of("failing")
     monkeypatch.undo()
     async with await UtilityVM.clone("warm", "failing") as vm:
         assert await output(vm, "cat /data/warm") == "warm\n"
