@@ -133,7 +133,7 @@ class Identity:
         self._files: dict[str, _File] = {}
         self._around_name: list[str] = []  # the text of /etc/hosts, cut where it has the hostname
         self._is_prepared = False
-        self.is_in_memory = False  # `become` needs no disk; known since `prepare`
+        self.is_in_memory = False  # what was prepared needs no disk
 
     def prepare(self) -> None:
         """Have all at hand that `become` writes to, for in a clone each new thing that the kernel does takes time.
@@ -143,6 +143,10 @@ class Identity:
         Raises:
             Fault: a file cannot be written, nor be covered by one of ours.
         """
+        self._open_all()
+        self.is_in_memory = all(self._kernel.is_in_memory(file.fileno()) for file in self._files.values())
+
+    def _open_all(self) -> None:
         _do("open /dev/urandom", self._kernel.prepare)
         for file in self._files.values():
             file.close()
@@ -150,7 +154,6 @@ class Identity:
         copies = [path for path in _COPIES if os.path.isfile(self._root + path)]
         for path in (_HOSTNAME, _HOSTS, _MACHINE_ID, *copies, BOOT_ID):
             self._files[path] = _do(f"write {path}", partial(self._open, path))
-        self.is_in_memory = all(self._kernel.is_in_memory(file.fileno()) for file in self._files.values())
         name = self._files[_HOSTNAME].text().strip()
         hosts = self._files[_HOSTS].text()
         is_whole = rf"(?<=\s){re.escape(name)}(?=\s|$)"
@@ -175,7 +178,7 @@ class Identity:
             Fault: a step was refused; names it. Those before it are done.
         """
         if not self._is_prepared:
-            self.prepare()
+            self._open_all()
         self._is_prepared = False  # from now on others may replace the files
         _do("set the hostname", partial(self._kernel.set_hostname, given.hostname))
         boot_id = _uuid(os.urandom(16))
