@@ -92,6 +92,7 @@ def _fetch(folder: Path, *, arch: Architecture, suite: str) -> None:
     command: list[str | Path] = [
         program,
         "--mode=chrootless",  # nothing is run in the tree; this mode alone needs neither root nor namespaces
+        "--skip=check/chrootless",  # newer ones refuse it to root, for what packages might run: here nothing is
         "--variant=extract",
         f"--architectures={arch.debian}",
         f"--include={','.join((*recipe.PACKAGES, arch.kernel_package))}",
