@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import os
 import shutil
 import stat
@@ -11,6 +13,39 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+_BLKPG, _ADD_PARTITION, _DEL_PARTITION = 0x1269, 1, 2  # linux/fs.h, linux/blkpg.h
+
+
+class _Partition(ctypes.Structure):
+    """Source: linux/blkpg.h, struct blkpg_partition."""
+
+    _fields_ = (
+        ("start", ctypes.c_longlong),
+        ("length", ctypes.c_longlong),
+        ("pno", ctypes.c_int),
+        ("devname", ctypes.c_char * 64),
+        ("volname", ctypes.c_char * 64),
+    )
+
+
+class _Argument(ctypes.Structure):
+    """Source: linux/blkpg.h, struct blkpg_ioctl_arg."""
+
+    _fields_ = (
+        ("op", ctypes.c_int),
+        ("flags", ctypes.c_int),
+        ("datalen", ctypes.c_int),
+        ("data", ctypes.POINTER(_Partition)),
+    )
+
+
+def _blkpg(disk: str, op: int, number: int, start: int = 0) -> None:
+    """As addpart and delpart do, which not every machine has."""
+    partition = _Partition(start=start, length=4 << 20, pno=number)
+    argument = _Argument(op=op, datalen=ctypes.sizeof(_Partition), data=ctypes.pointer(partition))
+    with Path(disk).open("rb") as device:
+        fcntl.ioctl(device, _BLKPG, argument)
 
 
 class Loops:
@@ -40,8 +75,8 @@ class Loops:
 
     def partition(self, disk: str, number: int, start_sector: int) -> str:
         """A partition of 4 MiB that is only in the kernel, which may know no partition table."""
-        self.run("addpart", disk, str(number), str(start_sector), "8192")
-        self.callback(self.run, "delpart", disk, str(number))
+        _blkpg(disk, _ADD_PARTITION, number, start_sector * 512)
+        self.callback(_blkpg, disk, _DEL_PARTITION, number)
         return f"{disk}p{number}"
 
     def node(self, device: str) -> Path:

@@ -119,7 +119,13 @@ MODULE_FOLDERS: Final = (
     "net/core/failover",
     "net/vmw_vsock/",
 )
-MODULES_LEFT_OUT: Final = ("arch/x86/kvm/", "drivers/dax/dax_pmem", "net/vmw_vsock/hv_", "net/vmw_vsock/vmw_vsock_vmci")
+MODULES_LEFT_OUT: Final = (
+    "arch/x86/kvm/",
+    "drivers/dax/dax_pmem",
+    "drivers/virtio/virtio_vdpa",
+    "net/vmw_vsock/hv_",
+    "net/vmw_vsock/vmw_vsock_vmci",
+)
 
 # What nobody reads in a VM.
 LEFT_OUT: Final = (
