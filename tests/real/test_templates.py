@@ -292,6 +292,8 @@ async def test_a_templates_disks_are_kept_from_writers(warm: Warm, vm_booted: Ut
     async with await UtilityVM.clone("warm", "keeper"):
         with Store.open() as store, pytest.raises(TemplateInUse, match="VM keeper"):
             catalog.remove("warm", store)
+        with pytest.raises(DiskInUse, match="template warm"):  # its clone has a lock on it now
+            await vm_booted.add_scsi(warm.written, "/data")
     assert catalog.load("warm").uuid == warm.template.uuid
 
 

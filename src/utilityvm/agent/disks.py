@@ -258,7 +258,7 @@ class DiskTable:
         else:
             filesystem = filesystem or mounting.detect(node) or ""
             if not filesystem:
-                raise Fault(_no_filesystem(f"{controller}:{lun}", partition, has_key=key is not None))
+                raise _no_filesystem(f"{controller}:{lun}", partition, has_key=key is not None)
         made = self._folders.make(path, as_file=is_published, note=note)
         undo.callback(self._folders.give_back, str(path), made)
         if is_published:
@@ -362,11 +362,12 @@ def _key(settings: dict[str, Any], extension: dict[str, Any]) -> bytes | None:
     return os.urandom(64) if settings.get("Encrypted") or extension.get("Scratch") else None
 
 
-def _no_filesystem(slot: str, partition: int, *, has_key: bool) -> str:
+def _no_filesystem(slot: str, partition: int, *, has_key: bool) -> Fault:
     where = f"the disk at {slot}" + (f" partition {partition}" if partition else "")
     if has_key:
-        return f"no file system that we know shows on {where} with this key: it is another key, or none was made there"
-    return f"no file system that we know is on {where}"
+        text = f"no file system that we know shows on {where} with this key: it is another key, or none was made there"
+        return Fault(text, kind="no_filesystem")
+    return Fault(f"no file system that we know is on {where}", kind="no_filesystem")
 
 
 def _busy(what: str, users: list[str]) -> Fault:

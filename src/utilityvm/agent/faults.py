@@ -10,7 +10,8 @@ from utilityvm.bridge import messages
 class Fault(Exception):
     """A request cannot be done; nothing was changed by it.
 
-    `kind` is what the host does with it: "refused", "busy" (`holders` says who), "invalid", "not_found" or "timeout".
+    `kind` is what the host does with it: "refused", "busy" (`holders` says who), "invalid", "not_found", "timeout" or
+    "no_filesystem", which is refused with advice.
     """
 
     def __init__(

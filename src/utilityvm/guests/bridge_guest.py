@@ -612,6 +612,9 @@ class BridgeGuest:
                 raise GuestBusy(text, holders=holders, vm=self._vm, slot=slot, remedy=remedy)
             case "invalid":
                 raise InvalidRequest(text, vm=self._vm, slot=slot)
+            case "no_filesystem":
+                remedy = "have one made, if the disk is blank: ensure_filesystem; or mount one of its partitions"
+                raise GuestRefused(text, vm=self._vm, slot=slot, remedy=remedy)
             case "timeout":
                 raise DeadlineExceeded(text, vm=self._vm, slot=slot)
             case "unknown":

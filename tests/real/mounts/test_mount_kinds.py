@@ -89,8 +89,9 @@ async def test_partitions_are_mounted_by_their_number(vm: UtilityVM, tmp_path: P
     assert await output(vm, "cat /parts/*/n") == "1 ext4\n2 squashfs\n3 erofs\n4 ext4\n"
     with pytest.raises(GuestRefused, match=r"no partition 5: it has 1, 2, 3, 4"):
         await vm.add_scsi(disk, "/parts/5", partition=5, read_only=True)
-    with pytest.raises(GuestRefused, match="no file system"):
+    with pytest.raises(GuestRefused, match="no file system") as caught:
         await vm.add_scsi(disk, "/parts/0", read_only=True)
+    assert "one of its partitions" in str(caught.value.remedy)
     assert mounts[0].ref_count == 4
     await mounts.pop(1).release()
     assert await output(vm, "ls /parts; cat /parts/*/n") == "2\n3\n4\n2 squashfs\n3 erofs\n4 ext4\n"

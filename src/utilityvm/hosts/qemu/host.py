@@ -220,7 +220,11 @@ class QemuHost:
         if attachment in self._numbers:
             raise AlreadyAttached(f"attachment {attachment} exists", vm=self.process.name, slot=slot)
         request = disk.request
-        fd = disk.open_locked(who_uses=self._who_uses)
+        try:
+            fd = disk.open_locked(who_uses=self._who_uses)
+        except DiskInUse:
+            self._check_not_frozen(disk)  # then the template says it better than a lock of its clones does
+            raise
         try:
             self._check_not_frozen(disk)
             before = self._grant(fd, request) if request.access is VMAccess.GROUP else None
