@@ -846,6 +846,9 @@ async def test_resizing_grows_disk_and_filesystem_and_never_shrinks(bench: Bench
     await bench.add("a", read_only=False)
     with pytest.raises(InvalidRequest, match="lose data"):
         await bench.manager.resize("a", 512)
+    for size_bytes in ((1 << 21) + 1, 1 << 63):
+        with pytest.raises(InvalidRequest, match=f"cannot have {size_bytes} bytes"):
+            await bench.manager.resize("a", size_bytes)
     await bench.manager.resize("a", 1 << 21)
     assert bench.world.bus[Slot(0, 0)].size_bytes == 1 << 21
     assert bench.manager.slots()[0].size_bytes == 1 << 21

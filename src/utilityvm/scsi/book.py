@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from utilityvm.errors import GuestPathInUse, NoFreeSlot, NotAttached
 from utilityvm.scsi.disk import Disk
 from utilityvm.scsi.ledger import Ledger
-from utilityvm.scsi.mount import GENERATED_BELOW, Mount, check_beside, same_mount
+from utilityvm.scsi.mount import GENERATED_BELOW, Mount, check_beside, difference, same_mount
 from utilityvm.scsi.ports import (
     CallerKey,
     DiskRecord,
@@ -137,8 +137,9 @@ class Book:
             if same_mount(mount.config, config) and path in (None, mount.guest_path):
                 return mount
         if path is not None and (taken := self.paths.get(path)):
+            differing = f", whose mount differs in {difference(taken.config, config)}" if taken.disk is disk else ""
             raise GuestPathInUse(
-                f"guest path {path} is in use by {taken.disk.request.host_path} at {taken.disk.slot}",
+                f"guest path {path} is in use by {taken.disk.request.host_path} at {taken.disk.slot}{differing}",
                 vm=self._vm,
                 slot=taken.disk.slot,
                 remedy="choose another, or release that one first",

@@ -44,6 +44,7 @@ from utilityvm.scsi.views import MountView, SlotView, mount_view, slot_view
 from utilityvm.scsi.worker import Workers, tell
 
 DEFAULT_TIMEOUT_S: Final = 60.0
+_MAX_BYTES: Final = (1 << 63) - 512  # QEMU's sizes are signed
 
 _log = logger(__name__)
 
@@ -299,7 +300,7 @@ class ScsiManager:
 
         Raises:
             NotAttached: it is not attached now.
-            InvalidRequest: the size is not larger than what it is.
+            InvalidRequest: it is larger than that, or no disk can have that size.
             HostRefused, NotSupported: the host cannot; nothing changed.
             GuestRefused: the disk is larger now, a file system is not; ask again with the same size.
             DeadlineExceeded, OutcomeUnknown: no answer in time; ask again with the same size.
@@ -316,8 +317,9 @@ class ScsiManager:
                 host_path=host_path,
                 remedy="give a larger size",
             )
-        if size_bytes % 512:
-            raise InvalidRequest(f"{size_bytes} bytes", remedy="give a multiple of 512")
+        if size_bytes % 512 or size_bytes > _MAX_BYTES:
+            remedy = f"give a multiple of 512, of {_MAX_BYTES} at the most"
+            raise InvalidRequest(f"{host_path} cannot have {size_bytes} bytes", slot=disk.slot, remedy=remedy)
         ends = time.monotonic() + (self._timeouts.resize if timeout_s is None else timeout_s)
         self._resizing += 1
         try:

@@ -85,6 +85,12 @@ def same_mount(one: MountConfig, other: MountConfig) -> bool:
     return not other.reformat and _shared_by(one) == _shared_by(other)
 
 
+def difference(one: MountConfig, other: MountConfig) -> str:
+    """The names of the settings that keep one mount from serving both."""
+    settings = (field.name for field in dataclasses.fields(MountConfig))
+    return ", ".join(name for name in settings if getattr(one, name) != getattr(other, name)) or "reformat"
+
+
 def check_beside(one: MountConfig, other: MountConfig, *, where: str) -> None:
     """Refuse `other` if it cannot be mounted from the same partition beside `one`.
 

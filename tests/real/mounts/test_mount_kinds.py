@@ -145,7 +145,7 @@ async def test_a_disk_is_at_several_guest_paths_at_once(vm: UtilityVM, tmp_path:
     other = ext4_image(tmp_path / "other.raw", {})
     with pytest.raises(GuestPathInUse):
         await vm.add_scsi(other, "/first/place/")
-    with pytest.raises(GuestPathInUse):
+    with pytest.raises(GuestPathInUse, match="differs in options"):
         await vm.add_scsi(image, "/first/place", options=["noexec"])
     with pytest.raises(ConfigDiffers):
         await vm.add_scsi(image, "/third", filesystem="ext4")
