@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,3 +46,16 @@ def test_root_s_sockets_are_in_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/0")
     assert paths.vm_dir("one") == Path("/run/utilityvm/vms/one")
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077])
+def test_a_folder_that_is_made_is_writable_to_nobody_else(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        paths.make_folder(tmp_path / "run/vms/one")
+        paths.make_folder(tmp_path / "run/vms/one")
+    finally:
+        os.umask(before)
+    made = [tmp_path / "run", tmp_path / "run/vms", tmp_path / "run/vms/one"]
+    assert [path.stat().st_mode & 0o022 for path in made] == [0, 0, 0]
+    assert made[-1].stat().st_mode & 0o777 == 0o700

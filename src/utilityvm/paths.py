@@ -1,7 +1,7 @@
 """Where things are on the host. Everything else asks here.
 
 Each folder has a variable of its own, for tests and for several installations side by side, and follows the XDG base
-directory specification otherwise. Nothing here makes a folder: who first needs one does.
+directory specification otherwise. Asking makes no folder: who first needs one does.
 """
 
 from __future__ import annotations
@@ -59,3 +59,17 @@ def overlays_dir(uuid: str) -> Path:
 def vm_dir(name: str) -> Path:
     """The runtime folder of one VM."""
     return runtime_dir() / "vms" / name
+
+
+def make_folder(folder: Path) -> None:
+    """The folder is there, and open to nobody else if it is new; what was missing above it is writable to nobody else.
+
+    The umask of many users leaves new folders to their group, in which anybody may be.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [each for each in folder.parents if not each.exists()]
+    for parent in reversed(missing):
+        parent.mkdir(mode=0o755, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)

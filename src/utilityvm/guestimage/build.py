@@ -242,6 +242,8 @@ def _make_image(
         path = library / "utilityvm" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
+    for path in (library / "utilityvm", *(library / "utilityvm").rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # the same for every builder's umask
     base.compile_ahead(root, arch, library / "utilityvm")
     report("writing the initramfs", 0.88)
     tree = base.modules(root)

@@ -144,7 +144,7 @@ def _introduce(fd: int) -> None:
 
 def _open(path: Path, *, vm: str) -> int:
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        paths.make_folder(path.parent)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except FileNotFoundError:
         return _open(path, vm=vm)  # the VM's last owner removed the folder in between

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from utilityvm import paths
 from utilityvm.errors import InvalidRequest, OutcomeUnknown, SetupError, UtilityVMError, VMExists, VMGone
 from utilityvm.hosts.qemu import accelerator as accelerators
 from utilityvm.hosts.qemu import console, emulator, incoming, privileges
@@ -410,7 +411,7 @@ def _make_folder(folder: Path, *, vm: str) -> None:
             remedy="set UTILITYVM_RUNTIME_DIR to a shorter path, or give the VM a shorter name",
         )
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        paths.make_folder(folder)
         if not stat.S_ISDIR(folder.lstat().st_mode) or folder.stat().st_uid != os.geteuid():
             raise SetupError(f"{folder} is not a folder of ours", vm=vm, remedy="remove it")
         folder.chmod(0o700)
