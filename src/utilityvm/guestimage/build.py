@@ -75,7 +75,7 @@ def ensure(*, progress: Progress | None = None) -> GuestImage:
     with one_builder(images / ".lock", waiting=lambda: report("waiting for another build", 0.0)):
         if image := _load(images / name):  # somebody else built it while we waited
             return image
-        bases.mkdir(exist_ok=True)
+        bases.mkdir(mode=0o700, exist_ok=True)
         base_name = f"{suite}-{base_key(arch)}"
         if not (bases / base_name / base.PACKAGES).exists():
             with new_folder(bases, base_name, space_bytes=BASE_SPACE_BYTES) as folder:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from utilityvm import paths
 from utilityvm.errors import SetupError
 
 _UNFINISHED: Final = ".new-"
@@ -29,7 +30,7 @@ def one_builder(lock: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
         SetupError: the cache cannot be written.
     """
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        paths.make_folder(lock.parent)
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise SetupError(
@@ -86,7 +87,7 @@ def new_folder(parent: Path, name: str, *, space_bytes: int) -> Iterator[Path]:
     # A name of its own each time: a program that a killed build had started may still be writing to the last one.
     folder = parent / f"{_UNFINISHED}{name}-{secrets.token_hex(4)}"
     try:
-        folder.mkdir()
+        folder.mkdir(mode=0o700)
         yield folder
         _flush(folder)
         if (parent / name).exists():  # there, but not whole

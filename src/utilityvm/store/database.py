@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from utilityvm import paths
 from utilityvm.errors import SetupError, StoreDamaged, StoreError, StoreTooNew
 from utilityvm.log import logger
 
@@ -108,7 +109,7 @@ def failure(error: sqlite3.Error, path: Path) -> StoreError:
 
 def _make_folder(folder: Path) -> None:
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        paths.make_folder(folder)
         status = folder.stat()
         if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) != 0o700:
             folder.chmod(0o700)

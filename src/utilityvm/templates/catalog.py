@@ -173,7 +173,7 @@ def new(name: str) -> Iterator[Path]:
     refuse_taken(name)
     parent = paths.templates_dir()
     try:
-        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        paths.make_folder(parent)
         folder = Path(tempfile.mkdtemp(prefix=_NEW, dir=parent))
     except OSError as error:
         raise SetupError(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from utilityvm import paths
 from utilityvm.diskimage import blockdev, headers
 from utilityvm.errors import DiskInUse, InvalidRequest, TemplateDamaged, TemplateDiffers
 from utilityvm.hosts.qemu import accelerator as accelerators
@@ -170,7 +171,7 @@ def _taken_over(disk: DiskEntry, folder: Path, closing: ExitStack) -> tuple[Inco
     _check_size(layers[0], disk)
     host_path = disk.host_path
     if not disk.read_only:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        paths.make_folder(folder)
         path = folder / f"{disk.controller}-{disk.lun}.qcow2"
         base = disk.layers[0]
         fd = overlay.create(path, size_bytes=disk.size_bytes, base=Path(base.path), base_format=base.format)

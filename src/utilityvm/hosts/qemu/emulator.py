@@ -73,7 +73,7 @@ def remember(key: str, value: object) -> None:
     path = _cache_file()
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        paths.make_folder(path.parent)
         temporary.write_text(json.dumps({**kept, key: value}))
         temporary.replace(path)
     except OSError as error:
