@@ -74,6 +74,7 @@ def remember(key: str, value: object) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         paths.make_folder(path.parent)
+        temporary.touch(mode=0o600)
         temporary.write_text(json.dumps({**kept, key: value}))
         temporary.replace(path)
     except OSError as error:
