@@ -72,8 +72,8 @@ class SCSIMount:
     async def release(self, *, force: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Give it back. The last one of a mount unmounts it; the last one of a disk ejects and detaches it.
 
-        After a failure it is still there; release it again, and that goes on with the step that failed. `force`
-        unmounts and ejects what the guest still uses.
+        After a failure it is still there; release it again, and that goes on with the step that failed. If the guest
+        still uses it nothing was done, and it is held as before; `force` unmounts and ejects it all the same.
 
         Raises:
             AlreadyReleased: it was given back before.

@@ -130,6 +130,7 @@ async def test_a_disk_in_use_inside_is_not_taken_away(vm_booted: UtilityVM, vm_w
     with pytest.raises(GuestBusy) as caught:
         await vm_with_disk.release()
     assert any("sleep" in holder for holder in caught.value.holders)
+    assert vm_with_disk.ref_count == 1, "it is held as before"
     assert await output(vm_booted, "cat /data/greeting") == "hello\n"
     user.cancel()
     await asyncio.wait([user])

@@ -446,12 +446,56 @@ async def test_a_failed_unmount_keeps_the_reference_counts_right(bench: Bench) -
         await bench.manager.release(held)
     assert caught.value.holders == ("pid 7 (sh)",)
     assert PurePosixPath("/x") in bench.world.mounts
+    assert bench.manager.references(held) == 1, "everything is as it was"
+    assert bench.manager.reservations() == [held]
     again = await bench.add("a", "/x")
-    assert bench.manager.references(again) == 1
+    assert bench.manager.references(again) == 2
     bench.world.busy.clear()
     await bench.manager.release(again)
     bench.check_promises()
     await bench.manager.release(held)
+    bench.check_empty()
+
+
+async def test_a_refused_release_of_a_reservation_is_not_done_behind_its_holder(bench: Bench) -> None:
+    held = await bench.add("a", "/x")
+    bench.world.busy[PurePosixPath("/x")] = "pid 7 (sh)"
+    with pytest.raises(GuestBusy):
+        await bench.manager.release(held)
+    bench.world.busy.clear()
+    bench.kill_owner()
+    assert await bench.manager.restore(is_alive=lambda _: True) == []
+    assert PurePosixPath("/x") in bench.world.mounts
+    assert bench.manager.references(held) == 1
+    await bench.manager.release(held)
+    bench.check_empty()
+
+
+async def test_all_that_wait_for_a_refused_release_hold_it_again(bench: Bench) -> None:
+    held = [await bench.add("a", "/x") for _ in range(2)]
+    other = await bench.add("a", "/y")
+    bench.world.busy[PurePosixPath("/x")] = "pid 7 (sh)"
+    results = await bench.manager.remove_many([*held, other])
+    assert [type(result) for result in results] == [type(None), GuestBusy, type(None)]
+    assert bench.manager.reservations() == [held[1]]
+    assert set(bench.world.mounts) == {PurePosixPath("/x")}
+    bench.world.busy.clear()
+    await bench.manager.release(held[1])
+    bench.check_empty()
+
+
+async def test_what_was_given_up_is_not_held_again_because_it_is_in_use(bench: Bench) -> None:
+    reached, go_on = await started(bench, "mount")
+    adding = asyncio.create_task(bench.add("a", "/x"))
+    await reached.wait()
+    adding.cancel()
+    bench.world.busy[PurePosixPath("/x")] = "pid 7 (sh)"
+    go_on.set()
+    await asyncio.wait([adding])
+    await bench.manager.settle()
+    assert bench.manager.reservations() == []
+    bench.world.busy.clear()
+    await bench.manager.repair()
     bench.check_empty()
 
 

@@ -164,6 +164,16 @@ class Book:
             claim.mount.claims.pop(claim.id, None)
         self.claims.pop(claim.id, None)
 
+    def take_back(self, claim: Claim) -> None:
+        """Its release was refused before anything was done: it is held as before."""
+        disk, mount = claim.disk, claim.mount
+        del disk.leaving[claim.id]
+        claim.state = ReservationState.HELD
+        disk.claims[claim.id] = claim
+        if mount is not None:
+            mount.claims[claim.id] = claim
+        self._ledger.note([claim.record()])
+
     def renew(self, disk: Disk) -> None:
         """It is wanted again: as a new attachment, in the slot that it has."""
         old: list[Record] = [disk.record(), *(mount.record() for mount in disk.mounts.values())]

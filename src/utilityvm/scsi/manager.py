@@ -177,7 +177,8 @@ class ScsiManager:
         """Give a reservation back. The last one of a mount unmounts it; the last one of a disk ejects and detaches it.
 
         Returns when that is done. If it fails the reservation is still there to be released, and the next release goes
-        on from the step that failed. `force` unmounts and ejects what the guest still uses.
+        on from the step that failed. If the guest still uses it, and nothing was done yet, it is held as before.
+        `force` unmounts and ejects what the guest still uses.
 
         Raises:
             AlreadyReleased: it was given back before, or is being given back.
@@ -582,6 +583,7 @@ class ScsiManager:
             disk.claims.pop(claim.id, None)
             if mount is not None:
                 mount.claims.pop(claim.id, None)
+            claim.was_held = claim.state is ReservationState.HELD
             claim.state = ReservationState.RELEASING
             disk.leaving[claim.id] = claim
             self._ledger.note([claim.record()])

@@ -39,6 +39,7 @@ class Claim:
     holder: Holder
     since: float
     state: ReservationState = ReservationState.PENDING
+    was_held: bool = False  # before it was given back; not so if its caller gave up waiting for it
     waiter: asyncio.Future[None] | None = None  # who waits for it to be held, or to be gone
 
     def record(self) -> ReservationRecord:

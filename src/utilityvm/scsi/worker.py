@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
 
-from utilityvm.errors import UtilityVMError
+from utilityvm.errors import GuestBusy, UtilityVMError
 from utilityvm.log import BoundLogger
 from utilityvm.scsi.book import Book
 from utilityvm.scsi.disk import Disk
@@ -93,7 +93,12 @@ class Workers:
                 self._book.drop_claim(claim)
                 self._ledger.note([], [claim.record()])
                 failed.append((claim, error))
-        for claim in disk.leaving.values():
+        leaving = list(disk.leaving.values())
+        held = [claim for claim in leaving if _is_whole(claim, mount)] if isinstance(error, GuestBusy) else []
+        for claim in held:
+            self._book.take_back(claim)
+            tell(claim, error)
+        for claim in leaving if not held else []:  # what is held again is wanted, so that the others need wait no more
             if mount is None or claim.mount is mount or not disk.is_wanted:
                 tell(claim, error)
         if not any(claim.waiter is not None for claim, _ in failed) and not disk.leaving:
@@ -194,6 +199,14 @@ class Workers:
         self.released[claim.id] = claim.waiter is None or not claim.waiter.done()
         if len(self.released) > _REMEMBERED:
             self.released.popitem(last=False)
+
+
+def _is_whole(claim: Claim, refused: Mount | None) -> bool:
+    """Was it given back, does its caller wait for that, and is all of it still as it was?"""
+    mount, waiter = claim.mount, claim.waiter
+    if not claim.was_held or waiter is None or waiter.done() or claim.disk.state is not DiskState.ATTACHED:
+        return False
+    return mount is refused and (mount is None or mount.state is MountState.MOUNTED)
 
 
 def tell(claim: Claim, error: UtilityVMError | None) -> None:
