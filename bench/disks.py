@@ -21,7 +21,7 @@ from utilityvm.bridge import frame, messages
 from utilityvm.guestimage import build
 from utilityvm.hosts.qemu import accelerator as accelerators
 from utilityvm.hosts.qemu import emulator
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 from utilityvm.scsi.ports import DiskRequest
 
 ROUNDS = 25

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 
 
 async def median_ms(work: Callable[[], Awaitable[object]], rounds: int) -> float:

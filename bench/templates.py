@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from figures import ext4_images, table
-from utilityvm import ClonePool, UtilityVM, VMConfig, lifecycle
+from utilityvm import ClonePool, UtilityVM, VMConfig
 from utilityvm.hosts.qemu import QemuHost
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 from utilityvm.templates import catalog
+from utilityvm.vm import lifecycle
 
 BOOTS, CLONES, FROM_POOL, ALIVE = 3, 30, 20, 50
 DATA_MIB = 1024

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utilityvm import DiskSpec, ScratchKey, SCSIMount, UtilityVM, Verity, VMConfig
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 from utilityvm.store import Store
 from utilityvm.templates import catalog
 

@@ -63,7 +63,6 @@ if TYPE_CHECKING:
         WrongState,
     )
     from utilityvm.guests.bridge_guest import CommandResult
-    from utilityvm.pool import ClonePool
     from utilityvm.scsi.document import ScsiState
     from utilityvm.scsi.events import ScsiEvent
     from utilityvm.scsi.ports import (
@@ -78,7 +77,8 @@ if TYPE_CHECKING:
     from utilityvm.scsi.slot import Slot
     from utilityvm.scsi.views import MountView, SlotView
     from utilityvm.templates.catalog import Template
-    from utilityvm.vm import GENERATED, DiskSpec, SCSIMount, UtilityVM, VMConfig
+    from utilityvm.vm.pool import ClonePool
+    from utilityvm.vm.utility_vm import GENERATED, DiskSpec, SCSIMount, UtilityVM, VMConfig
 
 __all__ = [
     "GENERATED",
@@ -160,9 +160,9 @@ _MODULES = {
         "Verity",
     ),
     "utilityvm.scsi.slot": ("Slot",),
-    "utilityvm.pool": ("ClonePool",),
+    "utilityvm.vm.pool": ("ClonePool",),
     "utilityvm.templates.catalog": ("Template",),
-    "utilityvm.vm": ("GENERATED", "DiskSpec", "SCSIMount", "UtilityVM", "VMConfig"),
+    "utilityvm.vm.utility_vm": ("GENERATED", "DiskSpec", "SCSIMount", "UtilityVM", "VMConfig"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

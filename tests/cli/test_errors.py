@@ -11,7 +11,7 @@ from click.testing import Result
 
 from utilityvm import errors
 from utilityvm.cli import EPILOG, exitcodes
-from utilityvm.pids import own_start
+from utilityvm.machine.processes import own_start
 from utilityvm.store import Store, VMState
 
 from .conftest import Uvm

@@ -7,10 +7,11 @@ import os
 
 import pytest
 
-from utilityvm import lifecycle, paths
 from utilityvm.errors import OutcomeUnknown
-from utilityvm.pids import own_start
+from utilityvm.machine import paths
+from utilityvm.machine.processes import own_start
 from utilityvm.store import Store
+from utilityvm.vm import lifecycle
 
 from .conftest import Uvm
 

@@ -14,7 +14,7 @@ import pytest
 from utilityvm.errors import SetupError
 from utilityvm.guestimage import build, recipe
 from utilityvm.guestimage.build import GuestImage
-from utilityvm.paths import cache_dir
+from utilityvm.machine.paths import cache_dir
 
 SOURCE = Path(__file__).parent.parent.parent / "src"
 

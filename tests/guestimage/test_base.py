@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from utilityvm.guestimage import initramfs, recipe
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 
 AGENT_MODULES = ("dm_mod", "dm_crypt", "dm_verity", "xts", "loop", "xfs", "btrfs", "erofs", "squashfs", "isofs", "vfat",
                  "nls_ascii", "overlay", "fuse", "vsock", "virtio_rng", "qemu_fw_cfg")  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 
 from utilityvm.errors import SetupError
 from utilityvm.guestimage.cache import new_folder, one_builder, whole_folders
-from utilityvm.process import CommandFailed, find_program, run
+from utilityvm.machine.programs import CommandFailed, find_program, run
 
 
 def test_a_folder_gets_its_name_when_it_is_done(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ import sys
 from pathlib import Path
 from utilityvm.errors import SetupError
 from utilityvm.guestimage.cache import new_folder
-from utilityvm.process import run
+from utilityvm.machine.programs import run
 parent = Path(sys.argv[1])
 try:
     with new_folder(parent, "a", space_bytes=6_000_000) as folder:

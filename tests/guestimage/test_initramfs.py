@@ -9,7 +9,7 @@ import pytest
 
 from utilityvm.errors import SetupError
 from utilityvm.guestimage import initramfs
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 
 
 def module(depends: str) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from utilityvm.guestimage import recipe, root_disk
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 
 ANOTHER_USER = 65534
 SOURCE = Path(__file__).parent.parent.parent / "src"

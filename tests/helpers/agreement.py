@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from utilityvm import UtilityVM
-from utilityvm import paths as places
 from utilityvm.hosts.qemu.blockdev import LOG_SET, ROOT_SET, parse_opaque
 from utilityvm.hosts.qemu.disk import LOCK_BYTE
+from utilityvm.machine import paths as places
 from utilityvm.scsi.ports import DiskRecord, MountRecord, ReservationRecord
 from utilityvm.store import SqliteJournal, Store
 

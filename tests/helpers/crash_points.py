@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from utilityvm import lifecycle
 from utilityvm.bridge import messages
 from utilityvm.bridge.frame import Frame
 from utilityvm.guests.bridge_client import BridgeClient
@@ -22,6 +21,7 @@ from utilityvm.hosts.qemu.qmp import Event, Qmp
 from utilityvm.store import SqliteJournal, Store
 from utilityvm.store.ownership import Ownership
 from utilityvm.templates import catalog, overlay
+from utilityvm.vm import lifecycle
 
 # Sent again and again until they are answered: their number is not the same each time.
 _AS_OFTEN_AS_NEEDED: Final = frozenset({messages.NEGOTIATE, messages.PING})

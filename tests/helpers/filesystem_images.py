@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from uuid import UUID, uuid5
 
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 from utilityvm.testing.images import ext4_image
 
 MIB = 1 << 20

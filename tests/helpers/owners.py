@@ -16,7 +16,7 @@ from typing import Any
 import crash_owner
 from crash_owner import Outcome, Task
 from utilityvm import UtilityVM, VMNotFound
-from utilityvm import paths as places
+from utilityvm.machine import paths as places
 
 
 class Owners:

@@ -11,8 +11,8 @@ from subprocess import CompletedProcess
 import pytest
 
 from utilityvm import UtilityVM
-from utilityvm import paths as places
 from utilityvm.guestimage.build import GuestImage
+from utilityvm.machine import paths as places
 from utilityvm.store import Store
 from utilityvm.testing.images import ext4_image
 

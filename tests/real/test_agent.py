@@ -14,7 +14,7 @@ import pytest
 from raw_host import RawHost
 from utilityvm import UtilityVM, VMGone
 from utilityvm.errors import OutcomeUnknown
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.testing.images import ext4_image, read_file
 

@@ -15,9 +15,9 @@ from subprocess import CompletedProcess
 import pytest
 
 from filesystem_images import add_hash_tree, blank
-from utilityvm import paths as places
 from utilityvm.guestimage.build import GuestImage
-from utilityvm.pids import is_running, process_with
+from utilityvm.machine import paths as places
+from utilityvm.machine.processes import is_running, process_with
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.store import Store
 from utilityvm.testing.images import ext4_image, read_file

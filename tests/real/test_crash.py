@@ -21,9 +21,9 @@ from crash_owner import JOB, KEEPER, KEPT, OPERATIONS, STOP, WRITTEN, Outcome, T
 from owners import Owners, remove, until_no_process_of
 from points import Tell, chosen, takes_all
 from utilityvm import DeadlineExceeded, SCSIMount, UtilityVM, VMGone, VMNotFound, VMNotRunning
-from utilityvm import paths as places
 from utilityvm.guestimage.build import GuestImage
-from utilityvm.process import find_program, run
+from utilityvm.machine import paths as places
+from utilityvm.machine.programs import find_program, run
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.store import Store, VMState
 from utilityvm.testing.images import ext4_image, read_file

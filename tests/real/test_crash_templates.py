@@ -17,11 +17,13 @@ from agreement import is_locked
 from crash_owner import JOB, SAVED, TEMPLATE, Outcome, Task
 from owners import Owners, remove, until_no_process_of
 from points import Tell, chosen, takes_all
-from utilityvm import UtilityVM, VMGone, VMNotFound, VMNotRunning, gc, paths
+from utilityvm import UtilityVM, VMGone, VMNotFound, VMNotRunning
+from utilityvm.machine import paths
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.store import Store
 from utilityvm.templates import catalog
 from utilityvm.testing.images import ext4_image
+from utilityvm.upkeep import leftovers
 
 pytestmark = pytest.mark.real
 
@@ -57,9 +59,9 @@ async def output(vm: UtilityVM, script: str) -> str:
 async def sweep() -> None:
     """What a person does now and then: `uvm gc --apply`. Guest images are the machine's."""
     with Store.open() as store:
-        for one in gc.leftovers(store):
-            if one.kind is not gc.Kind.IMAGE:
-                await gc.remove(one, store)
+        for one in leftovers.leftovers(store):
+            if one.kind is not leftovers.Kind.IMAGE:
+                await leftovers.remove(one, store)
 
 
 async def check_nothing_left(image: Path, name: str) -> None:

@@ -15,8 +15,8 @@ from agreement import check_agreement, is_locked, read_in_guest
 from fault_points import DEATHS, Faults
 from points import chosen
 from utilityvm import GuestBusy, OutcomeUnknown, SCSIMount, UtilityVM, UtilityVMError, VMGone
-from utilityvm import paths as places
-from utilityvm.process import find_program, run
+from utilityvm.machine import paths as places
+from utilityvm.machine.programs import find_program, run
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.store import SqliteJournal, Store, VMState
 from utilityvm.testing.images import ext4_image, read_file

@@ -19,10 +19,10 @@ from agreement import check_agreement, is_locked, read_in_guest, sizes_in_guest
 from fault_points import DEATHS, Faults
 from points import Tell, chosen
 from utilityvm import OutcomeUnknown, SCSIMount, UtilityVM, UtilityVMError
-from utilityvm import paths as places
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import launch
 from utilityvm.hosts.qemu.qmp import Qmp
+from utilityvm.machine import paths as places
 from utilityvm.store import Store
 from utilityvm.testing.images import ext4_image
 

@@ -18,7 +18,7 @@ import pytest
 import hammer
 from hammer import WRITTEN
 from utilityvm import UtilityVM
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.testing.images import ext4_image, read_file
 

@@ -23,11 +23,11 @@ from utilityvm import (
     UtilityVM,
     UtilityVMError,
     VMNotRunning,
-    paths,
 )
 from utilityvm.guestimage.build import GuestImage
-from utilityvm.pids import own_start, started_at
-from utilityvm.process import run
+from utilityvm.machine import paths
+from utilityvm.machine.processes import own_start, started_at
+from utilityvm.machine.programs import run
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.store import Store, VMState
 from utilityvm.testing.images import ext4_image, read_file

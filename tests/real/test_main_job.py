@@ -32,9 +32,9 @@ from utilityvm import (
     VMNotRunning,
     VMOwned,
 )
-from utilityvm import paths as places
 from utilityvm.guestimage.build import GuestImage
 from utilityvm.hosts.qemu import QemuHost
+from utilityvm.machine import paths as places
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.scsi.slot import Slot
 from utilityvm.store import Store, VMState
@@ -285,7 +285,7 @@ async def test_a_guest_that_hangs_costs_its_caller_alone(
 async def test_closed_in_the_middle_of_work_the_next_owner_ends_it(
     start: Start, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("utilityvm.vm.SETTLE_S", 0.1)
+    monkeypatch.setattr("utilityvm.vm.utility_vm.SETTLE_S", 0.1)
     first = await start("handed", keep=True)
     await first._host.pause()
     adding = asyncio.create_task(first.add_scsi(disk, "/data"))

@@ -18,7 +18,7 @@ from filesystem_images import blank, filesystem_image
 from in_guest import output
 from utilityvm import ScratchKey, UtilityVM
 from utilityvm.errors import GuestRefused, OutcomeUnknown
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 from utilityvm.testing.images import ext4_image
 
 Start = Callable[..., Awaitable[UtilityVM]]

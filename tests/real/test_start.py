@@ -9,11 +9,11 @@ import pytest
 
 from owners import until_no_process_of
 from utilityvm import DeadlineExceeded, InvalidRequest, SetupError, StartFailed, UtilityVM, VMConfig, VMNotFound
-from utilityvm import paths as places
 from utilityvm.guestimage.build import GuestImage
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import QemuHost, console, launch
 from utilityvm.hosts.qemu.qmp import Qmp
+from utilityvm.machine import paths as places
 from utilityvm.store import Store
 from utilityvm.store.ownership import Ownership
 

@@ -38,19 +38,19 @@ from utilityvm import (
     VMConfig,
     VMExists,
     VMNotRunning,
-    lifecycle,
-    paths,
 )
 from utilityvm.guestimage.build import GuestImage
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import QemuHost, memory
-from utilityvm.process import find_program, run
+from utilityvm.machine import paths
+from utilityvm.machine.programs import find_program, run
 from utilityvm.scsi.manager import ScsiManager
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.store import SqliteJournal, Store
 from utilityvm.templates import catalog
 from utilityvm.templates import save as saving
 from utilityvm.testing.images import ext4_image, read_file
+from utilityvm.vm import lifecycle
 
 Uvm = Callable[..., "CompletedProcess[str]"]
 

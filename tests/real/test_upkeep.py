@@ -10,9 +10,10 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from utilityvm import GuestBusy, UtilityVM, VMNotRunning, VMOwned, gc, paths, repair
+from utilityvm import GuestBusy, UtilityVM, VMNotRunning, VMOwned
 from utilityvm.guestimage import build
 from utilityvm.hosts.qemu import Attachment
+from utilityvm.machine import paths
 from utilityvm.scsi.ports import (
     AttachmentType,
     DiskFormat,
@@ -27,13 +28,14 @@ from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.transitions import DiskState, MountState, ReservationState
 from utilityvm.store import Store
 from utilityvm.templates import catalog
+from utilityvm.upkeep import leftovers, repair
 
 Start = Callable[..., Awaitable[UtilityVM]]
 Uvm = Callable[..., "CompletedProcess[str]"]
 
 pytestmark = pytest.mark.real
 
-OF_THE_MACHINE = (gc.Kind.IMAGE, gc.Kind.BUILD)  # its cache is not the test's: what is old there stays
+OF_THE_MACHINE = (leftovers.Kind.IMAGE, leftovers.Kind.BUILD)  # its cache is not the test's: what is old there stays
 
 DISK = DiskRecord(
     attachment="a1",
@@ -184,10 +186,10 @@ async def test_what_is_left_over_is_found_and_removed(start: Start, disk: Path, 
         }
         assert overlays.exists(), "looking removes nothing"
         with Store.open() as store:
-            for one in gc.leftovers(store):
+            for one in leftovers.leftovers(store):
                 if one.kind not in OF_THE_MACHINE:
-                    assert await gc.remove(one, store)
-                    assert not await gc.remove(one, store), "removed before is done"
+                    assert await leftovers.remove(one, store)
+                    assert not await leftovers.remove(one, store), "removed before is done"
         assert [path for path in (overlays, half_made, folder, paths.vm_dir("dead")) if path.exists()] == []
         assert disk.exists()
         assert sorted(paths.templates_dir().glob("[!.]*/*")) == before
@@ -204,5 +206,5 @@ async def test_guest_images_in_use_are_no_leftovers(booted: str, monkeypatch: py
     with Store.open() as store, monkeypatch.context() as patch:
         other = next((image for image in build.catalog() if image != current), None)
         patch.setattr(build, "find", lambda: other)
-        names = {one.name for one in gc.leftovers(store) if one.kind is gc.Kind.IMAGE}
+        names = {one.name for one in leftovers.leftovers(store) if one.kind is leftovers.Kind.IMAGE}
     assert current.key not in names, "the template is made of it"

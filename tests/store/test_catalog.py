@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from utilityvm.errors import VMExists, VMNotFound
-from utilityvm.pids import own_start
+from utilityvm.machine.processes import own_start
 from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRecord, VMAccess
 from utilityvm.scsi.slot import Slot
 from utilityvm.store import SqliteJournal, Store, VMState

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from utilityvm.errors import VMOwned
-from utilityvm.pids import own_start
+from utilityvm.machine.processes import own_start
 from utilityvm.store.ownership import Ownership, owner_of
 
 OWN_AND_WAIT = """

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from manifests_made import manifest
-from utilityvm import paths
 from utilityvm.errors import (
     InvalidRequest,
     TemplateDamaged,
@@ -18,6 +17,7 @@ from utilityvm.errors import (
     TemplateInUse,
     TemplateNotFound,
 )
+from utilityvm.machine import paths
 from utilityvm.store import Store
 from utilityvm.templates import catalog
 from utilityvm.templates.manifest import Manifest, Parent, encode

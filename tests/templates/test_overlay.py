@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from utilityvm.errors import NotSupported, SetupError
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.templates import overlay
 

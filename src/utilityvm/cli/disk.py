@@ -12,9 +12,9 @@ from utilityvm.cli.options import attached_argument, json_option, run, timeout_o
 from utilityvm.cli.output import age, print_fields, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from utilityvm.config import DiskSpec
     from utilityvm.scsi.ports import Verity
     from utilityvm.store.view import SlotRow
+    from utilityvm.vm.config import DiskSpec
 
 HOLDER = "cli"
 _LONGEST_KEY = 64
@@ -90,8 +90,8 @@ def attach_command(
     Without GUEST_PATH it is attached only. A disk that is attached is shared, and counted. Each reservation is given
     back by one `uvm detach`.
     """
-    from utilityvm.config import GENERATED, DiskSpec
     from utilityvm.scsi.ports import CallerKey, ScratchKey, VMAccess
+    from utilityvm.vm.config import GENERATED, DiskSpec
 
     host_path, guest_path = split_disk(disk)
     if encrypt_scratch and key_file is not None:
@@ -135,7 +135,7 @@ def _verity(root_hash: str | None, offset: int | None) -> Verity | None:
 
 
 async def _attach(name: str, spec: DiskSpec, *, holder: str, timeout_s: float, wait_s: float, as_json: bool) -> None:
-    from utilityvm.vm import UtilityVM
+    from utilityvm.vm.utility_vm import UtilityVM
 
     spec.request()  # what is wrong by itself is told before the VM is waited for
     async with await UtilityVM.open(name, wait_s=wait_s) as vm:
@@ -261,7 +261,7 @@ def resize_command(name: str, disk: str, size: str, timeout_s: float, wait_s: fl
 
 
 async def _resize(name: str, disk: str, to_bytes: int, *, timeout_s: float, wait_s: float, as_json: bool) -> None:
-    from utilityvm.vm import UtilityVM
+    from utilityvm.vm.utility_vm import UtilityVM
 
     async with await UtilityVM.open(name, wait_s=wait_s) as vm:
         begun = time.monotonic()
@@ -301,8 +301,8 @@ def detach_command(
 async def _detach(
     name: str, disk: str, *, holder: str | None, force: bool, timeout_s: float, wait_s: float, as_json: bool
 ) -> None:
-    from utilityvm.hostpath import absolute
-    from utilityvm.vm import UtilityVM
+    from utilityvm.machine.hostpath import absolute
+    from utilityvm.vm.utility_vm import UtilityVM
 
     async with await UtilityVM.open(name, wait_s=wait_s) as vm:
         begun = time.monotonic()
@@ -358,7 +358,7 @@ def _rows(name: str) -> list[SlotRow]:
 def _find(rows: list[SlotRow], disk: str, *, vm: str) -> SlotRow:
     """The row of the disk that the path leads to; or, if it leads nowhere any more, that was attached by this path."""
     from utilityvm.errors import NotAttached
-    from utilityvm.hostpath import absolute, identity_of
+    from utilityvm.machine.hostpath import absolute, identity_of
 
     path, identity = absolute(disk), identity_of(disk)
     row = next((row for row in rows if row.identity == identity), None)

@@ -14,11 +14,11 @@ from typing import Literal
 
 import click
 
-from utilityvm import paths
 from utilityvm.cli import exitcodes
 from utilityvm.cli.options import json_option
 from utilityvm.cli.output import print_json, print_table, size
 from utilityvm.errors import UtilityVMError
+from utilityvm.machine import paths
 
 _IMAGE_SPACE_BYTES = 1_200_000_000
 
@@ -91,7 +91,7 @@ def _qemu() -> Iterator[Finding]:
 
 
 def _program(name: str, package: str, without: str, *, needed: bool = False) -> Finding:
-    from utilityvm.process import find_program
+    from utilityvm.machine.programs import find_program
 
     try:
         return Finding(name, "ok", str(find_program(name, package=package)))

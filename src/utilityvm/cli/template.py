@@ -15,9 +15,9 @@ from utilityvm.cli.output import age, print_fields, print_json, print_table, say
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from utilityvm.config import DiskSpec
     from utilityvm.scsi.slot import Slot
     from utilityvm.templates.catalog import Template
+    from utilityvm.vm.config import DiskSpec
 
 SAVE_S = 120.0
 CLONE_S = 60.0
@@ -48,7 +48,7 @@ def save_command(name: str, template: str, timeout_s: float, wait_s: float, as_j
 
 
 async def _save(name: str, template: str, *, timeout_s: float, wait_s: float, as_json: bool) -> None:
-    from utilityvm.vm import UtilityVM
+    from utilityvm.vm.utility_vm import UtilityVM
 
     async with await UtilityVM.open(name, wait_s=wait_s) as vm:
         begun = time.monotonic()
@@ -190,7 +190,7 @@ async def _clone(
     import signal
     from contextlib import AsyncExitStack
 
-    from utilityvm.vm import UtilityVM
+    from utilityvm.vm.utility_vm import UtilityVM
 
     task = asyncio.current_task()
     assert task is not None
@@ -215,9 +215,9 @@ async def _clone(
 
 def _replacements(template: str, texts: tuple[str, ...]) -> dict[Slot, DiskSpec]:
     """A replacement is as writable as the disk whose place it takes."""
-    from utilityvm.config import DiskSpec
     from utilityvm.scsi.slot import Slot
     from utilityvm.templates import catalog
+    from utilityvm.vm.config import DiskSpec
 
     if not texts:
         return {}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from utilityvm.errors import UtilityVMError
-    from utilityvm.gc import Leftover
+    from utilityvm.upkeep.leftovers import Leftover
 
 apply_option = click.option("--apply", "is_applied", is_flag=True, help="Do it. Without this nothing is changed.")
 
@@ -33,7 +33,7 @@ def repair_command(name: str, is_applied: bool, wait_s: float, as_json: bool) ->
 
 
 async def _repair(name: str, *, is_applied: bool, wait_s: float, as_json: bool) -> None:
-    from utilityvm import repair
+    from utilityvm.upkeep import repair
 
     found = await repair.examine(name, wait_s=wait_s)
     done = await repair.mend(name, wait_s=wait_s) if is_applied else []
@@ -63,17 +63,17 @@ def gc_command(is_applied: bool, as_json: bool) -> None:
 
 
 async def _gc(*, is_applied: bool, as_json: bool) -> None:
-    from utilityvm import gc
     from utilityvm.errors import UtilityVMError
     from utilityvm.store.recover import open_store
+    from utilityvm.upkeep import leftovers
 
     with open_store() as store:
-        found = gc.leftovers(store)
+        found = leftovers.leftovers(store)
         removed: list[Leftover] = []
         failed: dict[str, UtilityVMError] = {}
         for one in found if is_applied else []:
             try:
-                removed += [one] if await gc.remove(one, store) else []
+                removed += [one] if await leftovers.remove(one, store) else []
             except UtilityVMError as error:  # the others can go all the same
                 failed[str(one.path)] = error
     _print_leftovers(found, removed, failed, is_applied=is_applied, as_json=as_json)

@@ -17,10 +17,10 @@ from utilityvm.cli.output import age, print_fields, print_json, print_table, say
 if TYPE_CHECKING:
     import asyncio
 
-    from utilityvm.config import VMConfig
     from utilityvm.store import StoredVM
     from utilityvm.store.ownership import Owner
-    from utilityvm.vm import UtilityVM
+    from utilityvm.vm.config import VMConfig
+    from utilityvm.vm.utility_vm import UtilityVM
 
 BOOT_S = 120.0
 
@@ -44,7 +44,7 @@ def start_command(
     name: str, memory_mib: int, cpus: int, controllers: int, keep: bool, timeout_s: float, as_json: bool
 ) -> None:
     """Start a VM named NAME. Builds the guest image first if there is none."""
-    from utilityvm.config import VMConfig
+    from utilityvm.vm.config import VMConfig
 
     config = VMConfig(name=name, memory_mib=memory_mib, cpus=cpus, controllers=controllers, keep=keep)
     run(_start(config, timeout_s=timeout_s, as_json=as_json))
@@ -55,7 +55,7 @@ async def _start(config: VMConfig, *, timeout_s: float, as_json: bool) -> None:
     import signal
 
     from utilityvm.cli.image import ensure_image
-    from utilityvm.vm import UtilityVM
+    from utilityvm.vm.utility_vm import UtilityVM
 
     config.check()
     image = await asyncio.to_thread(ensure_image)
@@ -101,7 +101,7 @@ def _description(vm: UtilityVM) -> dict[str, object]:
 @json_option
 def ps_command(as_json: bool) -> None:
     """List the VMs of this user, and the process that owns each."""
-    from utilityvm import paths
+    from utilityvm.machine import paths
     from utilityvm.store import SqliteJournal
     from utilityvm.store.ownership import owner_of
     from utilityvm.store.recover import open_store
@@ -164,7 +164,7 @@ def _state(vm: StoredVM, owner: Owner | None) -> str:
 @json_option
 def stop_command(name: str, force: bool, wait_s: float, as_json: bool) -> None:
     """End the VM, in whatever state it is, and remove all that is left of it."""
-    from utilityvm.vm import UtilityVM
+    from utilityvm.vm.utility_vm import UtilityVM
 
     begun = time.monotonic()
     run(UtilityVM.remove(name, wait_s=wait_s, force=force))
@@ -240,7 +240,7 @@ async def _exec(
 ) -> int:
     import base64
 
-    from utilityvm.vm import UtilityVM
+    from utilityvm.vm.utility_vm import UtilityVM
 
     timeout_s, wait_s = limits
     async with await UtilityVM.open(name, wait_s=wait_s) as vm:
@@ -315,8 +315,8 @@ async def _own_input() -> AsyncIterator[bytes]:
 @json_option
 def log_command(name: str, lines: int | None, as_json: bool) -> None:
     """Print the VM's console and QEMU's messages: the last 512 KiB at least. Also of a VM that died."""
-    from utilityvm import paths
     from utilityvm.hosts.qemu import console
+    from utilityvm.machine import paths
     from utilityvm.store.recover import open_store
 
     with open_store() as store:

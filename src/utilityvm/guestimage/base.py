@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from utilityvm.errors import SetupError
 from utilityvm.guestimage import recipe, sources
 from utilityvm.guestimage.recipe import Architecture
-from utilityvm.process import CommandFailed, find_program, run
+from utilityvm.machine.programs import CommandFailed, find_program, run
 
 ARCHIVE: Final = "root.tar"
 PACKAGES: Final = "packages.json"

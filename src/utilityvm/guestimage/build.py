@@ -28,7 +28,7 @@ from utilityvm.guestimage import base, initramfs, recipe, root_disk
 from utilityvm.guestimage.cache import new_folder, one_builder, whole_folders
 from utilityvm.guestimage.recipe import Architecture
 from utilityvm.log import logger
-from utilityvm.paths import cache_dir
+from utilityvm.machine.paths import cache_dir
 
 _log = logger(__name__)
 

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from utilityvm import paths
 from utilityvm.errors import SetupError
+from utilityvm.machine import paths
 
 _UNFINISHED: Final = ".new-"
 _FULL_BYTES: Final = 4 << 20  # a step that failed with less than this left failed for want of space

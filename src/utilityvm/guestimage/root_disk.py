@@ -15,7 +15,7 @@ from typing import Final
 
 from utilityvm.errors import SetupError
 from utilityvm.guestimage import recipe
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 
 _BLOCK: Final = 4096
 _SPARE_KIB: Final = 4096

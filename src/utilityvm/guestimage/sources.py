@@ -17,7 +17,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from utilityvm.errors import SetupError
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 
 _OPTIONS: Final = ("Signed-By", "Trusted", "Check-Valid-Until", "Valid-Until-Max", "Check-Date", "Snapshot")
 _NOT_OURS: Final = ("IndexTargets", "Changelogs", "Languages", "CompressionTypes", "GzipIndexes", "cdrom")

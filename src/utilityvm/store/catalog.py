@@ -12,9 +12,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
-from utilityvm import paths
 from utilityvm.errors import VMExists, VMNotFound
-from utilityvm.pids import is_running
+from utilityvm.machine import paths
+from utilityvm.machine.processes import is_running
 from utilityvm.store import database
 
 

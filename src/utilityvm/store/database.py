@@ -21,9 +21,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from utilityvm import paths
 from utilityvm.errors import SetupError, StoreDamaged, StoreError, StoreTooNew
 from utilityvm.log import logger
+from utilityvm.machine import paths
 
 VERSION: Final = 1
 # MIGRATIONS[n] makes a store of version n + 1 out of one of version n; version 1 is the first.

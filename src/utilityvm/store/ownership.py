@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self, cast
 
-from utilityvm import paths
 from utilityvm.errors import SetupError, VMOwned
-from utilityvm.pids import own_command, own_start
+from utilityvm.machine import paths
+from utilityvm.machine.processes import own_command, own_start
 
 _FLOCK: Final = struct.Struct("hhqqi4x")
 _DOOR, _OWNER, _FIRST_TICKET = 0, 1, 1000

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from utilityvm import paths
 from utilityvm.errors import StoreDamaged
 from utilityvm.log import logger
-from utilityvm.pids import is_running
+from utilityvm.machine import paths
+from utilityvm.machine.processes import is_running
 from utilityvm.store.catalog import Store
 
 _log = logger(__name__)

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from utilityvm import paths
 from utilityvm.errors import (
     InvalidRequest,
     SetupError,
@@ -36,6 +35,7 @@ from utilityvm.errors import (
     TemplateNotFound,
 )
 from utilityvm.log import logger
+from utilityvm.machine import paths
 from utilityvm.store import Store
 from utilityvm.templates import manifest as manifests
 from utilityvm.templates.manifest import Fingerprint, Manifest

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from utilityvm import paths
 from utilityvm.diskimage import blockdev, headers
 from utilityvm.errors import DiskInUse, InvalidRequest, TemplateDamaged, TemplateDiffers
 from utilityvm.hosts.qemu import accelerator as accelerators
@@ -24,6 +23,7 @@ from utilityvm.hosts.qemu import emulator as emulators
 from utilityvm.hosts.qemu.disk import describe, lock, open_disk
 from utilityvm.hosts.qemu.incoming import Incoming, IncomingDisk, Layer, needs_writable_memory
 from utilityvm.hosts.qemu.launch import QemuProcess
+from utilityvm.machine import paths
 from utilityvm.scsi.ports import (
     AttachmentType,
     DiskFormat,

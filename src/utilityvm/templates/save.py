@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
-from utilityvm import paths
 from utilityvm.errors import DeadlineExceeded, NotSupported, SetupError, WrongState
 from utilityvm.hosts.qemu import QemuHost, memory
 from utilityvm.hosts.qemu.accelerator import CPU
 from utilityvm.hosts.qemu.host import ShownDevice
+from utilityvm.machine import paths
 from utilityvm.scsi.ports import AttachmentType, CallerKey, DiskFormat, DiskRecord, MountRecord, Record
 from utilityvm.scsi.transitions import DiskState, MountState
 from utilityvm.templates import catalog

@@ -18,7 +18,7 @@ from utilityvm.errors import (
     SetupError,
 )
 from utilityvm.hosts.hcs.disk import DiskFacts, LocalDisks
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest
 
 MIB = 1 << 20

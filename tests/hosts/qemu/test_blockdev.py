@@ -8,7 +8,7 @@ import pytest
 
 from utilityvm.hosts.qemu import blockdev
 from utilityvm.hosts.qemu.disk import QemuDisk, open_disk
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 from utilityvm.scsi.ports import DiskFormat, DiskRequest
 from utilityvm.scsi.slot import Slot
 

@@ -13,7 +13,7 @@ from utilityvm.hosts.qemu import launch
 from utilityvm.hosts.qemu.accelerator import Accelerator
 from utilityvm.hosts.qemu.emulator import Emulator
 from utilityvm.hosts.qemu.launch import Descriptors, QemuConfig, QemuProcess
-from utilityvm.pids import started_at
+from utilityvm.machine.processes import started_at
 
 EMULATOR = Emulator(Path("/usr/bin/qemu-system-x86_64"), "7.2.22", "pc-q35-7.2")
 FDS = Descriptors(qmp=(10, 11), agent=12, log=13, kernel=14, initramfs=15, root=16)

@@ -10,8 +10,8 @@ import pytest
 from utilityvm.errors import VMGone
 from utilityvm.hosts.qemu import lifetime
 from utilityvm.hosts.qemu.lifetime import Watch
-from utilityvm.pids import started_at
-from utilityvm.process import spawn
+from utilityvm.machine.processes import started_at
+from utilityvm.machine.programs import spawn
 
 
 @pytest.fixture

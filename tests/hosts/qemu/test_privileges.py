@@ -10,7 +10,7 @@ import pytest
 from utilityvm.errors import SetupError
 from utilityvm.hosts.qemu import privileges
 from utilityvm.hosts.qemu.privileges import Identity
-from utilityvm.process import spawn
+from utilityvm.machine.programs import spawn
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can change users")
 US = Identity(os.geteuid(), drops=False)

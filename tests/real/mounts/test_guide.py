@@ -12,7 +12,7 @@ import pytest
 
 from filesystem_images import filesystem_image, gpt_disk
 from utilityvm import UtilityVM
-from utilityvm.process import run
+from utilityvm.machine.programs import run
 from utilityvm.testing.images import ext4_image
 
 pytestmark = pytest.mark.real

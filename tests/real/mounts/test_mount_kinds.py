@@ -11,7 +11,7 @@ import pytest
 from filesystem_images import MIB, blank, copy_sparse, digest, filesystem_image, gpt_disk, mbr_disk
 from in_guest import complaint, mount_at, output
 from utilityvm import GENERATED, ConfigDiffers, GuestPathInUse, GuestRefused, InvalidRequest, UtilityVM
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 from utilityvm.testing.images import ext4_image
 
 pytestmark = pytest.mark.real

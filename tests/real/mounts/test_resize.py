@@ -9,7 +9,7 @@ import pytest
 from filesystem_images import MIB, blank, filesystem_image, mbr_disk
 from in_guest import mount_at, output
 from utilityvm import CallerKey, GuestRefused, InvalidRequest, NotAttached, NotSupported, UtilityVM
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.testing.images import convert, ext4_image
 

@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from utilityvm.errors import SetupError
 from utilityvm.hosts.qemu import QemuConfig, QemuHost
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 from utilityvm.scsi.ports import DiskFormat
 
 Start = Callable[..., Awaitable[QemuHost]]

@@ -13,7 +13,7 @@ import pytest
 from utilityvm.diskimage import blockdev
 from utilityvm.errors import AccessDenied, DiskInUse, InvalidRequest, NotSupported, SetupError
 from utilityvm.hosts.qemu import QemuHost, acl
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest, VMAccess
 from utilityvm.scsi.slot import Slot
 

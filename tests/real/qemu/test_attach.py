@@ -22,7 +22,7 @@ from utilityvm.errors import (
 )
 from utilityvm.hosts.qemu import QemuHost
 from utilityvm.hosts.qemu.qmp import QmpRefused
-from utilityvm.process import find_program, run
+from utilityvm.machine.programs import find_program, run
 from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest
 from utilityvm.scsi.slot import Slot
 

@@ -17,7 +17,7 @@ import pytest
 from utilityvm.errors import DeadlineExceeded, SetupError, VMExists, VMGone
 from utilityvm.hosts.qemu import QemuConfig, QemuHost, QemuProcess, launch
 from utilityvm.hosts.qemu.lifetime import Watch
-from utilityvm.pids import started_at
+from utilityvm.machine.processes import started_at
 from utilityvm.scsi.ports import DiskRequest
 from utilityvm.scsi.slot import Slot
 

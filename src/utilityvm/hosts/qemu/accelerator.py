@@ -21,7 +21,7 @@ from utilityvm.hosts.qemu import emulator as emulators
 from utilityvm.hosts.qemu import privileges
 from utilityvm.hosts.qemu.emulator import Emulator
 from utilityvm.log import logger
-from utilityvm.process import CommandFailed, run
+from utilityvm.machine.programs import CommandFailed, run
 
 NAMES: Final = ("kvm", "hvf", "tcg")
 CPU: Final = {"kvm": "host", "hvf": "host", "tcg": "max"}

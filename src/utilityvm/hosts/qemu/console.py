@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from utilityvm.process import spawn
+from utilityvm.machine.programs import spawn
 
 NAME: Final = "console.log"
 LIMIT_BYTES: Final = 512 << 10  # of each of the two files

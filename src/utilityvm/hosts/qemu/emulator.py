@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
-from utilityvm import paths
 from utilityvm.errors import SetupError
 from utilityvm.log import logger
-from utilityvm.process import find_program, run_async
+from utilityvm.machine import paths
+from utilityvm.machine.programs import find_program, run_async
 
 _VERSION: Final = re.compile(r"version ([0-9]+\.[0-9]+\.[0-9]+)")
 _Q35_ALIAS: Final = re.compile(r"^q35 .*\(alias of (pc-q35-[0-9.]+)\)", re.MULTILINE)

@@ -45,7 +45,7 @@ from utilityvm.hosts.qemu.launch import QemuConfig, QemuProcess
 from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.qmp import Answer, Event, Qmp, QmpRefused
 from utilityvm.log import logger
-from utilityvm.process import CommandFailed, find_program, run
+from utilityvm.machine.programs import CommandFailed, find_program, run
 from utilityvm.scsi.ports import DiskRequest, OpenDisk, VMAccess
 from utilityvm.scsi.slot import Slot
 

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from utilityvm import paths
 from utilityvm.errors import InvalidRequest, OutcomeUnknown, SetupError, UtilityVMError, VMExists, VMGone
 from utilityvm.hosts.qemu import accelerator as accelerators
 from utilityvm.hosts.qemu import console, emulator, incoming, privileges
@@ -36,8 +35,9 @@ from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.privileges import Identity
 from utilityvm.hosts.qemu.qmp import Qmp
 from utilityvm.log import logger
-from utilityvm.pids import has_words, is_running, started_at
-from utilityvm.process import spawn
+from utilityvm.machine import paths
+from utilityvm.machine.processes import has_words, is_running, started_at
+from utilityvm.machine.programs import spawn
 from utilityvm.scsi.slot import MAX_CONTROLLERS
 
 QMP_SOCKETS: Final = ("qmp0.sock", "qmp1.sock")

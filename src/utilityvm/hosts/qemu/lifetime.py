@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Self
 
 from utilityvm.errors import VMGone
-from utilityvm.pids import started_at
+from utilityvm.machine.processes import started_at
 
 
 class Watch:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Final
 
 from utilityvm.errors import SetupError
-from utilityvm.process import find_program
+from utilityvm.machine.programs import find_program
 
 _LOCK: Final = Path("/run/utilityvm-uids.lock")
 # Neither Debian's policy nor systemd hands these out, and useradd's subordinate ids start at 100000. The second range

@@ -12,17 +12,17 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from utilityvm import lifecycle
 from utilityvm.errors import VMGone
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import Attachment, QemuHost
-from utilityvm.lifecycle import CONNECT_S
 from utilityvm.scsi.ports import DiskRecord, MountRecord, Record, ReservationRecord
 from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.transitions import DiskState, MountState
 from utilityvm.store import SqliteJournal, VMState
 from utilityvm.store.recover import open_store
-from utilityvm.vm import ROOT_SLOT, UtilityVM, is_alive
+from utilityvm.vm import lifecycle
+from utilityvm.vm.lifecycle import CONNECT_S
+from utilityvm.vm.utility_vm import ROOT_SLOT, UtilityVM, is_alive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from utilityvm import lifecycle, paths
 from utilityvm.errors import UtilityVMError, VMNotFound, VMOwned
 from utilityvm.guestimage import build, cache, recipe
 from utilityvm.log import logger
-from utilityvm.pids import process_with
+from utilityvm.machine import paths
+from utilityvm.machine.processes import process_with
 from utilityvm.store import Store, StoredVM, recover
 from utilityvm.store.ownership import owner_of
 from utilityvm.templates import catalog
+from utilityvm.vm import lifecycle
 
 _log = logger(__name__)
 

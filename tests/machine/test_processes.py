@@ -8,40 +8,45 @@ import subprocess
 import sys
 import uuid
 
-from utilityvm import pids
+from utilityvm.machine import processes
 
 
 def test_this_process_runs_and_knows_itself() -> None:
-    assert pids.is_running(os.getpid(), pids.own_start())
-    assert not pids.is_running(os.getpid(), "1")
+    assert processes.is_running(os.getpid(), processes.own_start())
+    assert not processes.is_running(os.getpid(), "1")
 
 
 def test_a_process_knows_its_command() -> None:
-    command = [sys.executable, "-c", "from utilityvm import pids; print(pids.own_command())", "two words"]
+    command = [
+        sys.executable,
+        "-c",
+        "from utilityvm.machine import processes; print(processes.own_command())",
+        "two words",
+    ]
     assert shlex.split(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == command
 
 
 def test_a_zombie_does_not_run() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        started = pids.started_at(process.pid)
+        started = processes.started_at(process.pid)
         assert started is not None
-        assert pids.is_running(process.pid, started)
+        assert processes.is_running(process.pid, started)
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has reaped it
-        assert not pids.is_running(process.pid, started)
+        assert not processes.is_running(process.pid, started)
 
 
 def test_a_process_is_found_by_words_of_its_command_line() -> None:
     word = str(uuid.uuid4())
-    assert pids.process_with("-uuid", word) is None
+    assert processes.process_with("-uuid", word) is None
     with subprocess.Popen(
         [sys.executable, "-c", "print(flush=True); input()", "-uuid", word], stdin=-1, stdout=-1
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        assert pids.process_with("-uuid", word) == (process.pid, pids.started_at(process.pid))
-        assert pids.has_words(process.pid, sys.executable), "the first word too"
-        assert pids.process_with("-uuid", word[:-1]) is None, "whole words, not parts of them"
-        assert pids.process_with("uuid", word) is None
-        assert pids.process_with(word, "-uuid") is None, "in this order"
+        assert processes.process_with("-uuid", word) == (process.pid, processes.started_at(process.pid))
+        assert processes.has_words(process.pid, sys.executable), "the first word too"
+        assert processes.process_with("-uuid", word[:-1]) is None, "whole words, not parts of them"
+        assert processes.process_with("uuid", word) is None
+        assert processes.process_with(word, "-uuid") is None, "in this order"
         process.kill()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from utilityvm.errors import InvalidRequest
-from utilityvm.hostpath import absolute, identity_of
 from utilityvm.hosts.qemu.disk import describe
+from utilityvm.machine.hostpath import absolute, identity_of
 
 
 def test_a_relative_path_counts_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from utilityvm import paths
 from utilityvm.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -32,7 +31,8 @@ from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import QemuHost, QemuProcess, launch
 from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.log import logger
-from utilityvm.pids import process_with
+from utilityvm.machine import paths
+from utilityvm.machine.processes import process_with
 from utilityvm.scsi.ports import DiskRecord
 from utilityvm.scsi.slot import Slot
 from utilityvm.store import SqliteJournal, Store, StoredVM, VMState

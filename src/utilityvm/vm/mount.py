@@ -13,7 +13,7 @@ from utilityvm.scsi.reservation import Reservation
 from utilityvm.scsi.slot import Slot
 
 if TYPE_CHECKING:
-    from utilityvm.vm import UtilityVM
+    from utilityvm.vm.utility_vm import UtilityVM
 
 _log = logger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Final, Self
 from utilityvm.errors import DeadlineExceeded, InvalidRequest, UtilityVMError, VMExists, VMNotRunning
 from utilityvm.log import logger
 from utilityvm.templates import catalog
-from utilityvm.vm import UtilityVM
+from utilityvm.vm.utility_vm import UtilityVM
 
 _LARGEST: Final = 1000
 _LONGEST_PAUSE_S: Final = 30.0

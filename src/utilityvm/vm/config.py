@@ -10,8 +10,8 @@ from typing import Any, Final, Literal, Self, TypeAlias
 
 from utilityvm.errors import InvalidRequest
 from utilityvm.guestimage.build import GuestImage
-from utilityvm.hostpath import HostPath, absolute
 from utilityvm.hosts.qemu import QemuConfig
+from utilityvm.machine.hostpath import HostPath, absolute
 from utilityvm.scsi.manager import AddRequest
 from utilityvm.scsi.mount import checked_config, checked_guest_path
 from utilityvm.scsi.ports import (

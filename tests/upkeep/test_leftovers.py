@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from utilityvm import gc, paths
 from utilityvm.errors import SetupError
-from utilityvm.gc import Kind
 from utilityvm.guestimage import build, recipe
 from utilityvm.guestimage.cache import one_builder
-from utilityvm.pids import own_start
+from utilityvm.machine import paths
+from utilityvm.machine.processes import own_start
 from utilityvm.store import Store, StoredVM
 from utilityvm.store.ownership import Ownership
+from utilityvm.upkeep import leftovers
+from utilityvm.upkeep.leftovers import Kind
 
 
 @pytest.fixture(autouse=True)
@@ -69,16 +70,16 @@ def running(store: Store, name: str, **config: object) -> StoredVM:
 
 
 def found(store: Store) -> list[tuple[Kind, str]]:
-    return [(one.kind, one.name) for one in gc.leftovers(store)]
+    return [(one.kind, one.name) for one in leftovers.leftovers(store)]
 
 
 async def test_an_image_that_nobody_uses_goes_and_the_others_stay(store: Store) -> None:
     current, of_a_vm, old = current_image(), image("bookworm-ofavm"), image("bookworm-old")
     running(store, "alive", root=str(of_a_vm / "root.ext4"))
-    [one] = gc.leftovers(store)
+    [one] = leftovers.leftovers(store)
     assert (one.kind, one.path) == (Kind.IMAGE, old)
     assert one.size_bytes > 0
-    assert await gc.remove(one, store)
+    assert await leftovers.remove(one, store)
     assert sorted(path.name for path in (paths.cache_dir() / "images").iterdir()) == sorted(
         [".lock", current.name, of_a_vm.name]
     )
@@ -115,13 +116,13 @@ async def test_what_builds_left_goes_unless_somebody_builds(store: Store) -> Non
     (bases / "bookworm-old").mkdir()
     (bases / ".new-bookworm-1").mkdir()
     (paths.cache_dir() / "images/.new-bookworm-2").mkdir()
-    left = gc.leftovers(store)
+    left = leftovers.leftovers(store)
     assert [one.name for one in left] == [".new-bookworm-1", ".new-bookworm-2", "bookworm-old"]
     with one_builder(paths.cache_dir() / "images/.lock", waiting=lambda: None):
         assert found(store) == []
-        assert [await gc.remove(one, store) for one in left] == [False] * 3
+        assert [await leftovers.remove(one, store) for one in left] == [False] * 3
         assert (bases / ".new-bookworm-1").exists()
-    assert [await gc.remove(one, store) for one in left] == [True] * 3
+    assert [await leftovers.remove(one, store) for one in left] == [True] * 3
     assert found(store) == []
 
 
@@ -136,7 +137,7 @@ async def test_a_vm_that_starts_meanwhile_keeps_its_overlays(store: Store, monke
         return vms
 
     monkeypatch.setattr(store, "vms", read_then_start)
-    assert [one for one in gc.leftovers(store) if one.kind is Kind.OVERLAYS] == []
+    assert [one for one in leftovers.leftovers(store) if one.kind is Kind.OVERLAYS] == []
 
 
 def test_overlays_of_a_vm_that_runs_and_is_in_no_store_stay(store: Store) -> None:
@@ -155,9 +156,9 @@ async def test_what_is_taken_up_meanwhile_is_not_removed(store: Store) -> None:
     folder = paths.vm_dir("taken")
     folder.mkdir(parents=True)
     (folder / "console.log").write_text("")
-    [one] = gc.leftovers(store)
+    [one] = leftovers.leftovers(store)
     ownership = await Ownership.acquire(folder, vm="taken")
-    assert not await gc.remove(one, store)
+    assert not await leftovers.remove(one, store)
     assert (folder / "console.log").exists()
     ownership.release()
 
@@ -176,7 +177,7 @@ async def test_the_folder_of_a_vm_that_is_in_no_store(
     process = {"pid": os.getpid(), "started": started or own_start()}
     copy = {"name": "lost", "uuid": "u", "created": 0.0, "config": {}, "process": process}
     (folder / paths.RECORD_FILE).write_text(json.dumps({**copy, "store": of_store or str(store.path)}))
-    left = gc.leftovers(store)
+    left = leftovers.leftovers(store)
     assert [one.name for one in left] == ["lost"] * is_left
-    assert [await gc.remove(one, store) for one in left] == [True] * is_left
+    assert [await leftovers.remove(one, store) for one in left] == [True] * is_left
     assert folder.exists() is not is_left

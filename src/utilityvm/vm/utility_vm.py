@@ -14,8 +14,6 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path, PurePosixPath
 from typing import Final, Literal, Self
 
-from utilityvm import lifecycle, paths
-from utilityvm.config import GENERATED, DiskSpec, GuestPath, VMConfig
 from utilityvm.errors import (
     InvalidRequest,
     SetupError,
@@ -27,12 +25,11 @@ from utilityvm.errors import (
 from utilityvm.guestimage.build import GuestImage
 from utilityvm.guestimage.build import find as find_image
 from utilityvm.guests.bridge_guest import BridgeGuest, CommandResult, OutputSink
-from utilityvm.hostpath import HostPath, absolute, identity_of
 from utilityvm.hosts.qemu import QemuHost, QemuProcess
-from utilityvm.lifecycle import BOOT_S, CONNECT_S, SHUTDOWN_S
 from utilityvm.log import logger
-from utilityvm.mounts import SCSIMount
-from utilityvm.pids import is_running, own_start
+from utilityvm.machine import paths
+from utilityvm.machine.hostpath import HostPath, absolute, identity_of
+from utilityvm.machine.processes import is_running, own_start
 from utilityvm.scsi.events import ScsiEvent
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S, ScsiManager
 from utilityvm.scsi.migration import ScsiState
@@ -47,6 +44,10 @@ from utilityvm.templates import catalog
 from utilityvm.templates import clone as cloning
 from utilityvm.templates import save as saving
 from utilityvm.templates.catalog import Template
+from utilityvm.vm import lifecycle
+from utilityvm.vm.config import GENERATED, DiskSpec, GuestPath, VMConfig
+from utilityvm.vm.lifecycle import BOOT_S, CONNECT_S, SHUTDOWN_S
+from utilityvm.vm.mount import SCSIMount
 
 SETTLE_S: Final = 3.0
 CLONE_S: Final = 60.0

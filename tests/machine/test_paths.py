@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from utilityvm import paths
+from utilityvm.machine import paths
 
 FOLDERS: list[tuple[Callable[[], Path], str, str, str]] = [
     (paths.cache_dir, "UTILITYVM_CACHE_DIR", "XDG_CACHE_HOME", "/home/me/.cache/utilityvm"),
