@@ -25,9 +25,9 @@ class Journal:
         self.writes = 0
         plain = SqliteJournal.write
 
-        def write(journal: SqliteJournal, *arguments: object) -> None:
+        async def write(journal: SqliteJournal, *arguments: object) -> None:
             begun = time.perf_counter()
-            plain(journal, *arguments)  # type: ignore[arg-type]
+            await plain(journal, *arguments)  # type: ignore[arg-type]
             self.seconds += time.perf_counter() - begun
             self.writes += 1
 

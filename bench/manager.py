@@ -105,7 +105,7 @@ class NullGuest:
 class NullJournal:
     """A journal that keeps nothing."""
 
-    def write(self, put: Sequence[Record], drop: Sequence[Record] = ()) -> None:
+    async def write(self, put: Sequence[Record], drop: Sequence[Record] = ()) -> None:
         pass
 
     def read(self) -> list[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from utilityvm.scsi.ports import (
     Holder,
     MountConfig,
     MountRecord,
+    Record,
     ReservationRecord,
     VMAccess,
 )
@@ -43,42 +45,41 @@ def vm(store: Store, folders: Path) -> Path:
     store.set_process(record, {"pid": os.getpid(), "started": own_start(), "accelerator": "tcg"})
     store.set_state(record, VMState.RUNNING)
     status, now = disk.stat(), time.time()
-    SqliteJournal(store, record).write(
-        [
-            DiskRecord(
+    records: list[Record] = [
+        DiskRecord(
+            attachment="a1",
+            slot=Slot(0, 1),
+            host_path=str(disk),
+            identity=f"file:{status.st_dev}:{status.st_ino}",
+            kind=AttachmentType.VIRTUAL_DISK,
+            format=DiskFormat.QCOW2,
+            access=VMAccess.INDIVIDUAL,
+            read_only=True,
+            size_bytes=1 << 30,
+            state="attached",
+            since=now,
+        ),
+        MountRecord(
+            mount="m1",
+            attachment="a1",
+            guest_path=PurePosixPath("/data"),
+            config=MountConfig(read_only=True),
+            state="mounted",
+            since=now,
+        ),
+        *(
+            ReservationRecord(
+                reservation=f"r{number}",
                 attachment="a1",
-                slot=Slot(0, 1),
-                host_path=str(disk),
-                identity=f"file:{status.st_dev}:{status.st_ino}",
-                kind=AttachmentType.VIRTUAL_DISK,
-                format=DiskFormat.QCOW2,
-                access=VMAccess.INDIVIDUAL,
-                read_only=True,
-                size_bytes=1 << 30,
-                state="attached",
-                since=now,
-            ),
-            MountRecord(
                 mount="m1",
-                attachment="a1",
-                guest_path=PurePosixPath("/data"),
-                config=MountConfig(read_only=True),
-                state="mounted",
+                holder=Holder(name=name),
+                state=state,
                 since=now,
-            ),
-            *(
-                ReservationRecord(
-                    reservation=f"r{number}",
-                    attachment="a1",
-                    mount="m1",
-                    holder=Holder(name=name),
-                    state=state,
-                    since=now,
-                )
-                for number, (name, state) in enumerate([("cli", "held"), ("job-17", "held"), ("late", "pending")])
-            ),
-        ]
-    )
+            )
+            for number, (name, state) in enumerate([("cli", "held"), ("job-17", "held"), ("late", "pending")])
+        ),
+    ]
+    asyncio.run(SqliteJournal(store, record).write(records))
     return disk
 
 

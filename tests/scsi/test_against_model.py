@@ -141,7 +141,7 @@ class Model(RuleBasedStateMachine):
         for held, _, _ in list(self.held.values()):
             self.finish(self.bench.manager.release(held))
         self.bench.journal.failures = 0
-        self.bench.manager._ledger.flush()
+        self.finish(self.bench.manager.settle())
         self.bench.check_empty()
 
 

@@ -809,6 +809,68 @@ async def test_an_intent_that_cannot_be_written_is_a_step_that_is_not_sent(bench
     assert not bench.manager.slots()
 
 
+@pytest.mark.parametrize("step", ["attach", "mount"])
+async def test_a_deadline_while_an_intent_waits_sends_nothing(bench: Bench, step: str) -> None:
+    await bench.attach("other")
+    if step == "mount":
+        await bench.attach("a")
+    sent = len(bench.world.log)
+    is_free = asyncio.Event()
+
+    async def busy(what: str) -> None:
+        await is_free.wait()
+
+    bench.journal.gate = busy
+    with pytest.raises(DeadlineExceeded):
+        await bench.add("a", timeout_s=0.01)
+    is_free.set()
+    await bench.manager.settle()
+    assert bench.world.log[sent:] == []
+    bench.check_promises()
+    assert {view.host_path for view in bench.manager.slots()} == ({"other", "a"} if step == "mount" else {"other"})
+
+
+async def test_what_is_wanted_again_while_its_intent_waits_is_not_taken_away(bench: Bench) -> None:
+    first = await bench.add("a", "/1")
+    sent = len(bench.world.log)
+    is_free, waits = asyncio.Event(), asyncio.Event()
+
+    async def busy(what: str) -> None:
+        waits.set()
+        await is_free.wait()
+
+    bench.journal.gate = busy
+    releasing = asyncio.create_task(bench.manager.release(first))
+    await waits.wait()
+    adding = asyncio.create_task(bench.add("a", "/1"))
+    await asyncio.sleep(0)
+    is_free.set()
+    await asyncio.gather(releasing, adding)
+    assert bench.world.log[sent:] == []
+    kinds = [type(record).__name__ for record in bench.journal.read()]
+    assert kinds == ["DiskRecord", "MountRecord", "ReservationRecord"]
+    bench.check_promises()
+
+
+async def test_a_store_that_hangs_fails_those_who_waited_behind_it_with_one_wait(bench: Bench) -> None:
+    tries = 0
+
+    async def hangs(what: str) -> None:
+        nonlocal tries
+        tries += 1
+        for _ in range(20):
+            await asyncio.sleep(0)
+        raise StoreError("locked")
+
+    bench.journal.gate = hangs
+    results = await asyncio.gather(*(bench.attach(name) for name in "abcd"), return_exceptions=True)
+    assert [type(result) for result in results] == [StoreError] * 4
+    assert tries <= 3  # the four intents, and what is noted of their end
+    bench.journal.gate = None
+    await bench.manager.settle()
+    bench.check_empty()
+
+
 async def test_an_outcome_that_the_journal_did_not_take_is_written_by_the_next_repair(bench: Bench) -> None:
     held = await bench.add("a")
 

@@ -66,18 +66,18 @@ def test_a_vm_is_alive_while_that_very_process_runs(store: Store) -> None:
     assert store.get("one").seen_state is VMState.DEAD
 
 
-def test_a_dead_vm_holds_no_disk(store: Store) -> None:
+async def test_a_dead_vm_holds_no_disk(store: Store) -> None:
     vm = store.add("one", uuid="u", config={})
-    SqliteJournal(store, vm).write([disk("a1", "file:1:1")])
+    await SqliteJournal(store, vm).write([disk("a1", "file:1:1")])
     assert store.user_of("file:1:1") == "one"
     store.set_dead(vm)
     assert store.user_of("file:1:1") is None
     assert SqliteJournal(store, vm).read() == []
 
 
-def test_a_vm_does_not_see_itself_as_the_user_of_its_disk(store: Store) -> None:
+async def test_a_vm_does_not_see_itself_as_the_user_of_its_disk(store: Store) -> None:
     vm = store.add("one", uuid="u", config={})
-    SqliteJournal(store, vm).write([disk("a1", "file:1:1")])
+    await SqliteJournal(store, vm).write([disk("a1", "file:1:1")])
     assert store.user_of("file:1:1", other_than=vm) is None
 
 

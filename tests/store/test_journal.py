@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -66,68 +67,68 @@ def journal(store: Store) -> Iterator[SqliteJournal]:
     store.remove(vm)
 
 
-def test_records_come_back_as_they_were(journal: SqliteJournal) -> None:
-    journal.write([RESERVATION, MOUNT, DISK])
+async def test_records_come_back_as_they_were(journal: SqliteJournal) -> None:
+    await journal.write([RESERVATION, MOUNT, DISK])
     assert journal.read() == [DISK, MOUNT, RESERVATION]
 
 
-def test_a_record_takes_the_place_of_one_of_its_id(journal: SqliteJournal) -> None:
-    journal.write([DISK])
+async def test_a_record_takes_the_place_of_one_of_its_id(journal: SqliteJournal) -> None:
+    await journal.write([DISK])
     changed = replace(DISK, state="attached", host_path="/elsewhere", slot=Slot(0, 0), size_bytes=1)
-    journal.write([changed])
+    await journal.write([changed])
     assert journal.read() == [changed]
 
 
-def test_a_dropped_record_is_gone_and_dropping_it_again_is_no_error(journal: SqliteJournal) -> None:
-    journal.write([DISK, MOUNT, RESERVATION])
-    journal.write([], [RESERVATION, MOUNT])
-    journal.write([], [RESERVATION])
+async def test_a_dropped_record_is_gone_and_dropping_it_again_is_no_error(journal: SqliteJournal) -> None:
+    await journal.write([DISK, MOUNT, RESERVATION])
+    await journal.write([], [RESERVATION, MOUNT])
+    await journal.write([], [RESERVATION])
     assert journal.read() == [DISK]
 
 
-def test_what_is_dropped_and_put_at_once_is_there(journal: SqliteJournal) -> None:
-    journal.write([DISK])
-    journal.write([DISK], [DISK])
+async def test_what_is_dropped_and_put_at_once_is_there(journal: SqliteJournal) -> None:
+    await journal.write([DISK])
+    await journal.write([DISK], [DISK])
     assert journal.read() == [DISK]
 
 
-def test_two_vms_do_not_see_each_other(store: Store, journal: SqliteJournal) -> None:
+async def test_two_vms_do_not_see_each_other(store: Store, journal: SqliteJournal) -> None:
     other = store.add("two", uuid="u", config={})
-    journal.write([DISK])
-    SqliteJournal(store, other).write([replace(DISK, host_path="/b")], [DISK])
+    await journal.write([DISK])
+    await SqliteJournal(store, other).write([replace(DISK, host_path="/b")], [DISK])
     assert journal.read() == [DISK]
     store.remove(other)
     assert journal.read() == [DISK]
 
 
-def test_a_write_that_fails_in_the_middle_changes_nothing(journal: SqliteJournal) -> None:
-    journal.write([DISK])
+async def test_a_write_that_fails_in_the_middle_changes_nothing(journal: SqliteJournal) -> None:
+    await journal.write([DISK])
     broken = replace(DISK, attachment="a2", size_bytes="many")  # type: ignore[arg-type]
     with pytest.raises(StoreError):
-        journal.write([replace(DISK, state="attached"), broken], [MOUNT])
+        await journal.write([replace(DISK, state="attached"), broken], [MOUNT])
     assert journal.read() == [DISK]
-    journal.write([MOUNT])  # and the connection is good for more
+    await journal.write([MOUNT])  # and the connection is good for more
 
 
-def test_the_journal_of_a_removed_vm_refuses(store: Store) -> None:
+async def test_the_journal_of_a_removed_vm_refuses(store: Store) -> None:
     vm = store.add("gone", uuid="u", config={})
     journal = SqliteJournal(store, vm)
     store.remove(vm)
     store.add("gone", uuid="u", config={})
     with pytest.raises(StoreError, match="was removed"):
-        journal.write([DISK])
+        await journal.write([DISK])
     store.remove(store.get("gone"))
 
 
-def test_a_path_that_is_not_text_is_refused(journal: SqliteJournal) -> None:
+async def test_a_path_that_is_not_text_is_refused(journal: SqliteJournal) -> None:
     with pytest.raises(StoreError, match="UTF-8"):
-        journal.write([replace(DISK, host_path="/srv/\udcff")])
+        await journal.write([replace(DISK, host_path="/srv/\udcff")])
     assert journal.read() == []
 
 
-def test_a_key_is_nowhere_in_the_files(store: Store, journal: SqliteJournal) -> None:
+async def test_a_key_is_nowhere_in_the_files(store: Store, journal: SqliteJournal) -> None:
     key = b"0123456789abcdefFEDCBA9876543210"
-    journal.write([replace(MOUNT, config=MountConfig(encryption=CallerKey(key)))])
+    await journal.write([replace(MOUNT, config=MountConfig(encryption=CallerKey(key)))])
     (found,) = journal.read()
     assert isinstance(found, MountRecord)
     assert found.config.encryption == CallerKey(b"")
@@ -135,11 +136,47 @@ def test_a_key_is_nowhere_in_the_files(store: Store, journal: SqliteJournal) -> 
         assert key not in file.read_bytes()
 
 
-def test_a_journal_that_another_program_wrote_is_a_store_error(store: Store, journal: SqliteJournal) -> None:
-    journal.write([DISK])
+async def test_a_journal_that_another_program_wrote_is_a_store_error(store: Store, journal: SqliteJournal) -> None:
+    await journal.write([DISK])
     store.db.execute("UPDATE disks SET lun = 64")
     with pytest.raises(StoreError, match="no utilityvm wrote"):
         journal.read()
+
+
+async def test_a_busy_store_is_waited_for_and_the_loop_goes_on(store: Store, journal: SqliteJournal) -> None:
+    turns = 0
+    with Store.open(store.path) as other, database.transaction(other.db):
+        writing = asyncio.create_task(journal.write([DISK]))
+        while turns < 5:
+            await asyncio.sleep(0.005)
+            turns += 1
+        assert not writing.done()
+    await writing
+    assert journal.read() == [DISK]
+
+
+async def test_a_write_that_is_cancelled_while_the_store_is_busy_writes_nothing(
+    store: Store, journal: SqliteJournal
+) -> None:
+    with Store.open(store.path) as other, database.transaction(other.db):
+        writing = asyncio.create_task(journal.write([DISK]))
+        await asyncio.sleep(0.01)
+        writing.cancel()
+        await asyncio.wait({writing})
+    assert writing.cancelled()
+    assert journal.read() == []
+
+
+async def test_a_store_that_stays_busy_is_an_error(
+    store: Store, journal: SqliteJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_S", 0.05)
+    with Store.open(store.path) as other, database.transaction(other.db):
+        with pytest.raises(StoreError, match="locked") as refused:
+            await journal.write([DISK, MOUNT])
+        assert "fuser" in str(refused.value.remedy)
+    await journal.write([DISK])
+    assert journal.read() == [DISK]
 
 
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
@@ -208,7 +245,7 @@ def test_any_records_come_back(store: Store, records: list[DiskRecord | MountRec
     vm = store.add("any", uuid="u", config={})
     try:
         journal = SqliteJournal(store, vm)
-        journal.write(records)
+        asyncio.run(journal.write(records))
         expected = {(type(record), _id(record)): record for record in records}
         assert {(type(record), _id(record)): record for record in journal.read()} == expected
     finally:
@@ -225,23 +262,25 @@ def _id(record: DiskRecord | MountRecord | ReservationRecord) -> str:
             return record.reservation
 
 
-def test_the_wal_does_not_grow_for_ever(store: Store, journal: SqliteJournal, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_wal_does_not_grow_for_ever(
+    store: Store, journal: SqliteJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(database, "CHECKPOINT_WRITES", 50)
     wal = store.path.with_name(f"{store.path.name}-wal")
     sizes: list[int] = []
     for _ in range(20):
         for number in range(50):
-            journal.write([replace(DISK, since=float(number))])
+            await journal.write([replace(DISK, since=float(number))])
         assert store._checkpoint is not None
         store._checkpoint.join()
         sizes.append(wal.stat().st_size)
     assert max(sizes) <= 3 * sizes[0], "after each checkpoint the file is written from its beginning again"
 
 
-def test_writes_go_on_while_a_checkpoint_runs(
+async def test_writes_go_on_while_a_checkpoint_runs(
     store: Store, journal: SqliteJournal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "CHECKPOINT_WRITES", 10)
     for number in range(500):
-        journal.write([replace(DISK, since=float(number))])
+        await journal.write([replace(DISK, since=float(number))])
     assert journal.read() == [replace(DISK, since=499.0)]

@@ -31,6 +31,7 @@ class Disk:
     leaving: dict[str, Claim] = field(default_factory=dict)
     force: bool = False  # the next unmount and eject may be forced
     worker: asyncio.Task[None] | None = None
+    is_kicked: bool = False  # something changed since the worker looked
     stuck: set[str] = field(default_factory=set)  # mounts whose last step failed; tried again when somebody asks
     halted: bool = False  # so for the disk itself
     doubt: UtilityVMError | None = None  # why the last step's outcome is unknown

@@ -204,13 +204,14 @@ class ScsiManager:
             raise AlreadyReleased(f"reservation {id} is being released", vm=self._vm)
         if force:
             claim.disk.force = True
-        self._begin_release(claim)
-        if claim.id not in self._book.claims:
-            return  # others hold on to all of it
         limit = asyncio.timeout(timeout_s)
         try:
             async with limit:
-                await self._until_settled(claim)
+                self._begin_release(claim)
+                if claim.id in self._book.claims:
+                    await self._until_settled(claim)
+                else:  # others hold on to all of it
+                    await self._ledger.flush()
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -328,7 +329,7 @@ class ScsiManager:
                 await self._host.resize(disk.slot, attachment=disk.id, size_bytes=size_bytes, timeout_s=_left(ends))
                 disk.size_bytes = size_bytes
                 self._ledger.note([disk.record()])
-                self._ledger.flush()
+                await self._ledger.flush()
             mounted = [(m.config, m.guest_path) for m in disk.mounts.values() if m.state is MountState.MOUNTED]
             await self._guest.grow(disk.slot, mounts=mounted, timeout_s=_left(ends))
         finally:
@@ -421,7 +422,7 @@ class ScsiManager:
             if self._resizing:
                 raise WrongState("a disk is being resized", vm=self._vm, remedy="export when that is done")
             state = ScsiState.of(self._book.in_order(), controllers=self._book.free.controllers)
-            self._ledger.flush()
+            await self._ledger.flush()
         except BaseException as error:
             self._exported = False
             if isinstance(error, TimeoutError) and limit.expired():
@@ -489,7 +490,7 @@ class ScsiManager:
             ) from None
         if self._imported is None or self._gone is not None:
             raise self._gone or WrongState("it was resumed meanwhile", vm=self._vm)
-        self._journal.write(records)
+        await self._journal.write(records)
         self._imported = None
         return await self._take_up(records, lambda _: True, {})
 
@@ -512,7 +513,7 @@ class ScsiManager:
         """Return when no work is under way in the background, and the journal has all that it takes."""
         while self._workers.tasks:
             await asyncio.wait(self._workers.tasks)
-        self._ledger.flush()
+        await self._ledger.flush()
 
     def mark_gone(self, error: UtilityVMError) -> None:
         """The VM died. Whoever waits is told at once; nothing is attached any more, and the journal says so."""
@@ -535,7 +536,7 @@ class ScsiManager:
         self._book.paths.clear()
         self._book.claims.clear()
         self._ledger.note([], dropped)
-        self._ledger.flush()
+        self._workers.write_soon()
 
     def _check_open(self) -> None:
         if self._gone is not None:
@@ -563,7 +564,7 @@ class ScsiManager:
         """Wait until the claim is held, or gone. Who stops waiting for one that is not held gives it up."""
         disk = claim.disk
         if claim.waiter is None and disk.worker is None and self._workers.try_settle(claim):
-            self._ledger.flush()
+            await self._ledger.flush()
             return
         claim.waiter = asyncio.get_running_loop().create_future()
         self._workers.kick(disk)
@@ -587,8 +588,8 @@ class ScsiManager:
             claim.state = ReservationState.RELEASING
             disk.leaving[claim.id] = claim
             self._ledger.note([claim.record()])
-            if disk.worker is None and self._workers.try_settle(claim):
-                self._ledger.flush()
+            if disk.worker is None:
+                self._workers.try_settle(claim)
 
 
 def _left(ends: float) -> float:

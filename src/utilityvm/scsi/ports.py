@@ -274,11 +274,11 @@ Record: TypeAlias = DiskRecord | MountRecord | ReservationRecord
 class Journal(Protocol):
     """Where the manager writes down what it is about to do, and what came of it."""
 
-    def write(self, put: Sequence[Record], drop: Sequence[Record] = ()) -> None:
+    async def write(self, put: Sequence[Record], drop: Sequence[Record] = ()) -> None:
         """Store `put` (in place of a record of the same id) and forget `drop`: all of it, or nothing.
 
-        True on return even if the process is killed the next instant. Called before each step is sent, so it
-        must be quick, and it may not wait.
+        True on return even if the process is killed the next instant. Called before each step is sent, so it must be
+        quick; it may wait for another process, but never blocks the event loop. The manager makes one call at a time.
 
         Raises:
             StoreError: nothing was written; the step is not sent.

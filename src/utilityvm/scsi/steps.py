@@ -90,6 +90,7 @@ class Steps:
             disk,
             "attach",
             lambda: self._host.attach(disk.slot, handle, attachment=disk.id, timeout_s=self._timeouts.attach),
+            still=lambda: disk.is_wanted,
         )
 
     async def eject(self, disk: Disk) -> None:
@@ -98,6 +99,7 @@ class Steps:
             disk,
             "eject",
             lambda: self._guest.eject(disk.slot, timeout_s=self._timeouts.eject, force=disk.force),
+            still=lambda: not disk.is_wanted,
         )
 
     async def detach(self, disk: Disk) -> None:
@@ -106,6 +108,7 @@ class Steps:
             disk,
             "detach",
             lambda: self._host.detach(disk.slot, attachment=disk.id, timeout_s=self._timeouts.detach),
+            still=lambda: True,  # the guest has no device any more, whoever wants it
         )
 
     async def probe_disk(self, disk: Disk) -> None:
@@ -132,6 +135,7 @@ class Steps:
             lambda: self._guest.mount(
                 mount.disk.slot, mount.config, guest_path=mount.guest_path, timeout_s=self._timeouts.mount
             ),
+            still=lambda: mount.is_wanted,
         )
 
     async def unmount(self, mount: Mount) -> None:
@@ -147,6 +151,7 @@ class Steps:
                 timeout_s=self._timeouts.unmount,
                 force=disk.force,
             ),
+            still=lambda: not mount.is_wanted,
         )
 
     async def probe_mount(self, mount: Mount) -> None:
@@ -175,8 +180,14 @@ class Steps:
             self._ledger.note([mount.record()])
         self._events.emit(mount.disk, mount, mount.state, seconds=seconds)
 
-    async def _disk_step(self, disk: Disk, phase: str, send: Callable[[], Awaitable[None]]) -> None:
-        self._intend_disk(disk)
+    async def _disk_step(
+        self, disk: Disk, phase: str, send: Callable[[], Awaitable[None]], *, still: Callable[[], bool]
+    ) -> None:
+        """`still`: is the step wanted, now that its intent is written? That may have taken a while."""
+        await self._intend_disk(disk)
+        if not still():
+            self._ledger.note([disk.record()])
+            return
         self.enter_disk(disk, Event.BEGIN, write=False)
         begun = time.perf_counter()
         try:
@@ -191,9 +202,14 @@ class Steps:
         disk.phases[phase] = time.perf_counter() - begun
         self.enter_disk(disk, Event.DONE, seconds=disk.phases[phase])
 
-    async def _mount_step(self, mount: Mount, phase: str, send: Callable[[], Awaitable[None]]) -> None:
+    async def _mount_step(
+        self, mount: Mount, phase: str, send: Callable[[], Awaitable[None]], *, still: Callable[[], bool]
+    ) -> None:
         disk = mount.disk
-        self._intend_mount(mount)
+        await self._intend_mount(mount)
+        if not still():
+            self._ledger.note([mount.record()])
+            return
         self.enter_mount(mount, Event.BEGIN, write=False)
         begun = time.perf_counter()
         try:
@@ -223,7 +239,7 @@ class Steps:
             remedy="the slot stays taken until the VM answers; ask again",
         )
 
-    def _intend_disk(self, disk: Disk) -> None:
+    async def _intend_disk(self, disk: Disk) -> None:
         """Write down that the next step of the disk is about to be sent, and for whom it is attached."""
         state = disk.after(Event.BEGIN)
         if state is DiskState.ATTACHING:
@@ -232,18 +248,18 @@ class Steps:
                 [claim.record() for claim in disk.claims.values() if claim.state is ReservationState.PENDING]
             )
         try:
-            self._ledger.intend(disk.record(state))
+            await self._ledger.intend(disk.record(state))
         except StoreError as error:
             raise StepFailed(error) from error
 
-    def _intend_mount(self, mount: Mount) -> None:
+    async def _intend_mount(self, mount: Mount) -> None:
         state = mount.after(Event.BEGIN)
         if state is MountState.MOUNTING:
             self._ledger.note(
                 [claim.record() for claim in mount.claims.values() if claim.state is ReservationState.PENDING]
             )
         try:
-            self._ledger.intend(mount.record(state))
+            await self._ledger.intend(mount.record(state))
         except StoreError as error:
             raise StepFailed(error, mount) from error
 

@@ -41,23 +41,30 @@ class Workers:
         """See to it that the disk becomes as its claims want it."""
         disk.stuck.clear()
         disk.halted = False
+        disk.is_kicked = True
         if disk.worker is None:
             disk.worker = asyncio.get_running_loop().create_task(self._work(disk))
             self.tasks.add(disk.worker)
             disk.worker.add_done_callback(self.tasks.discard)
 
+    def write_soon(self) -> None:
+        """Have the journal take what was noted, in the background."""
+        task = asyncio.get_running_loop().create_task(self._ledger.flush())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
     async def _work(self, disk: Disk) -> None:
         failed: list[tuple[Claim, UtilityVMError]] = []
         try:
-            while True:
+            goes_on = True
+            while goes_on or (disk.is_kicked and disk.identity in self._book.disks):
+                disk.is_kicked = False
                 try:
                     goes_on = await self._advance(disk)
                 except StepFailed as failure:
                     self._note_failure(disk, failure, failed)
                     goes_on = not disk.halted
-                self._settle_claims(disk)
-                if not goes_on:
-                    break
+                await self._settle_claims(disk)
         except Exception as error:  # a mistake of ours: nobody may wait for ever because of it
             self._log.error("the worker of %s failed: %r", disk.slot, error, host_path=disk.request.host_path)
             ours = as_ours(error, f"{disk.request.host_path} at {disk.slot}")
@@ -68,21 +75,27 @@ class Workers:
             disk.force = False
             if disk.state is DiskState.ATTACHED:
                 disk.close_opened()
-            self._settle_claims(disk)
-            self._ledger.flush()
-            for claim, why in failed:
-                tell(claim, why)
+            try:
+                await self._ledger.flush()
+            finally:
+                for claim, why in failed:
+                    tell(claim, why)
 
-    def _settle_claims(self, disk: Disk) -> None:
+    async def _settle_claims(self, disk: Disk) -> None:
         settled = [
             claim
             for claim in (*disk.claims.values(), *disk.leaving.values())
             if claim.state is not ReservationState.HELD and self.try_settle(claim)
         ]
-        if settled:
-            self._ledger.flush()
-        for claim in settled:
-            tell(claim, None)
+        if not settled:
+            return
+        waiters = [claim.waiter for claim in settled]  # those of now: a claim that is held can be given back meanwhile
+        try:
+            await self._ledger.flush()
+        finally:
+            for waiter in waiters:
+                if waiter is not None and not waiter.done():
+                    waiter.set_result(None)
 
     def _note_failure(self, disk: Disk, failure: StepFailed, failed: list[tuple[Claim, UtilityVMError]]) -> None:
         """Tell those who waited for the step. New claims fail, once it is undone; released ones stay to be retried."""

@@ -5,7 +5,7 @@
     with Store.open() as store:
         vm = store.add("worker", uuid=..., config={...})
         journal = SqliteJournal(store, vm)
-        journal.write([DiskRecord(...)])        # true on return, also if we are killed the next instant
+        await journal.write([DiskRecord(...)])  # true on return, also if we are killed the next instant
         store.set_process(vm, process, state=VMState.RUNNING)
 
 `database` opens the file, and moves a damaged one aside; `catalog` has the VMs; `journal` has a VM's disks, mounts and

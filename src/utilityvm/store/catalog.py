@@ -62,6 +62,7 @@ class Store:
         """Use `open`."""
         self.db = db
         self.path = path
+        self._unwaiting: sqlite3.Connection | None = None
         self._writes = 0
         self._checkpoint: threading.Thread | None = None
 
@@ -75,7 +76,15 @@ class Store:
         """Twice is once."""
         if self._checkpoint is not None:
             self._checkpoint.join()
+        if self._unwaiting is not None:
+            self._unwaiting.close()
         self.db.close()
+
+    def unwaiting(self) -> sqlite3.Connection:
+        """A second connection, on which no statement waits for another writer; for those who may not block."""
+        if self._unwaiting is None:
+            self._unwaiting = database.connect_unwaiting(self.path)
+        return self._unwaiting
 
     def count_write(self) -> None:
         """After each write of a journal: sees to it that the WAL does not grow for ever."""

@@ -30,11 +30,16 @@ VERSION: Final = 1
 MIGRATIONS: Final[Sequence[str]] = ("",)
 APPLICATION_ID: Final = 0x75766D31  # "uvm1"
 BUSY_S: Final = 2.0  # a writer holds the file for some 20 us; who holds it for longer is stuck
+WAITS_S: Final = (0.001, 0.002, 0.005, 0.01, 0.025)  # between attempts of a writer that may not block; then the last
 _PAGE_BYTES: Final = 1024  # a commit writes whole pages, so small ones are quick
 CHECKPOINT_WRITES: Final = 1000  # of some 3 pages each
 _DAMAGED: Final = ("malformed", "not a database", "file is encrypted")
 
 _log = logger(__name__)
+
+
+class StoreBusy(StoreError):
+    """Another process, or thread, is writing. Nothing was done, and the same can be tried again."""
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -68,6 +73,21 @@ def connect(path: Path) -> sqlite3.Connection:
     return db
 
 
+def connect_unwaiting(path: Path) -> sqlite3.Connection:
+    """Another connection to a store that is open; what it cannot do at once is `StoreBusy`.
+
+    Raises:
+        sqlite3.Error: as any statement.
+    """
+    db = _open(path, timeout=0)
+    try:
+        _prepare(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
 def checkpoint(path: Path) -> None:
     """Copy the WAL into the file, so that it is written from its beginning again. It may be left out.
 
@@ -95,8 +115,8 @@ def failure(error: sqlite3.Error, path: Path) -> StoreError:
     """What to raise for an error of SQLite; nothing of the transaction was done."""
     text = str(error)
     if "locked" in text:
-        remedy = f"see who has it open: fuser -v {path}"
-    elif "full" in text:
+        return StoreBusy(f"the store {path}: {text}", remedy=f"see who has it open: fuser -v {path}")
+    if "full" in text:
         remedy = f"make room in {path.parent}; nothing was lost, and nothing was begun"
     elif "readonly" in text or "unable to open" in text:
         remedy = f"{path.parent} and all in it must be writable for this user"
@@ -125,13 +145,13 @@ def _make_folder(folder: Path) -> None:
         )
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(path: Path, *, timeout: float = BUSY_S) -> sqlite3.Connection:
     quoted = str(path.absolute())
     for mark in "%?#":
         quoted = quoted.replace(mark, f"%{ord(mark):02x}")
     # mode=rw: a file that was moved away in between is not made anew here, empty.
     return sqlite3.connect(
-        f"file:{quoted}?mode=rw", uri=True, isolation_level=None, timeout=BUSY_S, check_same_thread=False
+        f"file:{quoted}?mode=rw", uri=True, isolation_level=None, timeout=timeout, check_same_thread=False
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any, Final
@@ -40,20 +41,41 @@ class SqliteJournal:
 
     def __init__(self, store: Store, vm: StoredVM) -> None:
         self._store = store
-        self._db = store.db
-        self._execute = store.db.cursor().execute  # one cursor for all that gives no rows
         self._vm = vm
+        self._cursor: sqlite3.Cursor | None = None  # one for all that gives no rows
 
-    def write(self, put: Sequence[Record], drop: Sequence[Record] = ()) -> None:
+    async def write(self, put: Sequence[Record], drop: Sequence[Record] = ()) -> None:
         """Store `put` and forget `drop`, in one transaction; see `scsi.ports.Journal`.
+
+        The first attempt is made at once, without giving the event loop a turn. While another process writes, the
+        loop goes on, and it is tried again.
 
         Raises:
             StoreError: nothing was written: no space, no right, the VM was removed, or the file was busy for 2 s.
         """
-        self._write(put, drop)
+        waits = iter(database.WAITS_S)
+        ends: float | None = None
+        while True:
+            try:
+                self._write(put, drop)
+                break
+            except database.StoreBusy:
+                now = time.monotonic()
+                ends = now + database.BUSY_S if ends is None else ends
+                if now >= ends:
+                    raise
+                import asyncio  # late, as those who only read have no use for it
+
+                await asyncio.sleep(next(waits, database.WAITS_S[-1]))
         self._store.count_write()
 
+    def _execute(self, sql: str, values: Sequence[Any] = ()) -> None:
+        if self._cursor is None:
+            self._cursor = self._store.unwaiting().cursor()
+        self._cursor.execute(sql, values)
+
     def _write(self, put: Sequence[Record], drop: Sequence[Record]) -> None:
+        """Try it, without any waiting."""
         execute = self._execute
         try:
             if len(put) + len(drop) == 1:  # a statement alone is its own transaction, without two more to say so
@@ -71,7 +93,7 @@ class SqliteJournal:
                     execute(*_put(self._vm.id, record))
                 execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:
+                if self._cursor is not None and self._cursor.connection.in_transaction:
                     execute("ROLLBACK")
                 raise
         except sqlite3.IntegrityError as error:
@@ -93,7 +115,9 @@ class SqliteJournal:
         """
         try:
             disks, mounts, reservations = (
-                self._db.execute(f"SELECT * FROM {table} WHERE vm = ? ORDER BY since, 2", (self._vm.id,)).fetchall()
+                self._store.db.execute(
+                    f"SELECT * FROM {table} WHERE vm = ? ORDER BY since, 2", (self._vm.id,)
+                ).fetchall()
                 for table in ("disks", "mounts", "reservations")
             )
         except sqlite3.Error as error:

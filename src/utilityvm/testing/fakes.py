@@ -332,12 +332,13 @@ class FakeGuest:
 
 
 class MemoryJournal:
-    """A journal in memory. `history` has every write; `fail_next` makes the next writes fail."""
+    """A journal in memory. `writes` counts them; `fail_next` makes the next ones fail."""
 
     def __init__(self) -> None:
         self.records: dict[tuple[type, str], Record] = {}
         self.failures = 0
         self.writes = 0
+        self.gate: Callable[[str], Awaitable[None]] | None = None  # awaited before each write: a store that is busy
 
     def fail_next(self, *, times: int = 1) -> None:
         self.failures += times
@@ -348,7 +349,9 @@ class MemoryJournal:
         other.records = dict(self.records)
         return other
 
-    def write(self, put: Sequence[Record], drop: Sequence[Record] = ()) -> None:
+    async def write(self, put: Sequence[Record], drop: Sequence[Record] = ()) -> None:
+        if self.gate:
+            await self.gate("write")
         if self.failures:
             self.failures -= 1
             raise StoreError("the disk is full")

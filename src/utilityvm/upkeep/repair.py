@@ -77,7 +77,7 @@ async def _doubt(name: str, *, wait_s: float) -> None:
                 is_there = str(record.guest_path) in in_guest and record.attachment in on_bus
                 doubtful += [] if is_there else [replace(record, state=MountState.MOUNT_UNKNOWN)]
         if doubtful:
-            journal.write(doubtful)
+            await journal.write(doubtful)
 
 
 @asynccontextmanager

@@ -196,7 +196,7 @@ class UtilityVM:
             process = host.process.to_json()
             store.set_process(record, process)
             lifecycle.write_copy(folder, record, process)
-            SqliteJournal(store, record).write(prepared.records)
+            await SqliteJournal(store, record).write(prepared.records)
             await host.loaded(prepared.incoming.disks, timeout_s=timeout_s)
             guest = await lifecycle.wake(host, name, timeout_s=timeout_s)
             undo.push_async_callback(guest.close)
