@@ -48,9 +48,9 @@ class Qemu:
         self._process.stdin.flush()
         return self._receive()
 
-    def open(self, path: Path, format: str, **options: object) -> dict[str, Any]:
+    def open(self, path: Path, driver: str, **options: object) -> dict[str, Any]:
         file = {"driver": "file", "node-name": "own-file", "filename": os.fspath(path), "read-only": True}
-        return self.ask("blockdev-add", driver=format, node_name="own", read_only=True, file=file, **options)
+        return self.ask("blockdev-add", driver=driver, node_name="own", read_only=True, file=file, **options)
 
     def nodes(self) -> list[str]:
         return sorted(node["node-name"] for node in self.ask("query-named-block-nodes")["return"])
@@ -85,6 +85,10 @@ def start() -> Iterator[Callable[..., Qemu]]:
         yield start_one
 
 
+def told(header: headers.ImageHeader) -> dict[str, Any]:
+    return headers.driver_options(header)
+
+
 @pytest.mark.parametrize("seed", ["qcow2", "qcow2-v2", "vpc-dynamic", "vpc-fixed", "vhdx", "vmdk", "vmdk-stream"])
 def test_an_allowed_image_is_the_only_file_that_qemu_opens(
     maker: Maker, read: Reader, seeds: dict[str, Bytes], start: Callable[..., Qemu], seed: str
@@ -95,7 +99,7 @@ def test_an_allowed_image_is_the_only_file_that_qemu_opens(
     headers.check_safe(header, read_only=True)
     qemu = start()
 
-    assert qemu.open(path, format, **headers.driver_options(header)) == {"return": {}}
+    assert qemu.open(path, **told(header)) == {"return": {}}
 
     assert qemu.nodes() == ["own", "own-file"]
     assert qemu.open_files(maker.folder) == {os.fspath(path)}
@@ -113,7 +117,7 @@ def test_a_backing_file_stays_closed_with_the_driver_options(
     assert qemu.open_files(maker.folder) == {os.fspath(path), os.fspath(base)}  # what the options are for
     qemu.ask("blockdev-del", node_name="own")
 
-    qemu.open(path, "qcow2", **headers.driver_options(read(path)))
+    qemu.open(path, **told(read(path)))
 
     assert qemu.open_files(maker.folder) == {os.fspath(path)}
 

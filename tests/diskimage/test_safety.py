@@ -45,6 +45,11 @@ def in_both_footers(offset: int, layout: str, value: int) -> Callable[[Bytes], o
     return lambda image: [image.put(at + offset, layout, value) for at in (0, image.size - 512)]
 
 
+def vhd_of_virtualbox(image: Bytes) -> None:
+    for at in (0, image.size - 512):
+        image.put(at + 28, "4s", b"vbox").put(at + 56, ">HBB", 300, 4, 17)
+
+
 def descriptor(before: bytes, after: bytes) -> Callable[[Bytes], object]:
     def change(image: Bytes) -> None:
         text = image.get(512, 20 * 512)
@@ -85,6 +90,7 @@ ROWS: list[tuple[Rule, str, Callable[[Bytes], object], type[UtilityVMError]]] = 
     (Rule.DISPUTED, "vmdk", descriptor(b"monolithicSparse", b"monolithicFlat\0\0"), ImageUnsafe),
     (Rule.DISPUTED, "vmdk", descriptor(b"# The Disk", b'RW 16 FLAT "/etc/passwd" 0\n#'), ImageUnsafe),
     (Rule.DISPUTED, "vmdk", descriptor(b"SPARSE", b"FLAT  "), ImageUnsafe),
+    (Rule.TWO_SIZES, "vpc-dynamic", vhd_of_virtualbox, ImageUnsafe),
     *((Rule.UNKNOWN_FEATURE, "qcow2", incompatible(bit), ImageUnsafe) for bit in (5, 31, 63)),
     (Rule.UNKNOWN_FEATURE, "vhdx", vhdx_region, ImageUnsafe),
     (Rule.ENCRYPTED, "qcow2", lambda image: image.put(QCOW2_CRYPT, ">I", 1), NotSupported),

@@ -6,13 +6,11 @@ read whatever it claims, and 16 MiB of the log of a VHDX that must be replayed.
 
 from __future__ import annotations
 
-from typing import Final
-
-from utilityvm.diskimage import qcow2, vhd, vhdx, vmdk
+from utilityvm.diskimage import foreign, qcow2, vhd, vhdx, vmdk
 from utilityvm.diskimage.image_header import ImageHeader, Table, driver_options
 from utilityvm.diskimage.safety import LIMITS, Limits, Problem, Rule, check_safe, problems
 from utilityvm.diskimage.source import SECTOR, Source
-from utilityvm.errors import ConfigDiffers
+from utilityvm.errors import ConfigDiffers, ImageDamaged, ImageUnsafe
 from utilityvm.scsi.ports import DiskFormat
 
 __all__ = [
@@ -30,31 +28,21 @@ __all__ = [
     "read_source",
 ]
 
-# Formats that QEMU would find and we do not read. Taking such a file for a raw disk would be a mistake nobody asked
-# for; who does mean the bytes as they are says raw.
-_NOT_READ: Final = (
-    (0, b"QED\0", "QED"),
-    (0x40, b"\x7f\x10\xda\xbe", "VirtualBox VDI"),
-    (0, b"WithoutFreeSpace", "Parallels"),
-    (0, b"WithouFreSpacExt", "Parallels"),
-    (0, b"Bochs Virtual HD Image", "Bochs"),
-)
-
 
 def read(fd: int, *, name: str, expected: DiskFormat | None = None) -> ImageHeader:
     """The header of the image behind `fd`, which stays open and is only read; `name` is its path, for messages.
 
     With `expected` the image is read as that format whatever else it looks like: a raw disk whose guest wrote a qcow2
     header into it stays raw (CVE-2008-2004), so keep the format of the first registration and give it here.
-    Without, its first bytes decide, or for a fixed VHD a valid footer at the end. A raw disk with such a footer looks
-    the same: give `expected` for raw disks that a guest can write to, and for physical disks always.
+    Without, its bytes decide (see `detect`), and what they say is a guess: give `expected` for raw disks that a guest
+    has written to, and for physical disks always.
 
     Blocks for as long as the storage does: call it from a thread. Then `check_safe`.
 
     Raises:
         ConfigDiffers: it is not in the `expected` format.
-        ImageDamaged: empty, cut short, impossible, or of a kind that we do not read.
-        ImageUnsafe: a VMDK that is only the description of other files, or a name with a NUL byte.
+        ImageDamaged: empty, cut short, impossible, or of a kind that is not read here.
+        ImageUnsafe: it looks like two formats, is a VMDK that only describes other files, or names one with a NUL byte.
         InvalidRequest: `fd` is neither a regular file nor a block device.
     """
     return read_source(Source.of_fd(fd, name=name), expected=expected)
@@ -76,23 +64,43 @@ def read_source(image: Source, *, expected: DiskFormat | None = None) -> ImageHe
 
 
 def detect(image: Source) -> DiskFormat:
-    """The format that the image's bytes say; raw if they say nothing.
+    """The format that the image's bytes say; raw if they say nothing, and its name promises nothing else.
 
     Raises:
-        ImageDamaged: they say a format that we do not read.
+        ImageDamaged: it is something that is no disk, such as an archive, or not what its name promises.
+        ImageUnsafe: they say two formats.
     """
-    for format in (DiskFormat.QCOW2, DiskFormat.VHDX, DiskFormat.VMDK):
-        if _may_be(image, format):
-            return format
-    if vhd.starts_dynamic(image) or vhd.ends_fixed(image):
-        return DiskFormat.VHD
-    for offset, magic, title in _NOT_READ:
-        if image.read_up_to(offset, len(magic)) == magic:
-            raise image.damaged(
-                f"it is a {title} image, which is not read here",
-                remedy="convert it: qemu-img convert -O qcow2; or give the format raw if its bytes are the disk",
-            )
-    return DiskFormat.RAW
+    found = _seen(image)
+    if found is not DiskFormat.VHD and found is not DiskFormat.RAW and vhd.ends_fixed(image):
+        raise _ambiguous(image, found.value)
+    if found is DiskFormat.VHD and vhd.starts_dynamic(image) and vhd.ends_fixed(image):
+        raise _ambiguous(image, "a dynamic vpc")
+    if found is DiskFormat.RAW and (other := foreign.recognise(image)) is not None:
+        raise image.damaged(f"it is {other.title}", remedy=other.remedy)
+    promised = foreign.promised(image.name)
+    if promised is not None and promised != found:
+        raise _broken_promise(image, found, promised)
+    return found
+
+
+def _ambiguous(image: Source, first: str) -> ImageUnsafe:
+    return image.unsafe(
+        f"it starts as {first} and ends as a fixed vpc",
+        remedy="give the format that it has: raw, vpc, or the other; a guest can write either mark into its disk",
+    )
+
+
+def _broken_promise(image: Source, found: DiskFormat, promised: DiskFormat | str) -> ImageDamaged:
+    said = f"a {promised} image" if isinstance(promised, DiskFormat) else promised
+    seen = "no format that is known here" if found is DiskFormat.RAW else f"a {found} image"
+    reason = f"its name says that it is {said}, and its bytes say {seen}"
+    if promised is DiskFormat.VHD and (behind := vhd.misplaced_footer(image)) is not None:
+        reason += f"; a VHD ends with its footer, and {behind} bytes are behind that"
+    return image.damaged(
+        reason,
+        remedy="restore it from a good copy if it was cut short; else rename it, or give the format that it has"
+        f" (such as {found})",
+    )
 
 
 def _may_be(image: Source, format: DiskFormat) -> bool:
@@ -129,5 +137,7 @@ def _read_as(image: Source, format: DiskFormat) -> ImageHeader:
             return vmdk.read(image)
 
 
-def _seen(image: Source) -> str:
-    return next((format.value for format in reversed(DiskFormat) if _may_be(image, format)), DiskFormat.RAW.value)
+def _seen(image: Source) -> DiskFormat:
+    """The format by magic alone. A damaged VHD is one all the same."""
+    magics = (DiskFormat.QCOW2, DiskFormat.VHDX, DiskFormat.VMDK, DiskFormat.VHD)
+    return next((format for format in magics if _may_be(image, format)), DiskFormat.RAW)

@@ -31,8 +31,8 @@ class ImageHeader:
     format: DiskFormat
     subformat: str  # qcow2: "v2", "v3"; VHD, VHDX: "fixed", "dynamic", "differencing"; VMDK: its createType; raw: ""
     file_size_bytes: int
-    virtual_size_bytes: int  # the disk's size as QEMU 7.2 to 9.2 shows it to the guest
-    other_size_bytes: int | None = None  # VHD: QEMU 10 and later take this size, when it is another
+    virtual_size_bytes: int  # the disk's size, as the format's specification says
+    other_size_bytes: int | None = None  # dynamic VHD: what a QEMU shows in its place, by the geometry
     cluster_size_bytes: int | None = None  # qcow2 cluster, VHD and VHDX block, VMDK grain; None: the format has none
     backing: str | None = None  # the file under this one: qcow2 backing file; VHD, VHDX, VMDK parent
     backing_format: str | None = None  # what the image says its backing file's format is, as QEMU's driver name
@@ -51,13 +51,18 @@ class ImageHeader:
     write_refusal: str | None = None  # why QEMU could not write to it
 
 
-def driver_options(header: ImageHeader) -> dict[str, None]:
-    """What QEMU's `blockdev-add` must be told beyond driver and file, so that it follows no name in the image.
+def driver_options(header: ImageHeader) -> dict[str, object]:
+    """The driver that QEMU's `blockdev-add` is told, and what it must be told beyond the file.
 
     `"backing": null` goes to every format that has such a member, also when the header names no backing file:
     the file may change between our reading of it and QEMU's. A chain that is allowed replaces the null by a node.
-    There is no option for the size of a VHD: `force_size_calc` is not in QEMU's schema, only on its command line.
 
-    Source: QEMU qapi/block-core.json, BlockdevOptionsGenericCOWFormat and BlockdevOptionsGenericFormat.
+    A fixed VHD is the bytes before its footer. QEMU's own driver would take another size for some creators, and believe
+    what the guest writes into the first sector, so it gets the bytes, and their number.
+
+    Source: QEMU qapi/block-core.json, BlockdevOptionsGenericCOWFormat, …GenericFormat, …Raw.
     """
-    return {"backing": None} if header.format in (DiskFormat.QCOW2, DiskFormat.VMDK) else {}
+    if header.format is DiskFormat.VHD and header.subformat == "fixed":
+        return {"driver": DiskFormat.RAW.value, "size": header.virtual_size_bytes}
+    backing: dict[str, object] = {"backing": None} if header.format in (DiskFormat.QCOW2, DiskFormat.VMDK) else {}
+    return {"driver": header.format.value, **backing}

@@ -7,6 +7,7 @@ host, sizes that ate its memory, two readers that saw two disks in one image.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +26,7 @@ class Rule(StrEnum):
     DATA_FILE = "data file"  # CVE-2024-32498
     PARENT = "parent"  # a differencing VHD, VHDX or VMDK
     DISPUTED = "disputed"  # QEMU and others, or two parts of the image, see different disks
+    TWO_SIZES = "two sizes"  # QEMU shows another size than the format's specification says
     UNKNOWN_FEATURE = "unknown feature"  # to be understood by every reader, and we do not
     ENCRYPTED = "encrypted"
     CORRUPT = "corrupt"
@@ -141,8 +143,20 @@ def _readers(header: ImageHeader) -> Iterator[Problem]:
             f"it can be read in two ways. {dispute}",
             "convert a copy that you trust with qemu-img convert, and attach the result",
         )
+    if header.other_size_bytes is not None:
+        yield Problem(
+            Rule.TWO_SIZES,
+            f"its footer says {header.virtual_size_bytes} bytes, and QEMU may show {header.other_size_bytes}, by its"
+            " geometry",
+            f"convert it by its footer: qemu-img convert -O qcow2 --image-opts {shlex.quote(_by_footer(header.name))}",
+        )
     for feature in header.unknown_features:
         yield Problem(Rule.UNKNOWN_FEATURE, f"it uses {feature}, which is unknown here", "convert it with its maker")
+
+
+def _by_footer(name: str) -> str:
+    """How qemu-img is told to take the size that the footer of a VHD says. A comma in a value is doubled."""
+    return "driver=vpc,force_size_calc=current_size,file.filename=" + name.replace(",", ",,")
 
 
 def _use(header: ImageHeader, *, read_only: bool) -> Iterator[Problem]:
@@ -174,7 +188,7 @@ def _use(header: ImageHeader, *, read_only: bool) -> Iterator[Problem]:
 
 
 def _sizes(header: ImageHeader, limits: Limits) -> Iterator[Problem]:
-    size = max(header.virtual_size_bytes, header.other_size_bytes or 0)
+    size = header.virtual_size_bytes
     if not header.virtual_size_bytes:
         yield Problem(Rule.EMPTY, "it holds a disk of 0 bytes", "resize it: qemu-img resize", ImageDamaged)
     if size > limits.virtual_size_bytes:

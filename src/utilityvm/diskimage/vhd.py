@@ -4,12 +4,13 @@ A fixed VHD is the disk's bytes and then a footer of 512 bytes. A dynamic one ha
 then a header and a table of blocks. All numbers are big-endian.
 
 QEMU decides between the two by the first eight bytes alone, and believes the copy. So whoever can write the first
-sector of a fixed VHD's disk (its guest!) can make the next reader take it for a dynamic one. The standard says the
-footer at the end counts; when the two differ, the image is disputed, and `check_safe` refuses it.
+sector of a fixed VHD's disk (its guest!) can make the next reader take it for a dynamic one. The specification says
+that the footer at the end counts, and so it does here: QEMU is given a fixed VHD as raw bytes of a stated size.
 
-The size: Virtual PC counts cylinders x heads x sectors, Hyper-V has a size in bytes, and the two differ. QEMU takes
-the bytes when the geometry is full, or when it knows the creator as one that means the bytes; from version 10 on it
-takes the bytes unless the creator is one that means the geometry.
+The size: the footer has a size in bytes (Current Size) and a geometry, and the two differ. The specification says that
+the size counts. QEMU takes the geometry unless that is full or the creator is one that means the size; from version 10
+on it takes the size unless the creator is one that means the geometry. It has no option for this. A dynamic VHD that
+one of the two would show with another size is disputed, and `check_safe` refuses it with both sizes.
 
 Source: Microsoft, Virtual Hard Disk Image Format Specification 1.0; QEMU block/vpc.c, vpc_open.
 """
@@ -35,11 +36,12 @@ _CHECKSUM_AT: Final = 64
 _DYNAMIC_CHECKSUM_AT: Final = 36
 
 _FIXED, _DYNAMIC_TYPE, _DIFFERENCING = 2, 3, 4
-_SUBFORMATS: Final = {_FIXED: "fixed", _DYNAMIC_TYPE: "dynamic", _DIFFERENCING: "differencing"}
+FIXED: Final = "fixed"
+_SUBFORMATS: Final = {_FIXED: FIXED, _DYNAMIC_TYPE: "dynamic", _DIFFERENCING: "differencing"}
 _MAX_GEOMETRY_SECTORS: Final = 65535 * 16 * 255
 _MAX_SECTORS: Final = 0xFF000000  # 2040 GiB
-_MEANS_BYTES: Final = frozenset({b"win ", b"qem2", b"d2v ", b"CTXS", b"tap\0"})
-_MEANS_GEOMETRY: Final = frozenset({b"vpc ", b"qemu"})  # the only ones from QEMU 10 on
+_MEANS_SIZE: Final = frozenset({b"win ", b"qem2", b"d2v ", b"CTXS", b"tap\0"})
+_SEARCHED_BYTES: Final = (64 << 10) + SECTOR  # how far before the end a misplaced footer is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +55,19 @@ class _Footer:
     type: int
     unique_id: bytes
 
+    @property
+    def whole_bytes(self) -> int:
+        """The disk's size; a last part of a sector is none."""
+        return self.size_bytes // SECTOR * SECTOR
+
 
 def starts_dynamic(image: Source) -> bool:
     return image.read_up_to(0, len(COOKIE)) == COOKIE
 
 
 def ends_fixed(image: Source) -> bool:
-    """Does the file end in a whole footer of a fixed disk? A raw disk may end so too; the checksum makes it unlikely
-    by accident, and nothing makes it impossible on purpose: the first registration of a disk decides for ever."""
+    """Does the file end in a whole footer of a fixed disk? A raw disk may end so too: unlikely by accident, as there is
+    a checksum, and possible on purpose."""
     data = _last_sector(image)
     return _is_whole(data) and _parse(data).type == _FIXED
 
@@ -69,20 +76,27 @@ def has_footer(image: Source) -> bool:
     return _last_sector(image).startswith(COOKIE)
 
 
+def misplaced_footer(image: Source) -> int | None:
+    """How many bytes before the end of the file a whole footer ends, if it does not end there as it should."""
+    begin = max(0, image.size_bytes - _SEARCHED_BYTES)
+    data = image.read_up_to(begin, _SEARCHED_BYTES)
+    at = data.rfind(COOKIE)
+    while at >= 0:
+        behind = len(data) - at - SECTOR
+        if behind > 0 and _is_whole(data[at : at + SECTOR]):
+            return behind
+        at = data.rfind(COOKIE, 0, at)
+    return None
+
+
 def read(image: Source) -> ImageHeader:
-    """The header of a file that starts or ends with the cookie.
+    """The header of a file that starts or ends with the cookie. If it ends in a footer of a fixed disk, it is one.
 
     Raises:
         ImageDamaged: cut short, a wrong checksum, or a size that the file does not hold.
-        ImageUnsafe: a fixed disk whose first sector would make QEMU take it for a dynamic one.
     """
-    if not starts_dynamic(image):
+    if not starts_dynamic(image) or ends_fixed(image):
         return _read_fixed(image, _checked(image, _last_sector(image), "the footer"))
-    if ends_fixed(image):
-        raise image.unsafe(
-            "its footer says a fixed disk, and its first sector starts like a dynamic one, which QEMU would believe",
-            remedy="wipe the first sector of the disk, or copy the disk without its footer and attach that as raw",
-        )
     first = _checked(image, image.read(0, SECTOR, what="the footer's copy"), "the footer's copy")
     footer = _checked(image, _last_sector(image), "the footer")
     header = _read_dynamic(image, first)
@@ -100,16 +114,16 @@ def read(image: Source) -> ImageHeader:
 def _read_fixed(image: Source, footer: _Footer) -> ImageHeader:
     if footer.type != _FIXED:
         raise image.damaged(f"its footer says {_describe(footer)}, and its first sector holds no copy of the footer")
-    size, other = _sizes(footer)
-    if max(size, other or 0) > image.sectors_end - SECTOR:
-        raise image.damaged(f"it is cut short: a fixed disk of {size} bytes, and the file has {image.size_bytes}")
+    if footer.size_bytes > image.sectors_end - SECTOR:
+        raise image.damaged(
+            f"it is cut short: a fixed disk of {footer.size_bytes} bytes, and the file has {image.size_bytes}"
+        )
     return ImageHeader(
         name=image.name,
         format=DiskFormat.VHD,
-        subformat="fixed",
+        subformat=FIXED,
         file_size_bytes=image.size_bytes,
-        virtual_size_bytes=size,
-        other_size_bytes=other,
+        virtual_size_bytes=footer.whole_bytes,
     )
 
 
@@ -122,8 +136,8 @@ def _read_dynamic(image: Source, footer: _Footer) -> ImageHeader:
         raise image.damaged("its dynamic disk header has a wrong cookie or checksum")
     if block < SECTOR or block & (block - 1):
         raise image.damaged(f"its blocks have {block} bytes, not a power of two")
-    size, other = _sizes(footer)
-    if entries * block < max(size, other or 0):
+    size = footer.whole_bytes
+    if entries * block < size:
         raise image.damaged(f"its block table has {entries} entries, too few for {size} bytes")
     differencing = footer.type == _DIFFERENCING
     return ImageHeader(
@@ -132,7 +146,7 @@ def _read_dynamic(image: Source, footer: _Footer) -> ImageHeader:
         subformat=_SUBFORMATS[footer.type],
         file_size_bytes=image.size_bytes,
         virtual_size_bytes=size,
-        other_size_bytes=other,
+        other_size_bytes=_other_size(footer),
         cluster_size_bytes=block,
         backing=(parent.decode("utf-16-be", errors="replace").split("\0")[0] or None) if differencing else None,
         needs_parent=differencing,
@@ -140,14 +154,12 @@ def _read_dynamic(image: Source, footer: _Footer) -> ImageHeader:
     )
 
 
-def _sizes(footer: _Footer) -> tuple[int, int | None]:
-    """What QEMU 7.2 to 9.2 takes for the disk's size, and what QEMU 10 does if that is another."""
+def _other_size(footer: _Footer) -> int | None:
+    """What some QEMU takes for the disk's size, if that is another than the footer says."""
     geometry = footer.cylinders * footer.heads * footer.sectors
-    whole = footer.size_bytes // SECTOR
-    full = geometry == _MAX_GEOMETRY_SECTORS
-    before = whole if full or footer.creator in _MEANS_BYTES else geometry
-    since = geometry if not full and footer.creator in _MEANS_GEOMETRY else whole
-    return before * SECTOR, since * SECTOR if since != before else None
+    if geometry == _MAX_GEOMETRY_SECTORS or footer.creator in _MEANS_SIZE:
+        return None
+    return None if geometry * SECTOR == footer.whole_bytes else geometry * SECTOR
 
 
 def _last_sector(image: Source) -> bytes:
@@ -159,9 +171,12 @@ def _checked(image: Source, data: bytes, what: str) -> _Footer:
     if not data.startswith(COOKIE):
         raise image.damaged(f"it does not end in a VHD footer; it may be cut short (it has {image.size_bytes} bytes)")
     if not _is_whole(data):
-        raise image.damaged(f"{what} has a wrong checksum")
+        raise image.damaged(
+            f"{what} has a wrong checksum",
+            remedy="restore it from a good copy, or give the format raw if all its bytes are the disk",
+        )
     footer = _parse(data)
-    if max(size // SECTOR for size in _sizes(footer) if size is not None) > _MAX_SECTORS:
+    if footer.size_bytes // SECTOR > _MAX_SECTORS:
         raise image.damaged(f"{what} says {footer.size_bytes} bytes, and a VHD holds at most {_MAX_SECTORS * SECTOR}")
     return footer
 
@@ -184,4 +199,4 @@ def _parse(data: bytes) -> _Footer:
 
 
 def _describe(footer: _Footer) -> str:
-    return f"a {_SUBFORMATS.get(footer.type, f'type {footer.type}')} disk of {_sizes(footer)[0]} bytes"
+    return f"a {_SUBFORMATS.get(footer.type, f'type {footer.type}')} disk of {footer.whole_bytes} bytes"

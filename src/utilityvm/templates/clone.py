@@ -177,7 +177,8 @@ def _taken_over(disk: DiskEntry, folder: Path, closing: ExitStack) -> tuple[Inco
         fd = overlay.create(path, size_bytes=disk.size_bytes, base=Path(base.path), base_format=base.format)
         closing.callback(os.close, fd)
         lock(fd, host_path=str(path), read_only=False)
-        top = Layer(fd=fd, path=path, format=DiskFormat.QCOW2, kind=AttachmentType.VIRTUAL_DISK)
+        header = headers.read(fd, name=str(path), expected=DiskFormat.QCOW2)
+        top = Layer(fd=fd, path=path, header=header, kind=AttachmentType.VIRTUAL_DISK)
         layers = [top, *layers]
         host_path = str(path)
     return _incoming(disk, tuple(layers)), host_path
@@ -201,16 +202,15 @@ def _open_layer(layer: LayerEntry, disk: DiskEntry, closing: ExitStack) -> Layer
             slot=disk.slot,
             remedy="detach it there; the template may be damaged by then",
         )
-    return Layer(fd=fd, path=path, format=layer.format, kind=layer.kind)
+    header = headers.read(fd, name=str(path), expected=layer.format)
+    return Layer(fd=fd, path=path, header=header, kind=layer.kind)
 
 
 def _check_size(layer: Layer, disk: DiskEntry) -> None:
     """An overlay has the size that the guest knows whatever is under it, so QEMU would not see the difference."""
-    header = headers.read(layer.fd, name=str(layer.path), expected=layer.format)
-    if disk.size_bytes not in (header.virtual_size_bytes, header.other_size_bytes):
-        raise _damaged(
-            layer.path, f"has {header.virtual_size_bytes} bytes, not {disk.size_bytes} as was saved", slot=disk.slot
-        )
+    size = layer.header.virtual_size_bytes
+    if size != disk.size_bytes:
+        raise _damaged(layer.path, f"has {size} bytes, not {disk.size_bytes} as was saved", slot=disk.slot)
 
 
 def _replaced(disk: DiskEntry, request: DiskRequest, closing: ExitStack) -> IncomingDisk:
@@ -225,7 +225,7 @@ def _replaced(disk: DiskEntry, request: DiskRequest, closing: ExitStack) -> Inco
         )
     fd = opened.open_locked()
     closing.callback(os.close, fd)
-    layer = Layer(fd=fd, path=Path(request.host_path), format=opened.format, kind=request.kind)
+    layer = Layer(fd=fd, path=Path(request.host_path), header=opened.header, kind=request.kind)
     return _incoming(disk, (layer,))
 
 
@@ -251,7 +251,7 @@ def _records(disk: DiskEntry, incoming: IncomingDisk, host_path: str, holder: Ho
         host_path=host_path,
         identity=describe(Path(f"/proc/self/fd/{top.fd}")),
         kind=top.kind,
-        format=top.format,
+        format=top.header.format,
         access=VMAccess.INDIVIDUAL,
         read_only=disk.read_only,
         size_bytes=disk.size_bytes,

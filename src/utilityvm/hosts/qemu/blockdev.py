@@ -71,36 +71,34 @@ def parse_base(text: str) -> str | None:
 def node(disk: QemuDisk, number: int) -> dict[str, object]:
     """The arguments of `blockdev-add`."""
     described = layer_node(
-        disk.format,
+        headers.driver_options(disk.header),
         disk.request.kind,
         file=f"/dev/fdset/{number}",
         read_only=disk.request.read_only,
-        options=headers.driver_options(disk.header),
     )
     return {"node-name": node_name(number), **described}
 
 
 def layer_node(
-    image_format: DiskFormat,
+    options: Mapping[str, object],
     kind: AttachmentType,
     *,
     file: str,
     read_only: bool,
-    options: Mapping[str, object] | None = None,
     backing: Mapping[str, object] | None = None,
     is_backing: bool = False,
 ) -> dict[str, object]:
-    """A node without its name: the driver of the format over a file, and over `backing` if that is given.
+    """A node without its name: a driver (`driver_options`) over a file, and over `backing` if that is given.
 
     `is_backing`: it is to be under another, which takes nodes of formats only.
     """
     # Writable is the default; what the guest trims is given back to the host's file system.
     mode: dict[str, object] = {"read-only": True} if read_only else {"discard": "unmap"}
     below = {"driver": "host_device" if kind is AttachmentType.PASS_THRU else "file", "filename": file}
-    if image_format is DiskFormat.RAW and not is_backing:
+    if options == {"driver": DiskFormat.RAW.value} and not is_backing:
         return {**below, **mode}  # a layer `raw` over it would add nothing
-    chain = {"backing": backing} if backing is not None else (options or {})
-    return {"driver": image_format.value, **mode, **chain, "file": below}
+    chain = {} if backing is None else {"backing": backing}
+    return {**options, **mode, **chain, "file": below}
 
 
 def device(disk: QemuDisk, number: int, slot: Slot) -> dict[str, object]:

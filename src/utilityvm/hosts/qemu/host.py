@@ -312,8 +312,9 @@ class QemuHost:
         if node is None:
             raise NotAttached(f"attachment {attachment} is not on the bus", vm=self.process.name, slot=slot)
         if node["drv"] not in _RESIZABLE:
+            kind = "fixed vpc" if node["drv"] == "raw" else node["drv"]  # see `driver_options`
             raise NotSupported(
-                f"QEMU cannot grow a {node['drv']} disk",
+                f"QEMU cannot grow a {kind} disk",
                 vm=self.process.name,
                 slot=slot,
                 remedy="convert the image to qcow2 or raw; grow a physical disk by its own tools",

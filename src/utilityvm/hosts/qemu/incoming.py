@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from utilityvm.diskimage import headers
 from utilityvm.errors import TemplateDamaged
 from utilityvm.hosts.qemu import blockdev
-from utilityvm.scsi.ports import AttachmentType, DiskFormat
+from utilityvm.scsi.ports import AttachmentType
 from utilityvm.scsi.slot import Slot
 
 _READ_ONLY_FILE: Final = (8, 2)  # since then QEMU maps memory privately from a file that it may not write to
@@ -32,7 +33,7 @@ class Layer:
 
     fd: int
     path: Path  # for messages
-    format: DiskFormat
+    header: headers.ImageHeader
     kind: AttachmentType
 
 
@@ -94,7 +95,7 @@ def _node(disk: IncomingDisk, numbers: Sequence[int]) -> dict[str, object]:
     for depth in range(len(disk.layers) - 1, -1, -1):
         read_only = disk.read_only or depth > 0
         below = blockdev.layer_node(
-            disk.layers[depth].format,
+            headers.driver_options(disk.layers[depth].header),
             disk.layers[depth].kind,
             file=f"/dev/fdset/{numbers[depth]}",
             read_only=read_only,
