@@ -109,12 +109,14 @@ def install_templates(points: Points) -> None:
 def _install_qmp(points: Points) -> None:
     plain_put, plain_answer, plain_event = Qmp._put, Qmp._take_answer, Qmp._take_event
 
-    def put(self: Qmp, questions: Sequence[Any], fd: int | None = None) -> None:
+    def put(self: Qmp, questions: Sequence[Any], fd: int | None = None) -> Any:
+        chunks = []
         for question in questions:  # one after the other, as QEMU reads them: the owner may die between two
             points.at(f"before {question.command} is sent")
-            plain_put(self, [question], fd)
+            chunks.append(plain_put(self, [question], fd))
             points.at(f"after {question.command} was sent")
             fd = None
+        return chunks[0]  # the one with the descriptor
 
     def take_answer(self: Qmp, message: dict[str, Any]) -> None:
         points.at(f"{self._pending[0].command} was answered")

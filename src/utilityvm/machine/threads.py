@@ -44,18 +44,26 @@ _IDLE_S: Final = 5.0
 _log = logger(__name__)
 
 
-async def in_thread(work: Callable[..., T], *arguments: Any, late: Callable[[T], object] | None = None) -> T:
+async def in_thread(
+    work: Callable[..., T], *arguments: Any, late: Callable[[T], object] | None = None, always: bool = False
+) -> T:
     """Do `work(*arguments)` in a thread, and give what it returned or raise what it raised.
 
     If this is cancelled it raises at once, and the work goes on: it cannot be interrupted. What it returns then is
-    given to `late`, in a thread as well. Work that had not begun is left out.
+    given to `late`, in a thread as well. Work that had not begun is left out, unless it is to be done `always`: undoing
+    and closing are.
 
     Raises:
         SetupError: `LIMIT` pieces of work hang, and none ended within `BEGIN_S` seconds; or the system has no thread
             left. The work was not begun.
     """
-    call = _Call(partial(work, *arguments), late)
-    _threads.put(call)
+    call = _Call(partial(work, *arguments), late, always=always)
+    try:
+        _threads.put(call)
+    except SetupError:
+        if not always:
+            raise
+        call.work_off()  # rather here than not at all
     return await call.outcome()
 
 
@@ -176,7 +184,8 @@ class _Call(Generic[T]):
     Exactly one side has the result in the end: the caller, or `late` if the caller had gone by then. The lock decides.
     """
 
-    def __init__(self, work: Callable[[], T], late: Callable[[T], object] | None) -> None:
+    def __init__(self, work: Callable[[], T], late: Callable[[T], object] | None, *, always: bool = False) -> None:
+        self._always = always
         self._work: Callable[[], T] | None = partial(contextvars.copy_context().run, work)
         self._late = late
         self._loop = asyncio.get_running_loop()
@@ -207,8 +216,8 @@ class _Call(Generic[T]):
     def work_off(self) -> None:
         with self._lock:
             work, self._work = self._work, None
-            if work is None or self._is_given_up:
-                return
+            if work is None:
+                return  # left out
             self._has_begun = True
         result: list[T] = []
         error: BaseException | None = None
@@ -236,7 +245,8 @@ class _Call(Generic[T]):
         """The caller has gone."""
         with self._lock:
             self._is_given_up = True
-            self._work = None
+            if not self._always:
+                self._work = None
             result, self._result, self._error = self._result, [], None
         if result and self._late is not None:
             aside(self._late, result.pop())
@@ -247,7 +257,8 @@ class _Call(Generic[T]):
             if self._has_begun or not _threads.is_full:
                 return
             self._is_given_up = True
-            self._work = None
+            if not self._always:
+                self._work = None
             self._error = _all_hang()
         self._wake()
 

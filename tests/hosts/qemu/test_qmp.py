@@ -234,6 +234,37 @@ async def test_a_descriptor_whose_sender_gave_up_in_the_queue_is_never_sent(qmp:
     os.close(fd)
 
 
+async def test_a_descriptor_that_the_socket_had_no_room_for_is_not_sent_behind_its_senders_back(
+    qmp: Qmp, monitor: Monitor
+) -> None:
+    text = "x" * (4 << 20)  # more than the socket takes at once
+    long = asyncio.create_task(qmp.execute("length", {"text": text}, timeout_s=T))
+    fd = os.open("/dev/null", os.O_RDONLY)
+    task = asyncio.create_task(qmp.execute_all([("add-fd", {"fdset-id": 1}), ("echo", {})], fd=fd, timeout_s=T))
+    await asyncio.sleep(0)
+    assert qmp._out[-1].fd == fd
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    os.close(fd)
+    other = os.open("/dev/zero", os.O_RDONLY)  # it has the number now
+    assert other == fd
+    assert await long == len(text)
+    await qmp.execute_all([("add-fd", {"fdset-id": 2})], fd=other, timeout_s=T)
+    assert set(monitor.files) == {2}
+    os.close(other)
+
+
+async def test_a_monitor_that_takes_no_more_connections_is_not_gone(tmp_path: Path) -> None:
+    path = tmp_path / "busy.sock"
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as waiting:
+        listener.bind(str(path))
+        listener.listen(0)
+        waiting.connect(str(path))  # the backlog is full
+        with pytest.raises(DeadlineExceeded, match="took no connection"):
+            await Qmp.connect(path, vm="worker", timeout_s=0.05)
+
+
 async def test_no_answer_in_time_is_a_deadline_and_later_answers_stay_in_step(qmp: Qmp, monitor: Monitor) -> None:
     monitor.paused = True
     with pytest.raises(DeadlineExceeded, match="no answer from QEMU to echo within 0"):

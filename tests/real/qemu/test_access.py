@@ -6,6 +6,7 @@ import grp
 import os
 import tempfile
 from collections.abc import Awaitable, Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ async def test_noop_needs_a_right_of_the_vms_own(vm: QemuHost, image: Make, tmp_
 
 
 async def test_a_group_that_does_not_exist_is_refused_first(vm: QemuHost, image: Make) -> None:
-    vm._vm_group = "no-such-group"
+    vm._access = replace(vm._access, vm_group="no-such-group")
     path = image()
     with pytest.raises(SetupError, match="no group no-such-group") as caught:
         await vm.open(request(path, VMAccess.GROUP))
@@ -81,7 +82,7 @@ async def test_a_group_that_does_not_exist_is_refused_first(vm: QemuHost, image:
 
 async def test_the_group_gets_the_file(vm: QemuHost, image: Make) -> None:
     group = grp.getgrgid(os.getgid())
-    vm._vm_group = group.gr_name
+    vm._access = replace(vm._access, vm_group=group.gr_name)
     path = image()
     disk = await vm.open(request(path, VMAccess.GROUP))
     await vm.attach(Slot(0, 1), disk, attachment="a", timeout_s=T)
@@ -94,7 +95,7 @@ async def test_the_group_gets_the_file(vm: QemuHost, image: Make) -> None:
 
 
 async def test_a_refused_attach_takes_the_groups_right_back(vm: QemuHost, image: Make) -> None:
-    vm._vm_group = grp.getgrgid(os.getgid()).gr_name
+    vm._access = replace(vm._access, vm_group=grp.getgrgid(os.getgid()).gr_name)
     first = await vm.open(request(image("first")))
     await vm.attach(Slot(0, 1), first, attachment="first", timeout_s=T)
     first.close()

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -359,7 +360,7 @@ async def test_two_vms_and_one_image(start: Start, image: Make, first: bool, sec
     if allowed:
         await attach(two, path, Slot(0, 1), "a", read_only=second)
         return
-    two._who_uses = lambda identity: "VM one" if identity.startswith("file:") else None
+    two._access = replace(two._access, who_uses=lambda identity: "VM one" if identity.startswith("file:") else None)
     with pytest.raises(DiskInUse, match="VM one"):
         await attach(two, path, Slot(0, 1), "a", read_only=second)
     assert await traces(two) == []

@@ -26,6 +26,7 @@ from typing import Final, TypeAlias
 from utilityvm.diskimage import blockdev, headers
 from utilityvm.errors import AccessDenied, ConfigDiffers, DiskInUse, InvalidRequest, NotSupported, SetupError
 from utilityvm.log import logger
+from utilityvm.machine.threads import aside
 from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest
 
 LOCK_BYTE: Final = 0x7574_696C_7669_7274  # "utilvirt"; behind the end of every file
@@ -69,10 +70,11 @@ class QemuDisk:
         """
         return hashlib.sha256(self.identity.encode()).hexdigest()[:16]
 
-    def open_locked(self, *, who_uses: WhoUses | None = None) -> int:
-        """A new descriptor of the disk for one attachment, locked; the caller closes it.
+    def open_locked(self, via: int | None = None, *, who_uses: WhoUses | None = None) -> int:
+        """A new descriptor of the disk for one attachment, locked; the caller closes it. Blocks.
 
-        Shared for a read-only attachment, else exclusive, on a physical disk also against the host's own use.
+        `via` is a descriptor of the disk, for a thread that outlives its caller; None: this object's own. The lock is
+        shared for a read-only attachment, else exclusive, on a physical disk also against the host's own use.
 
         Raises:
             DiskInUse: another attachment, or the host, forbids it; `who_uses` is asked for its name.
@@ -84,11 +86,12 @@ class QemuDisk:
             flags = blockdev.open_flags(read_only=read_only)
         else:
             flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
+        via = self.fd if via is None else via
         try:
-            fd = os.open(f"/proc/self/fd/{self.fd}", flags)
+            fd = os.open(f"/proc/self/fd/{via}", flags)
         except OSError as error:
             if error.errno == errno.EBUSY:
-                raise self._claimed(who_uses) from error
+                raise self._claimed(via, who_uses) from error
             raise _cannot_open(path, error) from error
         with ExitStack() as undo:
             undo.callback(os.close, fd)
@@ -96,15 +99,15 @@ class QemuDisk:
                 try:
                     blockdev.check_unused(fd, host_path=path, exclusive=not read_only)
                 except DiskInUse as error:
-                    raise self._claimed(who_uses) from error
+                    raise self._claimed(via, who_uses) from error
             if not lock(fd, host_path=path, read_only=read_only):
                 raise self._in_use(who_uses)
             undo.pop_all()
         return fd
 
-    def _claimed(self, who_uses: WhoUses | None) -> DiskInUse:
+    def _claimed(self, via: int, who_uses: WhoUses | None) -> DiskInUse:
         """The kernel has given the device to somebody, and does not say whom."""
-        users = blockdev.host_users(os.fstat(self.fd).st_rdev)
+        users = blockdev.host_users(os.fstat(via).st_rdev)
         if not users and who_uses and who_uses(self.identity):
             return self._in_use(who_uses)
         return blockdev.in_use(self.request.host_path, users)
@@ -119,9 +122,10 @@ class QemuDisk:
         )
 
     def close(self) -> None:
+        """Waits for nothing: closing a file asks its storage too."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            aside(os.close, fd)
 
 
 def open_disk(request: DiskRequest) -> QemuDisk:

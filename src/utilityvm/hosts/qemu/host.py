@@ -14,16 +14,14 @@ with it. So nothing can be detached from a paused VM; attaching is fine, which i
 from __future__ import annotations
 
 import asyncio
-import grp
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self, TypeAlias, cast
+from typing import Final, Self, cast
 
 from utilityvm.errors import (
-    AccessDenied,
     AlreadyAttached,
     DeadlineExceeded,
     DiskInUse,
@@ -33,23 +31,21 @@ from utilityvm.errors import (
     NotSupported,
     OutcomeUnknown,
     ProtocolError,
-    SetupError,
     UtilityVMError,
     VMGone,
 )
-from utilityvm.hosts.qemu import acl, blockdev, console, launch
-from utilityvm.hosts.qemu.disk import QemuDisk, WhoUses, open_disk, unlock
+from utilityvm.hosts.qemu import blockdev, console, launch
+from utilityvm.hosts.qemu.access import Access, FrozenBy, Taken
+from utilityvm.hosts.qemu.disk import QemuDisk, WhoUses
 from utilityvm.hosts.qemu.incoming import Incoming, IncomingDisk, not_taken
 from utilityvm.hosts.qemu.incoming import check as check_disks
 from utilityvm.hosts.qemu.launch import QemuConfig, QemuProcess
 from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.qmp import Answer, Event, Qmp, QmpRefused
 from utilityvm.log import logger
-from utilityvm.machine.programs import CommandFailed, find_program, run
-from utilityvm.scsi.ports import DiskRequest, OpenDisk, VMAccess
+from utilityvm.machine.threads import in_thread, lent
+from utilityvm.scsi.ports import DiskRequest, OpenDisk
 from utilityvm.scsi.slot import Slot
-
-FrozenBy: TypeAlias = Callable[[str], str | None]  # a disk's identity -> the template that is made of it, if one is
 
 VM_GROUP: Final = "utilityvm"
 _DELETED: Final = "DEVICE_DELETED"
@@ -98,9 +94,9 @@ class QemuHost:
         self.process = process
         self._qmp = qmp
         self._watch = watch
-        self._who_uses = who_uses
-        self._frozen_by = frozen_by
-        self._vm_group = vm_group
+        self._access = Access(
+            vm=process.name, uid=process.uid, vm_group=vm_group, who_uses=who_uses, frozen_by=frozen_by
+        )
         # Every attachment that QEMU may have anything of: ours from before the first command is sent, others' from
         # `connect`. So what is not here is not there.
         self._numbers: dict[str, int] = {}
@@ -109,6 +105,8 @@ class QemuHost:
         self._running = False
         self._lingering: set[int] = set()  # sets whose file QEMU keeps open until the VM runs again
         self._failed_nodes: set[str] = set()
+        # Our own descriptors of what QEMU has by now, on their way to being closed: they keep our lock too.
+        self._closing: dict[str, asyncio.Future[None]] = {}
         qmp.on_event = self._on_event
         self._log = _log.bind(vm=process.name)
         # Resolves with the reason when QEMU has ended, or its connection; nothing that waits here waits longer.
@@ -166,7 +164,7 @@ class QemuHost:
         async with AsyncExitStack() as undo:
             watch = Watch(process.pid, process.started)
             undo.callback(watch.close)
-            if not launch.is_proven(process):
+            if not await in_thread(launch.is_proven, process):
                 raise VMGone(f"process {process.pid} is not the QEMU of VM {process.name}", vm=process.name)
             qmp = await Qmp.connect(process.folder / launch.QMP_SOCKETS[0], vm=process.name, timeout_s=timeout_s)
             undo.callback(qmp.close)
@@ -182,27 +180,8 @@ class QemuHost:
     # The HostBackend protocol.
 
     async def open(self, request: DiskRequest) -> OpenDisk:
-        """Open and check a disk, in a thread. Besides what `disk.open_disk` refuses:
-
-        Raises:
-            AccessDenied: VMAccess.NOOP, and this QEMU has no right of its own to the file.
-            SetupError: VMAccess.GROUP, and the group does not exist.
-        """
-        if request.access is VMAccess.GROUP:
-            self._group()
-        opening = asyncio.ensure_future(asyncio.to_thread(open_disk, request))
-        try:
-            disk = await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            opening.add_done_callback(_close_opened)  # a thread cannot be cancelled
-            raise
-        if request.access is VMAccess.NOOP and self.process.uid != os.geteuid():
-            try:
-                await asyncio.to_thread(_check_own_right, request, self.process.uid)
-            except BaseException:
-                disk.close()
-                raise
-        return disk
+        """Open and check a disk; see `Access.open`. Storage that hangs delays this call alone."""
+        return await in_thread(self._access.open, request, late=QemuDisk.close)
 
     async def attach(self, slot: Slot, disk: OpenDisk, *, attachment: str, timeout_s: float) -> None:
         """Put the disk at `slot`. True on return: QEMU has it, with our lock, under the name `attachment`.
@@ -219,28 +198,33 @@ class QemuHost:
         self._check_slot(slot)
         if attachment in self._numbers:
             raise AlreadyAttached(f"attachment {attachment} exists", vm=self.process.name, slot=slot)
-        request = disk.request
+        limit = asyncio.timeout(timeout_s)
         try:
-            fd = disk.open_locked(who_uses=self._who_uses)
-        except DiskInUse:
-            self._check_not_frozen(disk)  # then the template says it better than a lock of its clones does
-            raise
+            async with limit:
+                taken = await in_thread(lent(disk.fd, self._access.take), disk, late=Taken.give_back)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(
+                f"attach {disk.request.host_path} at {slot}: its storage did not answer within {timeout_s:g} s",
+                vm=self.process.name,
+                slot=slot,
+                host_path=disk.request.host_path,
+            ) from error
+        number, self._next_number = self._next_number, self._next_number + 1
+        self._numbers[attachment] = number
+        commands = blockdev.attach(disk, number, slot, attachment)
         try:
-            self._check_not_frozen(disk)
-            before = self._grant(fd, request) if request.access is VMAccess.GROUP else None
-            number, self._next_number = self._next_number, self._next_number + 1
-            self._numbers[attachment] = number
-            commands = blockdev.attach(disk, number, slot, attachment)
-            answers = await self._qmp.execute_all(commands, fd=fd, timeout_s=timeout_s)
+            answers = await self._qmp.execute_all(commands, fd=taken.fd, timeout_s=timeout_s)
             refusals = [answer for answer in answers if isinstance(answer, QmpRefused)]
             if not refusals:
+                self._close_ours(attachment, taken.fd)
                 return
             await self._undo(attachment, number, answers, timeout_s=timeout_s)
-            unlock(fd)  # a paused VM's QEMU keeps the file open
-            if before:
-                acl.restore(fd, before)
-        finally:
-            os.close(fd)
+        except BaseException:
+            await in_thread(os.close, taken.fd, always=True)
+            raise
+        await in_thread(taken.give_back, always=True)
         raise self._attach_error(refusals[0], slot, disk)
 
     async def detach(self, slot: Slot, *, attachment: str, timeout_s: float) -> None:
@@ -349,7 +333,7 @@ class QemuHost:
                 f"the saved state was not loaded in {timeout_s:g} s", vm=self.process.name
             ) from error
         except VMGone as error:
-            last = self.console().decode(errors="replace").strip().splitlines()[-1:]
+            last = (await in_thread(self.console)).decode(errors="replace").strip().splitlines()[-1:]
             raise not_taken(last[0] if last else "it said nothing", vm=self.process.name) from error
         check_disks(disks, found, vm=self.process.name)
 
@@ -534,7 +518,14 @@ class QemuHost:
         below = [blockdev.remove_set(one) for one in self._below.get(attachment, [])]
         await self._qmp.execute_all(below, timeout_s=timeout_s)
         self._below.pop(attachment, None)
+        if (closing := self._closing.get(attachment)) is not None:
+            await asyncio.wait([closing])  # it was begun long ago
         self._numbers.pop(attachment, None)
+
+    def _close_ours(self, attachment: str, fd: int) -> None:
+        closing = asyncio.ensure_future(in_thread(os.close, fd, always=True))
+        self._closing[attachment] = closing
+        closing.add_done_callback(lambda _: self._closing.pop(attachment))
 
     async def _has_node(self, number: int, *, timeout_s: float) -> bool:
         nodes = await self._qmp.execute("query-named-block-nodes", {"flat": True}, timeout_s=timeout_s)
@@ -596,63 +587,3 @@ class QemuHost:
             host_path=path,
             remedy="QEMU's reason is in the message; nothing of the disk is left in the VM",
         )
-
-    def _check_not_frozen(self, disk: QemuDisk) -> None:
-        """Asked when we have the lock: whoever saves a template has it until the template is there to be seen."""
-        if disk.request.read_only or self._frozen_by is None:
-            return
-        if (template := self._frozen_by(disk.identity)) is not None:
-            raise DiskInUse(
-                f"{disk.request.host_path}: template {template} is made of it, and its clones would see it change",
-                vm=self.process.name,
-                host_path=disk.request.host_path,
-                remedy=f"attach it read-only, or remove the template: uvm template rm {template}",
-            )
-
-    def _group(self) -> int:
-        try:
-            return grp.getgrnam(self._vm_group).gr_gid
-        except KeyError as error:
-            raise SetupError(
-                f"there is no group {self._vm_group}, to which the disk could be opened",
-                vm=self.process.name,
-                remedy=f"groupadd --system {self._vm_group}; or attach with VMAccess.INDIVIDUAL, which needs none",
-            ) from error
-
-    def _grant(self, fd: int, request: DiskRequest) -> acl.Before | None:
-        try:
-            return acl.grant(fd, self._group(), acl.READ if request.read_only else acl.READ | acl.WRITE)
-        except OSError as error:
-            raise AccessDenied(
-                f"{request.host_path}: group {self._vm_group} cannot be given access: {error.strerror}",
-                vm=self.process.name,
-                host_path=request.host_path,
-                remedy="attach with VMAccess.INDIVIDUAL, which changes no file",
-            ) from error
-
-
-def _close_opened(opening: asyncio.Future[QemuDisk]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result().close()
-
-
-def _check_own_right(request: DiskRequest, uid: int) -> None:
-    """May `uid` open the path by itself? The kernel is asked, in a process of that user."""
-    setpriv = find_program("setpriv", package="util-linux")
-    as_user: list[str | Path] = [
-        setpriv,
-        f"--reuid={uid}",
-        f"--regid={uid}",
-        "--clear-groups",
-        "--bounding-set=-all",
-        "--inh-caps=-all",
-    ]
-    tests = ["-r", request.host_path] + ([] if request.read_only else ["-a", "-w", request.host_path])
-    try:
-        run([*as_user, "test", *tests])
-    except CommandFailed as error:
-        raise AccessDenied(
-            f"{request.host_path}: this VM (user {uid}) may not open it by itself",
-            host_path=request.host_path,
-            remedy="attach with VMAccess.INDIVIDUAL, which needs no right of the VM's own",
-        ) from error

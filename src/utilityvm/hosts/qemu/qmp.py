@@ -41,6 +41,7 @@ Command: TypeAlias = tuple[str, Arguments]
 LONGEST_MESSAGE: Final = 64 << 20  # bytes; query-named-block-nodes of a full VM is about one hundredth of it
 _READ: Final = 1 << 18
 _IDS: Final = 10
+_LOOK_AGAIN_S: Final = 0.02
 _ARGUMENTS: Final = json.JSONEncoder(separators=(",", ":"))
 _SHOWN: Final = 400  # characters of a message that an error or a log line may carry
 
@@ -74,9 +75,9 @@ class Event:
 Answer: TypeAlias = "Any | QmpRefused"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Chunk:
-    """Bytes on their way to QEMU, and the descriptor that goes with the first of them."""
+    """Bytes on their way to QEMU, and the descriptor that goes with the first of them; None once that has gone."""
 
     data: memoryview
     fd: int | None = None
@@ -93,7 +94,8 @@ class _Question:
 @dataclass(slots=True, eq=False)
 class _Batch:
     questions: list[_Question]
-    fd: int  # ours to close
+    fd: int  # the caller's, who closes it as soon as he is answered
+    chunk: _Chunk | None = None  # where it is on its way to QEMU
 
 
 @dataclass(slots=True, eq=False)
@@ -139,7 +141,7 @@ class Qmp:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(sock, str(path))
+            await _connect(sock, path, vm=vm, timeout_s=timeout_s)
         except (ConnectionRefusedError, FileNotFoundError) as error:
             sock.close()
             raise VMGone(f"QEMU of VM {vm} does not listen at {path}: {error.strerror}", vm=vm) from error
@@ -187,8 +189,8 @@ class Qmp:
         """Send commands back to back and give their answers in order; a refusal is given, not raised.
 
         QEMU does each whether or not one before it was refused, so a later one must be harmless then. `fd` goes with
-        the first, which must be `add-fd`; it stays the caller's to close. A batch that still waits for another one's
-        `add-fd` when its time is up or its caller is cancelled is never sent.
+        the first, which must be `add-fd`; it stays the caller's to close, and is not used after this has returned. A
+        batch whose descriptor was not sent when its time is up, or its caller is cancelled, is never sent.
 
         Raises:
             DeadlineExceeded: not all were answered within `timeout_s` seconds; QEMU may still do them.
@@ -204,7 +206,7 @@ class Qmp:
         if fd is None:
             self._put(questions)
         else:
-            batch = _Batch(questions, os.dup(fd))
+            batch = _Batch(questions, fd)
             self._with_fd.append(batch)
             self._send_next_fd()
         try:
@@ -214,9 +216,8 @@ class Qmp:
             names = ", ".join(command for command, _ in commands)
             raise DeadlineExceeded(f"no answer from QEMU to {names} within {timeout_s:g} s", vm=self._vm) from error
         finally:
-            if batch is not None and batch in self._with_fd:
-                self._with_fd.remove(batch)
-                os.close(batch.fd)
+            if batch is not None:
+                self._withdraw(batch)
             for question in questions:
                 if question.future.done() and not question.future.cancelled():
                     question.future.exception()  # the first of them was raised; the others say the same
@@ -253,7 +254,7 @@ class Qmp:
 
     # From here on: what the event loop calls.
 
-    def _put(self, questions: Sequence[_Question], fd: int | None = None) -> None:
+    def _put(self, questions: Sequence[_Question], fd: int | None = None) -> _Chunk:
         parts: list[bytes] = []
         for question in questions:
             question.id, self._next_id = self._next_id, (self._next_id + 1) % _IDS
@@ -263,15 +264,28 @@ class Qmp:
         self._pending.extend(questions)
         data = b"".join(parts)
         self._log.debug("--> %s", data)
-        self._out.append(_Chunk(memoryview(data), fd))
+        chunk = _Chunk(memoryview(data), fd)
+        self._out.append(chunk)
         if len(self._out) == 1:
             self._writable()
+        return chunk
 
     def _send_next_fd(self) -> None:
         if self._fd_in_flight is None and self._with_fd:
             batch = self._with_fd.popleft()
             self._fd_in_flight = batch.questions[0].future
-            self._put(batch.questions, batch.fd)
+            batch.chunk = self._put(batch.questions, batch.fd)
+
+    def _withdraw(self, batch: _Batch) -> None:
+        """Its caller goes away: its descriptor must not be sent any more. What was sent stays sent."""
+        if batch in self._with_fd:
+            self._with_fd.remove(batch)
+        elif batch.chunk is not None and batch.chunk.fd is not None and batch.chunk in self._out:
+            self._out.remove(batch.chunk)
+            for question in batch.questions:
+                self._pending.remove(question)
+            self._fd_in_flight = None
+            self._send_next_fd()
 
     def _writable(self) -> None:
         while self._out:
@@ -281,7 +295,6 @@ class Qmp:
                     sent = self._socket.send(chunk.data)
                 else:
                     sent = socket.send_fds(self._socket, [chunk.data], [chunk.fd])
-                    os.close(chunk.fd)
                     chunk.fd = None
             except BlockingIOError:
                 self._loop.add_writer(self._socket, self._writable)
@@ -383,9 +396,6 @@ class Qmp:
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
         self._socket.close()
-        for fd in [chunk.fd for chunk in self._out] + [batch.fd for batch in self._with_fd]:
-            if fd is not None:
-                os.close(fd)
         self.gone.set_result(reason)
         for question in chain(self._pending, *(batch.questions for batch in self._with_fd)):
             if not question.future.done():
@@ -403,6 +413,26 @@ class Qmp:
         if not future.done():
             raise _again(self.gone.result())
         return future.result()
+
+
+async def _connect(sock: socket.socket, path: Path, *, vm: str, timeout_s: float) -> None:
+    """A full backlog refuses a connection for now: QEMU is busy, and not gone. (asyncio's own takes it for connected.)
+
+    Source: unix(7), connect(2), EAGAIN.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                try:
+                    return sock.connect(str(path))
+                except BlockingIOError:
+                    await asyncio.sleep(_LOOK_AGAIN_S)
+    except TimeoutError as error:
+        raise DeadlineExceeded(
+            f"QEMU of VM {vm} took no connection at {path} within {timeout_s:g} s",
+            vm=vm,
+            remedy="too many wait for it: end the others, or stop the VM if QEMU hangs",
+        ) from error
 
 
 def _again(reason: UtilityVMError) -> UtilityVMError:
