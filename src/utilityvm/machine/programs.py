@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from utilityvm.errors import SetupError
 from utilityvm.log import logger
+from utilityvm.machine.threads import in_thread
 
 _log = logger(__name__)
 
@@ -117,4 +118,4 @@ async def run_async(
     command: Sequence[str | Path], *, stdin: bytes | None = None, timeout_s: float | None = None
 ) -> bytes:
     """`run` without holding up the event loop."""
-    return await asyncio.to_thread(run, command, stdin=stdin, timeout_s=timeout_s)
+    return await in_thread(partial(run, command, stdin=stdin, timeout_s=timeout_s))

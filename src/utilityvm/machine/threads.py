@@ -68,22 +68,28 @@ async def in_thread(
 
 
 async def to_the_end(work: Callable[..., T], *arguments: Any, late: Callable[[T], object] | None = None) -> T:
-    """As `in_thread`, but a caller that is cancelled is told only when the work has ended.
+    """As `in_thread`, but a caller that is cancelled is told only when the work, and `late`, has ended.
 
     For quick work that changes what others find, such as files with names: the caller's undoing has to come after it.
     """
     working = asyncio.ensure_future(in_thread(work, *arguments, late=late))
+    cancelled = await _wait_whatever(working)
+    if cancelled is None:
+        return working.result()
+    if not working.cancelled() and working.exception() is None and late is not None:
+        await _wait_whatever(asyncio.ensure_future(in_thread(late, working.result(), always=True)))
+    raise cancelled
+
+
+async def _wait_whatever(working: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+    """Wait until it is done, also when we are cancelled; says whether we were."""
     cancelled: asyncio.CancelledError | None = None
     while not working.done():
         try:
             await asyncio.wait([working])
         except asyncio.CancelledError as error:
             cancelled = error
-    if cancelled is not None:
-        if not working.cancelled() and working.exception() is None and late is not None:
-            aside(late, working.result())
-        raise cancelled
-    return working.result()
+    return cancelled
 
 
 def aside(work: Callable[P, object], *arguments: P.args, **named: P.kwargs) -> None:

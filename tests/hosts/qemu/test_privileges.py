@@ -10,14 +10,15 @@ import pytest
 from utilityvm.errors import SetupError
 from utilityvm.hosts.qemu import privileges
 from utilityvm.hosts.qemu.privileges import Identity
-from utilityvm.machine.programs import spawn
+from utilityvm.machine.programs import find_program, spawn
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can change users")
+SETPRIV = find_program("setpriv", package="util-linux")
 US = Identity(os.geteuid(), drops=False)
 
 
 def output(who: Identity, *command: str, dies_with_us: bool = False) -> str:
-    words = [*privileges.launcher(who, dies_with_us=dies_with_us), *command]
+    words = [*privileges.launcher(SETPRIV, who, dies_with_us=dies_with_us), *command]
     return subprocess.run(words, capture_output=True, text=True, check=True, timeout=10).stdout
 
 
@@ -49,7 +50,7 @@ def test_another_user_has_its_own_group_and_no_capability(groups: tuple[int, ...
 @as_root
 async def test_an_id_that_a_process_has_is_not_given_again() -> None:
     async with privileges.identity(kvm=False, timeout_s=10) as first:
-        pid = spawn([*privileges.launcher(first, dies_with_us=True), "/bin/sleep", "1000"], env={})
+        pid = spawn([*privileges.launcher(SETPRIV, first, dies_with_us=True), "/bin/sleep", "1000"], env={})
         while not privileges.is_used_by(pid, first):
             await asyncio.sleep(0)
     async with privileges.identity(kvm=False, timeout_s=10) as second:
@@ -92,7 +93,7 @@ async def test_a_range_of_accounts_only_is_full(monkeypatch: pytest.MonkeyPatch)
 
 def test_an_orphan_does_not_start(tmp_path: Path) -> None:
     """The owner's pid is another one than the parent's, as if the owner had died before the signal was set."""
-    words = privileges.launcher(US, dies_with_us=True)
+    words = privileges.launcher(SETPRIV, US, dies_with_us=True)
     words[-1] = "1"
     done = subprocess.run([*words, "touch", tmp_path / "started"], check=False, timeout=10)
     assert done.returncode == 1

@@ -7,7 +7,6 @@ exit with a status of its own. It has 2 seconds, which is 25 times of what TCG n
 
 from __future__ import annotations
 
-import asyncio
 import os
 import struct
 from collections.abc import Generator
@@ -20,8 +19,10 @@ from utilityvm.errors import SetupError
 from utilityvm.hosts.qemu import emulator as emulators
 from utilityvm.hosts.qemu import privileges
 from utilityvm.hosts.qemu.emulator import Emulator
+from utilityvm.hosts.qemu.privileges import Identity
 from utilityvm.log import logger
-from utilityvm.machine.programs import CommandFailed, run
+from utilityvm.machine.programs import CommandFailed, find_program, run
+from utilityvm.machine.threads import in_thread
 
 NAMES: Final = ("kvm", "hvf", "tcg")
 CPU: Final = {"kvm": "host", "hvf": "host", "tcg": "max"}
@@ -56,14 +57,21 @@ async def choose(emulator: Emulator, *, wanted: str | None = None) -> Accelerato
         return Accelerator(_checked(wanted, "the VM's configuration"), "asked for by the VM's configuration")
     if named := os.environ.get("UTILITYVM_ACCEL"):
         return Accelerator(_checked(named, "UTILITYVM_ACCEL"), "asked for by UTILITYVM_ACCEL")
+    key, known = await in_thread(_recall, emulator)
+    if known is not None:
+        return known
+    chosen = await _try_all(emulator)
+    await in_thread(emulators.remember, key, {"name": chosen.name, "reason": chosen.reason})
+    return chosen
+
+
+def _recall(emulator: Emulator) -> tuple[str, Accelerator | None]:
     key = f"accelerator {emulator.key} {_boot()} {os.geteuid()}"
     known = emulators.recall(key)
-    if isinstance(known, dict):
-        fields = cast(dict[str, Any], known)
-        return Accelerator(str(fields["name"]), str(fields["reason"]))
-    chosen = await _try_all(emulator)
-    emulators.remember(key, {"name": chosen.name, "reason": chosen.reason})
-    return chosen
+    if not isinstance(known, dict):
+        return key, None
+    fields = cast(dict[str, Any], known)
+    return key, Accelerator(str(fields["name"]), str(fields["reason"]))
 
 
 async def attempt(emulator: Emulator, name: str, *, timeout_s: float = TRIAL_S) -> str | None:
@@ -72,36 +80,41 @@ async def attempt(emulator: Emulator, name: str, *, timeout_s: float = TRIAL_S) 
     Raises:
         SetupError: QEMU cannot be started at all.
     """
+    async with privileges.identity(kvm=name == "kvm", timeout_s=30) as who:
+        return await in_thread(_attempt, emulator, name, who, timeout_s)
+
+
+def _attempt(emulator: Emulator, name: str, who: Identity, timeout_s: float) -> str | None:
+    setpriv = find_program("setpriv", package="util-linux")
     with _trial_kernel() as kernel:
-        async with privileges.identity(kvm=name == "kvm", timeout_s=30) as who:
-            # fmt: off
-            command: list[str | Path] = [
-                *privileges.launcher(who, dies_with_us=False), emulator.path,
-                "-nodefaults", "-no-user-config", "-no-reboot",
-                "-display", "none",
-                "-machine", f"{emulator.machine},sata=off,smbus=off",
-                "-accel",   name,
-                "-cpu",     CPU[name],
-                "-m",       "32",
-                "-kernel",  f"/proc/self/fd/{kernel}",
-                "-device",  "isa-debug-exit,iobase=0xf4,iosize=1",
-            ]
-            # fmt: on
-            try:
-                await asyncio.to_thread(run, command, timeout_s=timeout_s, pass_fds=[kernel])
-            except CommandFailed as error:
-                if error.status == _RAN:
-                    return None
-                if error.status == -9:
-                    return f"nothing ran within {timeout_s:g} s"
-                return _why(error, emulator.path.name)
-            return "QEMU ended before the trial program ran"
+        # fmt: off
+        command: list[str | Path] = [
+            *privileges.launcher(setpriv, who, dies_with_us=False), emulator.path,
+            "-nodefaults", "-no-user-config", "-no-reboot",
+            "-display", "none",
+            "-machine", f"{emulator.machine},sata=off,smbus=off",
+            "-accel",   name,
+            "-cpu",     CPU[name],
+            "-m",       "32",
+            "-kernel",  f"/proc/self/fd/{kernel}",
+            "-device",  "isa-debug-exit,iobase=0xf4,iosize=1",
+        ]
+        # fmt: on
+        try:
+            run(command, timeout_s=timeout_s, pass_fds=[kernel])
+        except CommandFailed as error:
+            if error.status == _RAN:
+                return None
+            if error.status == -9:
+                return f"nothing ran within {timeout_s:g} s"
+            return _why(error, emulator.path.name)
+        return "QEMU ended before the trial program ran"
 
 
 async def _try_all(emulator: Emulator) -> Accelerator:
     failures: list[str] = []
     for name in NAMES:
-        if name == "kvm" and not os.access("/dev/kvm", os.F_OK):
+        if name == "kvm" and not await in_thread(os.access, "/dev/kvm", os.F_OK):
             why: str | None = "there is no /dev/kvm"
         elif name == "hvf" and os.uname().sysname != "Darwin":
             continue

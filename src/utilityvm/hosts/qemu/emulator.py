@@ -12,7 +12,8 @@ from typing import Any, Final, cast
 from utilityvm.errors import SetupError
 from utilityvm.log import logger
 from utilityvm.machine import paths
-from utilityvm.machine.programs import find_program, run_async
+from utilityvm.machine.programs import find_program, run
+from utilityvm.machine.threads import in_thread
 
 _VERSION: Final = re.compile(r"version ([0-9]+\.[0-9]+\.[0-9]+)")
 _Q35_ALIAS: Final = re.compile(r"^q35 .*\(alias of (pc-q35-[0-9.]+)\)", re.MULTILINE)
@@ -41,6 +42,10 @@ async def find() -> Emulator:
     Raises:
         SetupError: there is none, or it is not one that we can use.
     """
+    return await in_thread(_find)
+
+
+def _find() -> Emulator:
     named = os.environ.get("UTILITYVM_QEMU")
     path = Path(named) if named else find_program("qemu-system-x86_64", package="qemu-system-x86")
     if not os.access(path, os.X_OK):
@@ -51,8 +56,8 @@ async def find() -> Emulator:
     if isinstance(known, dict):
         fields = cast(dict[str, Any], known)
         return Emulator(path, str(fields["version"]), str(fields["machine"]))
-    version = _VERSION.search((await run_async([path, "--version"], timeout_s=10)).decode())
-    machine = _Q35_ALIAS.search((await run_async([path, "-machine", "help"], timeout_s=10)).decode())
+    version = _VERSION.search(run([path, "--version"], timeout_s=10).decode())
+    machine = _Q35_ALIAS.search(run([path, "-machine", "help"], timeout_s=10).decode())
     if not version or not machine:
         raise SetupError(f"{path} is not a QEMU with a q35 machine", remedy="apt-get install qemu-system-x86")
     remember(f"emulator {key}", {"version": version[1], "machine": machine[1]})
@@ -60,7 +65,7 @@ async def find() -> Emulator:
 
 
 def recall(key: str) -> object:
-    """What was remembered under `key`, or None."""
+    """What was remembered under `key`, or None. Blocks, as `remember` does."""
     return _read().get(key)
 
 

@@ -12,7 +12,6 @@ id), and only its owner can reach its sockets. Its runtime folder holds::
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import socket
@@ -21,6 +20,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,8 +36,9 @@ from utilityvm.hosts.qemu.privileges import Identity
 from utilityvm.hosts.qemu.qmp import Qmp
 from utilityvm.log import logger
 from utilityvm.machine import paths
-from utilityvm.machine.processes import has_words, is_running, started_at
-from utilityvm.machine.programs import spawn
+from utilityvm.machine.processes import has_words, is_running
+from utilityvm.machine.programs import find_program, spawn
+from utilityvm.machine.threads import in_thread, to_the_end
 from utilityvm.scsi.slot import MAX_CONTROLLERS
 
 QMP_SOCKETS: Final = ("qmp0.sock", "qmp1.sock")
@@ -49,7 +50,6 @@ LONGEST_SOCKET_PATH: Final = 107  # bytes; unix(7)
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _COPY: Final = 1 << 20
 _END_S: Final = 5.0  # a killed process ends in milliseconds, unless the kernel waits for its storage
-_LOOK_AGAIN_S: Final = 0.001
 _ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _REMEDIES: Final = (
     ("KVM", "set UTILITYVM_ACCEL=tcg, or make /dev/kvm work: `uvm doctor` says what it lacks"),
@@ -247,10 +247,10 @@ async def start(
     config.check()
     program = await emulator.find()
     accelerator = await accelerators.choose(program, wanted=config.accelerator)
-    check_unused(folder, vm=config.name)
+    await in_thread(check_unused, folder, config.name)
     async with AsyncExitStack() as undo:
-        undo.callback(clean, folder)
-        _make_folder(folder, vm=config.name)
+        undo.push_async_callback(to_the_end, clean, folder)
+        await to_the_end(_make_folder, folder, config.name)
         children = _Children()
         undo.push_async_callback(children.end)
         process = await _spawn(config, program, accelerator, folder, children, saved, timeout_s=timeout_s)
@@ -258,7 +258,7 @@ async def start(
             qmp = await Qmp.connect(folder / QMP_SOCKETS[0], vm=config.name, timeout_s=timeout_s)
         except VMGone as error:
             await children.end()
-            raise _failure(process, saved) from error
+            raise await in_thread(_failure, process, saved) from error
         children.close()
         undo.pop_all()
     _log.info("started QEMU %s as process %d (%s)", qmp.version, process.pid, accelerator.name, vm=config.name)
@@ -286,7 +286,7 @@ async def destroy(process: QemuProcess, *, keep_log: bool = False) -> None:
         OutcomeUnknown: the kernel does not let it go: its storage hangs. Its folder stays; call again.
     """
     watch = _watch(process.pid, process.started)
-    if watch is not None and is_proven(process):
+    if watch is not None and await in_thread(is_proven, process):
         watch.kill()
         if not await watch.wait(timeout_s=_END_S):
             watch.close()
@@ -298,7 +298,7 @@ async def destroy(process: QemuProcess, *, keep_log: bool = False) -> None:
     if watch is not None:
         watch.close()
     await logged(process)
-    clean(process.folder, keep_log=keep_log)
+    await to_the_end(partial(clean, process.folder, keep_log=keep_log))
 
 
 async def logged(process: QemuProcess) -> None:
@@ -321,24 +321,29 @@ async def _spawn(
     timeout_s: float,
 ) -> QemuProcess:
     vm_uuid = config.uuid or str(uuid.uuid4())
-    with ExitStack() as opened:
-        async with privileges.identity(kvm=accelerator.name == "kvm", timeout_s=timeout_s) as who:
-            qmp0, qmp1, agent = (_listen(folder / name, opened) for name in (*QMP_SOCKETS, AGENT_SOCKET))
-            kernel = _open_for(who, config.kernel, opened)
-            initramfs = _open_for(who, config.initramfs, opened)
-            root = _open(config.root, opened)
-            log_pid, log = console.start_writer(folder)
-            children.log = Watch.child(log_pid)
-            opened.callback(os.close, log)
-            fds = Descriptors(qmp=(qmp0, qmp1), agent=agent, log=log, kernel=kernel, initramfs=initramfs, root=root)
-            words = privileges.launcher(who, dies_with_us=not config.keep)
-            words += command_line(config, program, accelerator, vm_uuid=vm_uuid, fds=fds, saved=saved)
-            inherited = fds.all() + (saved.fds() if saved else [])
-            pid = spawn(words, env=_ENVIRONMENT, stdout=log, stderr=log, pass_fds=inherited)
-            children.qemu = Watch.child(pid)
-            # Nobody tells when setpriv has run; it takes about a millisecond.
-            while who.drops and started_at(pid) is not None and not privileges.is_used_by(pid, who):  # noqa: ASYNC110
-                await asyncio.sleep(_LOOK_AGAIN_S)
+    async with AsyncExitStack() as opened:
+        who = await opened.enter_async_context(privileges.identity(kvm=accelerator.name == "kvm", timeout_s=timeout_s))
+        boot = await in_thread(_open_boot, config, who, late=_Boot.close)
+        opened.push_async_callback(partial(in_thread, boot.close, always=True))
+        ports = await to_the_end(_open_ports, folder, late=_Ports.abandon)
+        opened.push_async_callback(partial(in_thread, ports.close, always=True))
+        children.log = Watch.child(ports.log_pid)
+        fds = Descriptors(
+            qmp=ports.qmp,
+            agent=ports.agent,
+            log=ports.log,
+            kernel=boot.kernel,
+            initramfs=boot.initramfs,
+            root=boot.root,
+        )
+        words = privileges.launcher(boot.setpriv, who, dies_with_us=not config.keep)
+        words += command_line(config, program, accelerator, vm_uuid=vm_uuid, fds=fds, saved=saved)
+        inherited = fds.all() + (saved.fds() if saved else [])
+        # In this thread and no other: without `keep` the VM ends with the thread that started it.
+        pid = spawn(words, env=_ENVIRONMENT, stdout=ports.log, stderr=ports.log, pass_fds=inherited)
+        children.qemu = Watch.child(pid)
+        if who.drops:
+            await in_thread(privileges.await_use, pid, who)
     return QemuProcess(
         name=config.name,
         pid=pid,
@@ -352,7 +357,7 @@ async def _spawn(
         accelerator_reason=accelerator.reason,
         qemu_version=program.version,
         machine=program.machine,
-        log_pid=log_pid,
+        log_pid=ports.log_pid,
         log_started=children.log.started if children.log else "",
     )
 
@@ -402,7 +407,7 @@ def is_proven(process: QemuProcess) -> bool:
     return has_words(process.pid, "-uuid", process.uuid)
 
 
-def _make_folder(folder: Path, *, vm: str) -> None:
+def _make_folder(folder: Path, vm: str) -> None:
     longest = max(len(os.fsencode(folder / name)) for name in (*QMP_SOCKETS, AGENT_SOCKET))
     if longest > LONGEST_SOCKET_PATH:
         raise SetupError(
@@ -432,7 +437,7 @@ def _make_folder(folder: Path, *, vm: str) -> None:
         ) from error
 
 
-def check_unused(folder: Path, *, vm: str) -> None:
+def check_unused(folder: Path, vm: str) -> None:
     """Sockets that nobody listens at are left from a VM that ended; a VM that runs is not pushed out of its folder.
 
     Raises:
@@ -447,6 +452,59 @@ def check_unused(folder: Path, *, vm: str) -> None:
         except OSError:
             return
     raise VMExists(f"a VM runs in {folder}", vm=vm, remedy="stop it first, or start this one under another name")
+
+
+@dataclass(slots=True)
+class _Boot:
+    """What QEMU boots from, open; and the program that starts it."""
+
+    closing: ExitStack
+    setpriv: Path
+    kernel: int | None
+    initramfs: int | None
+    root: int | None
+
+    def close(self) -> None:
+        self.closing.close()
+
+
+def _open_boot(config: QemuConfig, who: Identity) -> _Boot:
+    """Blocks for as long as the storage of the guest image does."""
+    with ExitStack() as opened:
+        return _Boot(
+            setpriv=find_program("setpriv", package="util-linux"),
+            kernel=_open_for(who, config.kernel, opened),
+            initramfs=_open_for(who, config.initramfs, opened),
+            root=_open(config.root, opened),
+            closing=opened.pop_all(),
+        )
+
+
+@dataclass(slots=True)
+class _Ports:
+    """The ends in the runtime folder of what goes in and out of QEMU."""
+
+    closing: ExitStack
+    qmp: tuple[int, int]
+    agent: int
+    log: int
+    log_pid: int
+
+    def close(self) -> None:
+        self.closing.close()
+
+    def abandon(self) -> None:
+        """Nobody came for them: the log's writer ends when they are closed, and is reaped here."""
+        self.close()
+        os.waitpid(self.log_pid, 0)
+
+
+def _open_ports(folder: Path) -> _Ports:
+    with ExitStack() as opened:
+        qmp0, qmp1, agent = (_listen(folder / name, opened) for name in (*QMP_SOCKETS, AGENT_SOCKET))
+        log_pid, log = console.start_writer(folder)
+        opened.callback(os.close, log)
+        return _Ports(qmp=(qmp0, qmp1), agent=agent, log=log, log_pid=log_pid, closing=opened.pop_all())
 
 
 def _listen(path: Path, opened: ExitStack) -> int:

@@ -20,6 +20,7 @@ import os
 import pwd
 import re
 import stat
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from pathlib import Path
 from typing import Final
 
 from utilityvm.errors import SetupError
-from utilityvm.machine.programs import find_program
+from utilityvm.machine.processes import started_at
+from utilityvm.machine.threads import in_thread, lent
 
 _LOCK: Final = Path("/run/utilityvm-uids.lock")
 # Neither Debian's policy nor systemd hands these out, and useradd's subordinate ids start at 100000. The second range
@@ -36,6 +38,7 @@ _RANGES: Final = (range(70000, 80000), range(60600, 61184))
 _RANGE_TEXT: Final = re.compile(r"([0-9]+)-([0-9]+)")
 _KVM: Final = Path("/dev/kvm")
 _LOOK_AGAIN_S: Final = 0.005
+_SETPRIV_S: Final = 0.0005
 # argv[0] of the script is the owner's pid.
 _UNLESS_ORPHANED: Final = 'ulimit -c 0; [ "$PPID" = "$0" ] && exec "$@"'
 _ALWAYS: Final = 'ulimit -c 0; exec "$@"'
@@ -63,12 +66,11 @@ async def identity(*, kvm: bool, timeout_s: float) -> AsyncGenerator[Identity]:
     if os.geteuid() != 0:
         yield Identity(os.geteuid(), drops=False)
         return
-    lock = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    lock = await in_thread(_open_lock, late=os.close)
     try:
-        await _take(lock, timeout_s=timeout_s)
-        yield Identity(_free_uid(), _kvm_group() if kvm else ())
+        yield await _claim(lock, kvm=kvm, timeout_s=timeout_s)
     finally:
-        os.close(lock)
+        await in_thread(os.close, lock, always=True)
 
 
 def is_used_by(pid: int, who: Identity) -> bool:
@@ -76,9 +78,15 @@ def is_used_by(pid: int, who: Identity) -> bool:
     return who.uid in _uids_of(f"/proc/{pid}")
 
 
-def launcher(who: Identity, *, dies_with_us: bool) -> list[str]:
+def await_use(pid: int, who: Identity) -> None:
+    """Return when the process runs under the identity, or has ended. Blocks for about a millisecond."""
+    while started_at(pid) is not None and not is_used_by(pid, who):
+        time.sleep(_SETPRIV_S)  # nobody tells when setpriv has run
+
+
+def launcher(setpriv: Path, who: Identity, *, dies_with_us: bool) -> list[str]:
     """The words to put before a command so that it runs as `who`, can gain no right and leaves no core file."""
-    words = [str(find_program("setpriv", package="util-linux")), "--no-new-privs", "--inh-caps=-all"]
+    words = [str(setpriv), "--no-new-privs", "--inh-caps=-all"]
     if who.drops:
         words += [f"--reuid={who.uid}", f"--regid={who.uid}", "--bounding-set=-all"]
         words += [f"--groups={','.join(map(str, who.groups))}"] if who.groups else ["--clear-groups"]
@@ -155,17 +163,26 @@ def _kvm_group() -> tuple[int, ...]:
     return (status.st_gid,) if status.st_gid and status.st_mode & stat.S_IRGRP else ()
 
 
-async def _take(lock: int, *, timeout_s: float) -> None:
+def _open_lock() -> int:
+    return os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+async def _claim(lock: int, *, kvm: bool, timeout_s: float) -> Identity:
     try:
         async with asyncio.timeout(timeout_s):
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    await asyncio.sleep(_LOOK_AGAIN_S)  # the holder starts a VM, which takes milliseconds
-                else:
-                    return
+            while (found := await in_thread(lent(lock, _try_claim), kvm)) is None:  # noqa: ASYNC110
+                await asyncio.sleep(_LOOK_AGAIN_S)  # the holder starts a VM, which takes milliseconds
+            return found
     except TimeoutError as error:
         raise SetupError(
             f"{_LOCK} was locked for {timeout_s:g} s", remedy=f"see who holds it: fuser -v {_LOCK}"
         ) from error
+
+
+def _try_claim(lock: int, kvm: bool) -> Identity | None:
+    """A free identity; None while another process has the lock."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    return Identity(_free_uid(), _kvm_group() if kvm else ())
