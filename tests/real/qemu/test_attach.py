@@ -233,10 +233,27 @@ async def test_an_attach_whose_outcome_is_unknown_is_found_by_the_probe(vm: Qemu
     assert await traces(vm) == []
 
 
-async def test_an_attach_that_is_cancelled_is_found_by_the_probe(vm: QemuHost, image: Make) -> None:
+async def test_an_attach_that_is_cancelled_before_it_is_sent_leaves_nothing(vm: QemuHost, image: Make) -> None:
     disk = await vm.open(request(image()))
     task = asyncio.create_task(vm.attach(Slot(0, 1), disk, attachment="a", timeout_s=T))
     await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not await vm.probe(Slot(0, 1), attachment="a", timeout_s=T)
+    async with asyncio.timeout(T):
+        while True:  # what its thread had locked is free as soon as that has ended
+            with suppress(DiskInUse):
+                await vm.attach(Slot(0, 1), disk, attachment="b", timeout_s=T)
+                break
+    disk.close()
+
+
+async def test_an_attach_that_is_cancelled_is_found_by_the_probe(vm: QemuHost, image: Make) -> None:
+    disk = await vm.open(request(image()))
+    task = asyncio.create_task(vm.attach(Slot(0, 1), disk, attachment="a", timeout_s=T))
+    while not vm._numbers:  # opened and locked; from then on it is sent
+        await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
