@@ -16,7 +16,7 @@ MAY: dict[str, set[str]] = {
     "errors": {"scsi.slot"},  # for a type in a signature
     "log": set(),
     "machine": set(),
-    "scsi": set(),
+    "scsi": {"bridge"},  # the one rule of guest paths, which the agent has as well
     "bridge": set(),
     "agent": {"bridge"},
     "diskimage": {"scsi"},

@@ -28,9 +28,9 @@ from utilityvm.agent import dm, filesystems, holders, mountinfo, mounting
 from utilityvm.agent.faults import Fault
 from utilityvm.agent.find_disk import Bus, Device, write
 from utilityvm.agent.folders import Folders
+from utilityvm.bridge import guest_path
 
 _STATE: Final = Path("/run/utilityvm/mounts.json")
-_FORBIDDEN: Final = ("/proc", "/sys", "/dev", "/run/utilityvm")
 _MAX_LUN: Final = 63
 _BLKFLSBUF: Final = 0x1261  # linux/fs.h
 _PASSING_S: Final = 1.0  # for a use that nobody can be named for
@@ -49,6 +49,9 @@ class Entry:
     made: list[str]  # folders (and the file of a published device) that we made for it, the outermost first
     mappings: list[str]  # device-mapper names, the lowest first
     node: str  # what is mounted: the device, or the mapping on top of it
+    flags: int = 0  # how it was mounted, so that it can be so again
+    propagation: Sequence[int] = ()
+    options: str = ""
 
 
 class DiskTable:
@@ -70,7 +73,7 @@ class DiskTable:
     def add(self, settings: dict[str, Any], deadline: float) -> None:
         """Mount what `settings` describes. On a fault everything is as it was."""
         controller, lun, partition = self._where(settings)
-        path = _guest_path(settings)
+        path = _guest_path(settings, to_mount=True)
         with self._slot(controller, lun, deadline), self._claim(path):
             device = self._bus.wait(controller, lun, partition, deadline)
             with ExitStack() as undo:
@@ -84,7 +87,7 @@ class DiskTable:
 
     def remove(self, settings: dict[str, Any], deadline: float, *, force: bool = False) -> None:
         """Unmount what is at the path. Nothing there is done already."""
-        path = _guest_path(settings)
+        path = _guest_path(settings, to_mount=False)
         with self._lock:
             entry = self._entries.get(str(path))
         if entry is None:
@@ -225,7 +228,8 @@ class DiskTable:
         node, mappings, filesystem = device.node, list[str](), ""
 
         def entry(made: Sequence[str]) -> Entry:
-            return Entry(str(path), controller, lun, partition, filesystem, [*made], [*mappings], node)
+            where = str(path), controller, lun, partition
+            return Entry(*where, filesystem, [*made], [*mappings], node, how.flags, how.propagation, how.data)
 
         def note(made: Sequence[str]) -> None:
             with open(self._notes(controller, lun), "a") as notes:
@@ -286,6 +290,8 @@ class DiskTable:
                         text = f"what was written to {entry.path} does not reach the disk: {error.strerror}"
                         raise Fault(text) from None
             _let_go(entry.path, force=force)
+            if not force:
+                self._refuse_alive(entry)
         for name in reversed(entry.mappings):
             dm.close(name, deferred=force)
         self._folders.give_back(entry.path, entry.made)
@@ -295,10 +301,29 @@ class DiskTable:
 
     def _refuse_used(self, entry: Entry) -> None:
         """Refuse to unmount what is used beside the mount: the disk could not be ejected, and the mount were gone."""
-        if any(other.node == entry.node and other is not entry for other in self._at(entry.controller, entry.lun)):
+        if self._has_another(entry):
             return  # the device stays for that one
         if users := holders.beside_mount(entry.path, entry.node):
             raise _busy(entry.path, users)
+
+    def _refuse_alive(self, entry: Entry) -> None:
+        """Mount it again and refuse, if its file system lives on though it was unmounted: the device is still taken.
+
+        What keeps it so shows in no list beforehand; see `holders.after_unmount`.
+        """
+        if not entry.filesystem or self._has_another(entry):
+            return
+        give_up = time.monotonic() + _PASSING_S
+        while users := holders.after_unmount(entry.node):
+            if time.monotonic() >= give_up:
+                how = mounting.Words(entry.flags, tuple(entry.propagation), entry.options)
+                mounting.mount_again(entry.node, entry.path, entry.filesystem, how)
+                raise _busy(entry.path, users)
+            time.sleep(_LOOK_AGAIN_S)  # a namespace or a program that has just ended still lets go of it
+
+    def _has_another(self, entry: Entry) -> bool:
+        """Has the device of this mount another mount of ours?"""
+        return any(other.node == entry.node and other is not entry for other in self._at(entry.controller, entry.lun))
 
     def _load(self) -> None:
         """After a restart of the agent: take over what is mounted, and undo what is left of what is not."""
@@ -337,15 +362,17 @@ class DiskTable:
         os.rename(new, self._state)
 
 
-def _guest_path(settings: dict[str, Any]) -> PurePosixPath:
+def _guest_path(settings: dict[str, Any], *, to_mount: bool) -> PurePosixPath:
     text = settings.get("MountPath")
     if not isinstance(text, str) or not text:
         raise Fault("a MountPath is needed", kind="invalid")
-    if not text.startswith("/") or ".." in PurePosixPath(text).parts or "\0" in text:
-        raise Fault(f"the guest path {text!r} must be absolute and without ..", kind="invalid")
-    path = PurePosixPath("/" + text.strip("/"))
-    if str(path) == "/" or any(str(path) == top or str(path).startswith(f"{top}/") for top in _FORBIDDEN):
-        raise Fault(f"the guest path {path} belongs to the system", kind="invalid")
+    try:
+        path = (guest_path.mountable if to_mount else guest_path.spelled)(text)
+    except ValueError as why:
+        raise Fault(f"the guest path {text!r} {why}", kind="invalid") from None
+    if to_mount and (hidden := mountinfo.shows(str(path), guest_path.SYSTEM_FOLDERS)):
+        text = f"the guest path {path} belongs to the guest's system: a bind mount shows {hidden} there"
+        raise Fault(text, kind="invalid")
     return path
 
 

@@ -19,14 +19,24 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from utilityvm.agent.mountinfo import MountLine, lines_at, mount_lines, stands_alone, taken_along
+from utilityvm.agent.mountinfo import (
+    MountLine,
+    lines_at,
+    mount_lines,
+    overlay_folders,
+    plain,
+    stands_alone,
+    taken_along,
+)
+from utilityvm.bridge.guest_path import is_in
 
 Number = tuple[int, int]
 
+_PROC: Final = "/proc"
+_SYS: Final = "/sys"
 _AT_MOST: Final = 20
 _LOOP_GET_STATUS64: Final = 0x4C05  # linux/loop.h
 _LOOP_INFO: Final = struct.Struct("=Q Q Q 208x")  # struct loop_info64: the file's device, its inode, its own number
-_OVERLAY_FOLDERS: Final = re.compile(r"(?:^|,)(?:lowerdir|upperdir|workdir)=([^,]*)")
 
 
 def of_mount(path: str) -> list[str]:
@@ -44,11 +54,26 @@ def beside_mount(path: str, node: str) -> list[str]:
     if number is None:
         return []
     pids = list(_pids())
-    found = _mappings(f"/sys/dev/block/{number[0]}:{number[1]}")
-    elsewhere = list(_elsewhere({number}, pids))
+    found = _mappings(f"{_SYS}/dev/block/{number[0]}:{number[1]}")
+    elsewhere = list(_elsewhere({number}, pids, path))
     if elsewhere or not stands_alone(path, number):
         found += _other_mounts(path, node, number, elsewhere)
     return [*found, *_loops(number), *_swaps({number}), *_openers({number}, pids)][:_AT_MOST]
+
+
+def after_unmount(node: str) -> list[str]:
+    """Who keeps the file system of `node` alive though it is mounted nowhere that we see: empty if nobody does.
+
+    An overlay can have been given folders by names that lead there no more, such as relative ones, and a mount can be
+    detached, or held by a descriptor alone. None of these shows in a list; but the device is still taken.
+    """
+    if _is_free(node):
+        return []
+    overlays = (line.path for line in mount_lines() if line.filesystem == "overlay" and line.path != "/")
+    found = [f"something without a mount, which may be the overlay at {path}" for path in overlays]
+    return (found or ["something that has no mount, such as an open file of one that was taken off the tree"])[
+        :_AT_MOST
+    ]
 
 
 def of_device(node: str, sysfs: str, numbers: set[Number]) -> list[str]:
@@ -114,7 +139,7 @@ def _other_mounts(path: str, node: str, number: Number, elsewhere: list[tuple[Mo
     yield from (f"mounted at {line.path}" for line in lines if _is_of(line, {number}) and line.id not in ending)
     yield from (text for line, text in elsewhere if line.id not in ending)
     for line in lines:
-        if line.filesystem == "overlay" and any(_is_in(folder, path) for folder in _folders(line)):
+        if line.filesystem == "overlay" and any(_is_of_mount(folder, target) for folder in overlay_folders(line)):
             yield f"overlay mounted at {line.path}"
 
 
@@ -122,27 +147,30 @@ def _is_published(line: MountLine, node: str) -> bool:
     return line.filesystem == "devtmpfs" and line.root.startswith(f"/{os.path.basename(node)}")
 
 
-def _folders(overlay: MountLine) -> Iterator[str]:
-    for folders in _OVERLAY_FOLDERS.findall(overlay.super_options):
-        yield from folders.split(":")
+def _is_of_mount(folder: str, target: MountLine) -> bool:
+    """Is the folder below the mount, by its name or by where its name leads (a link, a mount over it)?"""
+    if is_in(folder, target.path):
+        return True
+    try:
+        return folder.startswith("/") and _mount_id(folder) == target.id
+    except OSError:
+        return False
 
 
-def _is_in(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(f"{folder}/")
-
-
-def _elsewhere(numbers: set[Number], pids: Iterable[int]) -> Iterator[tuple[MountLine, str]]:
-    """Mounts of the devices in other mount namespaces than ours."""
-    seen = {os.readlink("/proc/self/ns/mnt")}
+def _elsewhere(numbers: set[Number], pids: Iterable[int], path: str = "") -> Iterator[tuple[MountLine, str]]:
+    """Mounts of the devices in other mount namespaces than ours, and overlays there that name a folder at `path`."""
+    seen = {os.readlink(f"{_PROC}/self/ns/mnt")}
     for pid in pids:
         with contextlib.suppress(OSError):
-            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+            namespace = os.readlink(f"{_PROC}/{pid}/ns/mnt")
             if namespace not in seen:
                 seen.add(namespace)
-                for line in mount_lines(f"/proc/{pid}/mountinfo"):
+                where = f"the mount namespace of process {pid} ({_name(pid)})"
+                for line in mount_lines(f"{_PROC}/{pid}/mountinfo"):
                     if _is_of(line, numbers):
-                        where = f"the mount namespace of process {pid} ({_name(pid)})"
                         yield line, f"mounted at {line.path} in {where}"
+                    elif path and line.filesystem == "overlay" and any(is_in(f, path) for f in overlay_folders(line)):
+                        yield line, f"overlay mounted at {line.path} in {where}"
 
 
 def _mappings(sysfs: str) -> list[str]:
@@ -158,7 +186,7 @@ def _mappings(sysfs: str) -> list[str]:
 def _processes(mount_id: int) -> Iterator[str]:
     """Processes that have something of a mount open, stand in it, or have it in their memory."""
     for pid in _pids():
-        name, base = _name(pid), f"/proc/{pid}"
+        name, base = _name(pid), f"{_PROC}/{pid}"
         for what, link in (("its working folder", "cwd"), ("its root", "root"), ("its program", "exe")):
             with contextlib.suppress(OSError):
                 if _mount_id(f"{base}/{link}") == mount_id:
@@ -186,7 +214,7 @@ def _mount_id(path: str) -> int:
     """The mount that what a link of /proc leads to was reached by."""
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        return _mount_id_in(f"/proc/self/fdinfo/{fd}")
+        return _mount_id_in(f"{_PROC}/self/fdinfo/{fd}")
     finally:
         os.close(fd)
 
@@ -214,10 +242,10 @@ def _files(path: str, line: MountLine) -> Iterator[str]:
 
 def _sockets(path: str) -> Iterator[str]:
     """Sockets that are bound to a name below `path`."""
-    with contextlib.suppress(OSError), open("/proc/net/unix", errors="surrogateescape") as lines:
+    with contextlib.suppress(OSError), open(f"{_PROC}/net/unix", errors="surrogateescape", newline="\n") as lines:
         for line in lines:
             fields = line.rstrip("\n").split(maxsplit=7)
-            if len(fields) == 8 and _is_in(fields[7], path):
+            if len(fields) == 8 and is_in(fields[7], path):
                 yield f"a socket at {fields[7]}"
 
 
@@ -229,8 +257,8 @@ def _loops(number: Number) -> list[str]:
 
 def _loop_devices() -> Iterator[tuple[str, tuple[int, int]]]:
     with contextlib.suppress(OSError):
-        for entry in os.listdir("/sys/block"):
-            if entry.startswith("loop") and os.path.exists(f"/sys/block/{entry}/loop"):
+        for entry in os.listdir(f"{_SYS}/block"):
+            if entry.startswith("loop") and os.path.exists(f"{_SYS}/block/{entry}/loop"):
                 with contextlib.suppress(OSError):
                     yield entry, _loop_info(f"/dev/{entry}")
 
@@ -252,8 +280,8 @@ def _swaps(numbers: set[Number]) -> list[str]:
 
 
 def _swap_paths() -> list[str]:
-    with contextlib.suppress(OSError), open("/proc/swaps") as lines:
-        return [line.split()[0] for line in lines.readlines()[1:]]
+    with contextlib.suppress(OSError), open(f"{_PROC}/swaps", errors="surrogateescape", newline="\n") as lines:
+        return [plain(re.split("[ \t]", line, maxsplit=1)[0]) for line in lines.readlines()[1:]]
     return []
 
 
@@ -263,9 +291,9 @@ def _openers(numbers: Iterable[Number], pids: Iterable[int]) -> list[str]:
     found = []
     for pid in pids:
         with contextlib.suppress(OSError):
-            for fd in os.listdir(f"/proc/{pid}/fd"):
+            for fd in os.listdir(f"{_PROC}/{pid}/fd"):
                 with contextlib.suppress(OSError):
-                    status = os.stat(f"/proc/{pid}/fd/{fd}")
+                    status = os.stat(f"{_PROC}/{pid}/fd/{fd}")
                     if status.st_rdev in devices and stat.S_ISBLK(status.st_mode):
                         found.append(f"process {pid} ({_name(pid)}) has {os.readlink(f'/proc/{pid}/fd/{fd}')} open")
     return found
@@ -280,13 +308,13 @@ def _pids() -> Iterator[int]:
         if pid != ours:
             yield pid
         with contextlib.suppress(OSError):
-            for task in os.listdir(f"/proc/{pid}/task"):
-                with open(f"/proc/{pid}/task/{task}/children", "rb", buffering=0) as children:
+            for task in os.listdir(f"{_PROC}/{pid}/task"):
+                with open(f"{_PROC}/{pid}/task/{task}/children", "rb", buffering=0) as children:
                     pending += map(int, children.read().split())
 
 
 def _name(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
+        return Path(f"{_PROC}/{pid}/comm").read_text().strip()
     except OSError:
         return "?"

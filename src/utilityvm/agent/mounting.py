@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -72,7 +73,56 @@ _SIGNATURES: Final[tuple[tuple[int, bytes, str], ...]] = (
 # What keeps a file system from writing to its device while it is mounted read-only.
 _NO_RECOVERY: Final = {"ext4": "noload", "ext3": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
 
+# What an error in the image does. The superblock may ask for a panic of the kernel, which would take every disk of the
+# VM with it; so the mount asks for its own end alone, which overrides that. XFS shuts itself down, and btrfs, vfat and
+# exfat become read-only, whatever their images say. Source: Linux Documentation/admin-guide/ext4.rst.
+_ON_ERROR: Final = "errors=remount-ro"
+_EXT: Final = ("ext2", "ext3", "ext4")
+
+# Causes that the kernel tells and that the caller can do something about: words of its log, and the remedy.
+_REMEDIES: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
+    (
+        ("duplicate uuid",),
+        "it is a copy of an XFS that is mounted: mount it with the option nouuid, or give the copy a UUID of its own "
+        "(xfs_admin -U generate)",
+    ),
+    (
+        ("devid", "missing"),
+        "attach the other disks of this btrfs first, without a guest path; or mount it read-only with the option "
+        "degraded",
+    ),
+    (
+        ("failed to read chunk tree",),
+        "attach the other disks of this btrfs first, without a guest path; or mount it read-only with the option "
+        "degraded",
+    ),
+    (
+        ("operation in progress",),
+        "making or changing this file system was cut short, and it holds nothing that can be read: have it made anew "
+        "(ensure_filesystem with reformat)",
+    ),
+    (
+        ("log mount", "failed"),
+        "the journal cannot be replayed: mount it read-only, which does not need it, and copy what is there",
+    ),
+    (
+        ("error loading journal",),
+        "the journal cannot be replayed: mount it read-only, which does not need it, and copy what is there",
+    ),
+    (("unknown parameter",), "the file system knows no such mount option: leave it out"),
+    (("unrecognized mount option",), "the file system knows no such mount option: leave it out"),
+)
+
 _LINES_AT_MOST: Final = 3  # of the kernel's log, in an error
+_RECORDS_AT_MOST: Final = 1000
+_KERNEL_LOG: Final = "/dev/kmsg"
+_LEVEL_MASK: Final = 7  # of a record's number: syslog's priority, 3 is an error
+
+_PARTITIONS: Final = "/proc/partitions"
+_BTRFS_CONTROL: Final = "/dev/btrfs-control"
+_BTRFS_IOC_SCAN_DEV: Final = 0x50009404  # linux/btrfs.h
+_BTRFS_ARGUMENTS_BYTES: Final = 4096  # struct btrfs_ioctl_vol_args: a descriptor, and a text
+_BTRFS_ID_AT: Final = 65536 + 32  # the file system's id, in its superblock
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -132,16 +182,70 @@ def mount(node: str, target: str, filesystem: str, how: Words) -> None:
     Raises:
         Fault: the kernel refused; names its reason.
     """
-    data = how.data
-    if how.flags & MS_RDONLY and (never_write := _NO_RECOVERY.get(filesystem)) and never_write not in data.split(","):
-        data = f"{data},{never_write}" if data else never_write
-    _mount(os.fsencode(node), target, filesystem.encode(), how.flags, data.encode() or None)
+    data = with_defaults(filesystem, how)
+    try:
+        _mount(os.fsencode(node), target, filesystem.encode(), how.flags, data.encode() or None)
+    except Fault:
+        if filesystem != "btrfs" or not _introduce_fellows(node):
+            raise
+        _mount(os.fsencode(node), target, filesystem.encode(), how.flags, data.encode() or None)
     try:
         for flag in how.propagation:
             _mount(b"none", target, None, flag, None)
     except Fault:
         unmount(target, lazily=True)
         raise
+
+
+def mount_again(node: str, target: str, filesystem: str, how: Words) -> None:
+    """As `mount`, of a file system that was mounted so and lives on, whatever has become of it: read-only, by an error.
+
+    Raises:
+        Fault: the kernel refused.
+    """
+    try:
+        mount(node, target, filesystem, how)
+    except Fault:
+        if how.flags & MS_RDONLY:
+            raise
+        mount(node, target, filesystem, how._replace(flags=how.flags | MS_RDONLY))
+
+
+def with_defaults(filesystem: str, how: Words) -> str:
+    """The file system's options, with those that hold unless the caller says otherwise."""
+    given = how.data.split(",") if how.data else []
+    added = []
+    if how.flags & MS_RDONLY and (never_write := _NO_RECOVERY.get(filesystem)) and never_write not in given:
+        added.append(never_write)
+    if filesystem in _EXT and not any(word.startswith("errors=") for word in given):
+        added.append(_ON_ERROR)
+    return ",".join([*given, *added])
+
+
+def _introduce_fellows(node: str) -> bool:
+    """Tell the kernel of the other disks of the btrfs on `node`, as udev would. False: there is none."""
+    found = False
+    ours = _btrfs_id(node)
+    with open(_PARTITIONS) as lines:
+        names = [line.split()[3] for line in lines if line[:1] == " "]
+    for other in (f"/dev/{name}" for name in names):
+        with suppress(OSError):
+            if other == node or detect(other) != "btrfs" or _btrfs_id(other) != ours:
+                continue
+            argument = bytearray(_BTRFS_ARGUMENTS_BYTES)
+            argument[8 : 8 + len(other)] = os.fsencode(other)
+            control = os.open(_BTRFS_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(control, _BTRFS_IOC_SCAN_DEV, argument)
+                found = True
+            finally:
+                os.close(control)
+    return found
+
+
+def _btrfs_id(node: str) -> bytes:
+    with open(node, "rb", buffering=0) as device:
+        return os.pread(device.fileno(), 16, _BTRFS_ID_AT)
 
 
 def bind(source: str, target: str) -> None:
@@ -158,17 +262,24 @@ def _mount(source: bytes, target: str, kind: bytes | None, flags: int, data: byt
         if not _libc.mount(source, os.fsencode(target), kind, ctypes.c_ulong(flags), data):
             return
         number = ctypes.get_errno()
-        said = _said_of(log, (os.path.basename(os.fsdecode(source)), kind.decode() if kind else ""))
+        lines = _said_of(log, os.path.basename(os.fsdecode(source)), kind.decode() if kind else "")
     what = f"mount {source.decode()} at {target}"
     text = f"{what} as {kind.decode()}" if kind else what
-    raise Fault(f"{text} with {data.decode() if data else 'no options'}: {os.strerror(number)}{said}")
+    said = f" ({'; '.join(lines[:_LINES_AT_MOST])})" if lines else ""
+    text += f" with {data.decode() if data else 'no options'}: {os.strerror(number)}{said}"
+    raise Fault(text, remedy=_remedy(lines))
+
+
+def _remedy(lines: Sequence[str]) -> str | None:
+    text = "\n".join(lines).lower()
+    return next((remedy for words, remedy in _REMEDIES if all(word in text for word in words)), None)
 
 
 @contextmanager
 def _kernel_log() -> Iterator[int]:
     """The kernel's log from here on, as a descriptor; of no use where there is none."""
     try:
-        fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(_KERNEL_LOG, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         yield -1
         return
@@ -179,16 +290,35 @@ def _kernel_log() -> Iterator[int]:
         os.close(fd)
 
 
-def _said_of(log: int, names: Sequence[str]) -> str:
-    """What the kernel said of one of `names`, such as why a file system was not mounted: an errno tells little."""
-    lines: list[str] = []
-    with suppress(OSError):  # that was all
-        while len(lines) < _LINES_AT_MOST:
+def _said_of(log: int, device: str, filesystem: str) -> list[str]:
+    """What the kernel said, such as why a file system was not mounted: an errno tells little.
+
+    The worst comes first, as that says why; of equals those that name the device, in their order.
+    """
+    records = list(_records(log))
+    found = [
+        (level, bool(device) and device not in text, text)
+        for level, text in records
+        if any(name and name.lower() in text.lower() for name in (device, filesystem))
+    ]
+    return [text for _, _, text in sorted(found, key=lambda one: one[:2])]
+
+
+def _records(log: int) -> Iterator[tuple[int, str]]:
+    """The records that came since the log was opened: their levels, and their first lines."""
+    for _ in range(_RECORDS_AT_MOST):
+        try:
             record = os.read(log, 8192).decode(errors="replace")
-            text = record.partition(";")[2].partition("\n")[0]
-            if any(name and name.lower() in text.lower() for name in names):
-                lines.append(text)
-    return f" ({'; '.join(lines)})" if lines else ""
+        except BrokenPipeError:
+            continue  # so many came that some were overwritten
+        except OSError:
+            return  # that was all
+        if not record:
+            return
+        head, _, rest = record.partition(";")
+        number = head.partition(",")[0]
+        if number.isdecimal():
+            yield int(number) & _LEVEL_MASK, rest.partition("\n")[0]
 
 
 def unmount(target: str, *, lazily: bool = False) -> None:

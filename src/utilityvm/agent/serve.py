@@ -117,7 +117,10 @@ class Call:
         self._send(messages.success(self.activity, **fields))
 
     def refuse(self, fault: Fault) -> None:
-        extension = {"Kind": fault.kind, "Holders": [str(holder)[:200] for holder in fault.holders[:_MAX_HOLDERS]]}
+        holders = [str(holder)[:200] for holder in fault.holders[:_MAX_HOLDERS]]
+        extension: dict[str, Any] = {"Kind": fault.kind, "Holders": holders}
+        if fault.remedy:
+            extension["Remedy"] = fault.remedy
         self._send(messages.failure(fault.code, fault.message, activity=self.activity, extension=extension))
 
     def _send(self, body: dict[str, Any]) -> None:

@@ -93,6 +93,7 @@ MODULE_FOLDERS: Final = (
     "fs/mbcache",
     "fs/nls/",
     "fs/overlayfs/",
+    "fs/quota/",  # ext4 asks for it when a disk has quotas; nothing names it as a dependency
     "fs/squashfs/",
     "fs/udf/",
     "fs/xfs/",

@@ -205,7 +205,7 @@ class BridgeGuest:
     async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
         """See `GuestBackend.mount`."""
         self.check(slot, config)
-        check_path(guest_path)
+        check_path(guest_path, to_mount=self.has_our_agent)  # another guest has folders of its own: `ledger`
         settings = disk_settings(slot, config, guest_path)
         if self.has_our_agent:
             settings |= disk_extension(config)
@@ -224,7 +224,7 @@ class BridgeGuest:
     ) -> None:
         """See `GuestBackend.unmount`."""
         self.check(slot, None)
-        check_path(guest_path)
+        check_path(guest_path, to_mount=False)
         settings = disk_settings(slot, config, guest_path)
         where = _Where(slot, guest_path)
         if self.has_our_agent:
@@ -606,15 +606,17 @@ class BridgeGuest:
         extension = extension if isinstance(extension, dict) else {}
         holders = extension.get("Holders")
         holders = [str(holder) for holder in holders] if isinstance(holders, list) else []
+        advice = extension.get("Remedy")
+        advice = advice if isinstance(advice, str) else None
         match extension.get("Kind"):
             case "busy":
                 remedy = "end what uses it, or force it"
                 raise GuestBusy(text, holders=holders, vm=self._vm, slot=slot, remedy=remedy)
             case "invalid":
-                raise InvalidRequest(text, vm=self._vm, slot=slot)
+                raise InvalidRequest(text, vm=self._vm, slot=slot, remedy=advice)
             case "no_filesystem":
                 remedy = "have one made, if the disk is blank: ensure_filesystem; or mount one of its partitions"
-                raise GuestRefused(text, vm=self._vm, slot=slot, remedy=remedy)
+                raise GuestRefused(text, vm=self._vm, slot=slot, remedy=advice or remedy)
             case "timeout":
                 raise DeadlineExceeded(text, vm=self._vm, slot=slot)
             case "unknown":
@@ -624,7 +626,7 @@ class BridgeGuest:
             case None if "context deadline exceeded" in said:
                 # Go's text: gcs gave up in the middle, and does not say where.
                 raise DeadlineExceeded(text, vm=self._vm, slot=slot)
-        raise GuestRefused(text, vm=self._vm, slot=slot)
+        raise GuestRefused(text, vm=self._vm, slot=slot, remedy=advice)
 
     # A guest that is not ours.
 

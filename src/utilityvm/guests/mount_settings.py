@@ -8,14 +8,13 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 from utilityvm.bridge import messages
+from utilityvm.bridge.guest_path import mountable, spelled
 from utilityvm.errors import InvalidRequest, NotSupported
 from utilityvm.scsi.ports import CallerKey, MountConfig, ScratchKey
 from utilityvm.scsi.slot import Slot
 
 _KEY_BYTES: Final = (32, 64)
 _DEFAULT_FILESYSTEM: Final = "ext4"
-_MAX_PATH_BYTES: Final = 4095  # linux/limits.h, PATH_MAX with its NUL
-_MAX_NAME_BYTES: Final = 255
 _MAX_PARTITION: Final = 255
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SECTOR_BYTES: Final = 512
@@ -54,32 +53,20 @@ def check_config(config: MountConfig) -> None:
             )
 
 
-def check_path(guest_path: PurePosixPath) -> None:
-    """Refuse what is no place to mount at.
+def check_path(guest_path: PurePosixPath, *, to_mount: bool) -> None:
+    """Refuse what is no place to mount at; to unmount, any absolute path will do.
 
     Raises:
-        InvalidRequest: it is relative, the root, has `..` in it, is too long, or is no text.
+        InvalidRequest: it is relative, has `..` in it, is too long, or is no text; or it is the system's.
     """
     text = str(guest_path)
-    why = None
-    if not text.startswith("/") or text.startswith("//"):
-        why = "it must be absolute"
-    elif text == "/":
-        why = "the root cannot be mounted over"
-    elif ".." in guest_path.parts:
-        why = "it must be without .."
-    else:
-        try:
-            names = [part.encode() for part in guest_path.parts]
-        except UnicodeEncodeError:
-            why = "it is no text"
-        else:
-            if len(text.encode()) > _MAX_PATH_BYTES or any(len(name) > _MAX_NAME_BYTES for name in names):
-                why = f"at most {_MAX_PATH_BYTES} bytes, and {_MAX_NAME_BYTES} each name, are possible"
-            elif "\0" in text or "\n" in text:
-                why = "it holds a line's or a text's end"
-    if why:
-        raise InvalidRequest(f"the guest path {text!r}: {why}")
+    try:
+        plain = str((mountable if to_mount else spelled)(text))
+        if plain != text:
+            raise ValueError(f"is spelled {plain}")
+    except ValueError as why:
+        remedy = "choose another, such as /mnt/data"
+        raise InvalidRequest(f"guest path {text!r} {why}", remedy=remedy) from None
 
 
 def check_plain(config: MountConfig) -> None:

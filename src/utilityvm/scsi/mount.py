@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
+from utilityvm.bridge.guest_path import mountable
 from utilityvm.errors import ConfigDiffers, InvalidRequest, UtilityVMError
 from utilityvm.scsi.ports import CallerKey, MountConfig, MountRecord, ScratchKey
 from utilityvm.scsi.transitions import Event, MountState, next_mount_state
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from utilityvm.scsi.disk import Disk
     from utilityvm.scsi.reservation import Claim
 
-# What is the system's in every guest. A mount there would hide it, or never come up.
-_FORBIDDEN: Final = ("/proc", "/sys", "/dev", "/run/utilityvm")
 GENERATED_BELOW: Final = PurePosixPath("/run/mounts/scsi")
 
 
@@ -24,17 +23,12 @@ def checked_guest_path(path: PurePosixPath) -> PurePosixPath:
     """The path in its one spelling.
 
     Raises:
-        InvalidRequest: relative, with `..`, or the system's own.
+        InvalidRequest: relative, with `..`, too long, or the system's own (`bridge.guest_path`).
     """
-    text = str(path)
-    if not text.startswith("/") or ".." in path.parts or "\0" in text:
-        raise InvalidRequest(f"guest path {text!r}", remedy="give an absolute path without ..")
-    plain = PurePosixPath("/" + text.lstrip("/"))
-    if str(plain) == "/" or any(str(plain) == top or str(plain).startswith(f"{top}/") for top in _FORBIDDEN):
-        raise InvalidRequest(
-            f"guest path {plain} belongs to the guest's system", remedy="choose another, such as /mnt/data"
-        )
-    return plain
+    try:
+        return mountable(str(path))
+    except ValueError as why:
+        raise InvalidRequest(f"guest path {str(path)!r} {why}", remedy="choose another, such as /mnt/data") from None
 
 
 def checked_config(config: MountConfig, *, disk_read_only: bool) -> MountConfig:

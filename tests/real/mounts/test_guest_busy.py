@@ -61,6 +61,20 @@ OF_MOUNTS: Final = (
         "mkdir /over; mount -t overlay -o lowerdir=/data/folder:/mnt over /over",
         "umount /over; rmdir /over",
     ),
+    User(
+        "overlay by relative names",
+        "something without a mount, which may be the overlay at /over",
+        "",
+        "mkdir /over; cd /data; mount -t overlay -o lowerdir=folder:/mnt over /over",
+        "umount /over; rmdir /over",
+    ),
+    User(
+        "overlay by a link",
+        "overlay mounted at /over",
+        "",
+        "mkdir /over; ln -s /data/folder /link; mount -t overlay -o lowerdir=/link:/mnt over /over",
+        "umount /over; rmdir /over; rm /link",
+    ),
     User("namespace", r"at /data in the mount namespace of process \d+ \(sleep\)", f"exec unshare -m sh -c '{STAY}'"),
     User(
         "loop device",

@@ -1,0 +1,168 @@
+"""What the kernel is asked when a disk is mounted, and what is told when it refuses."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import re
+from pathlib import Path
+
+import pytest
+
+from utilityvm.agent import mounting
+from utilityvm.agent.faults import Fault
+from utilityvm.agent.mounting import MS_NOATIME, MS_RDONLY, mount, mount_again, words
+
+NODE = "/dev/sdb"
+
+
+class Kernel:
+    """Takes mounts, and refuses those that `refuses` says with what it then writes to its log."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        log.write_bytes(b"")
+        self.asked: list[tuple[str, str, str, int, str]] = []
+        self.refuses: list[int] = []  # errnos of the next mounts; 0: it is taken
+        self.says: list[tuple[int, str]] = []
+
+    def mount(self, source: bytes, target: bytes, kind: bytes | None, flags: ctypes.c_ulong, data: bytes | None) -> int:
+        self.asked.append(
+            (source.decode(), target.decode(), (kind or b"").decode(), flags.value, (data or b"").decode())
+        )
+        number = self.refuses.pop(0) if self.refuses else 0
+        ctypes.set_errno(number)
+        return -1 if number else 0
+
+    def records(self, _log: int) -> list[tuple[int, str]]:
+        return self.says
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    kernel = Kernel(tmp_path / "kmsg")
+    monkeypatch.setattr(mounting, "_libc", kernel)
+    monkeypatch.setattr(mounting, "_KERNEL_LOG", str(tmp_path / "kmsg"))
+    monkeypatch.setattr(mounting, "_records", kernel.records)
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("filesystem", "options", "read_only", "asked"),
+    [
+        ("ext4", [], False, "errors=remount-ro"),
+        ("ext3", [], False, "errors=remount-ro"),
+        ("ext2", [], False, "errors=remount-ro"),
+        ("ext4", [], True, "noload,errors=remount-ro"),
+        ("ext4", ["data=journal,noatime"], False, "data=journal,errors=remount-ro"),
+        ("ext4", ["errors=continue"], False, "errors=continue"),
+        ("ext4", ["errors=panic", "noload"], True, "errors=panic,noload"),
+        ("ext4", ["noload"], True, "noload,errors=remount-ro"),
+        ("xfs", [], False, ""),
+        ("xfs", [], True, "norecovery"),
+        ("btrfs", ["compress=zstd"], True, "compress=zstd,rescue=nologreplay"),
+        ("vfat", [], True, ""),
+    ],
+)
+def test_an_image_hurts_its_reader_alone_and_a_read_only_one_is_not_written_to(
+    kernel: Kernel, filesystem: str, options: list[str], read_only: bool, asked: str
+) -> None:
+    how = words(options, read_only=read_only)
+    mount(NODE, "/data", filesystem, how)
+    assert kernel.asked == [(NODE, "/data", filesystem, how.flags, asked)]
+    assert bool(how.flags & MS_RDONLY) is read_only
+
+
+def test_the_kernels_worst_lines_are_told_first(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel.refuses = [errno.EINVAL]
+    kernel.says = [
+        (6, "Btrfs loaded, crc32c=crc32c-generic"),
+        (6, "BTRFS: device fsid 1234 devid 1 transid 6 /dev/sdb"),
+        (6, "BTRFS info (device sdb): using free space tree"),
+        (3, "unrelated: the printer is on fire"),
+        (4, "BTRFS warning (device sdb): devid 2 uuid 5678 is missing"),
+        (3, "BTRFS error (device sdc): another disk's trouble"),
+        (3, "BTRFS error (device sdb): open_ctree failed"),
+    ]
+    monkeypatch.setattr(mounting, "_introduce_fellows", lambda node: False)
+    said = (
+        "BTRFS error (device sdb): open_ctree failed; BTRFS error (device sdc): another disk's trouble; BTRFS warning"
+    )
+    with pytest.raises(Fault, match=re.escape(f"Invalid argument ({said} (device sdb): devid 2 uuid 5678 is missing)")):
+        mount(NODE, "/data", "btrfs", words([], read_only=False))
+
+
+def test_of_equally_bad_lines_those_that_name_the_device_come_first(kernel: Kernel) -> None:
+    kernel.refuses = [errno.EINVAL]
+    kernel.says = [(6, "XFS started"), (3, "XFS (sdc): not this one"), (3, "XFS (sdb): this one"), (2, "XFS: the end")]
+    with pytest.raises(Fault, match=r"Invalid argument \(XFS: the end; XFS \(sdb\): this one; XFS \(sdc\)") as caught:
+        mount(NODE, "/data", "xfs", words([], read_only=False))
+    assert "started" not in caught.value.message
+    assert caught.value.remedy is None
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("XFS (sdb): Filesystem has duplicate UUID 1 - can't mount", "nouuid"),
+        ("BTRFS error (device sdb): devid 2 uuid 5 is missing", "attach the other disks of this btrfs first"),
+        ("XFS (sdb): Offline file system operation in progress!", "ensure_filesystem with reformat"),
+        ('EXT4-fs (sdb): Unrecognized mount option "x"', "leave it out"),
+        ("EXT4-fs (sdb): error loading journal", "mount it read-only"),
+    ],
+)
+def test_a_cause_that_has_a_remedy_is_told_with_it(kernel: Kernel, line: str, remedy: str) -> None:
+    kernel.refuses, kernel.says = [errno.EINVAL], [(6, "sdb: filler")] * 5 + [(3, line)]
+    with pytest.raises(Fault) as caught:
+        mount(NODE, "/data", "xfs", words([], read_only=False))
+    assert line in caught.value.message
+    assert caught.value.remedy
+    assert remedy in caught.value.remedy
+
+
+def test_a_btrfs_is_tried_again_when_its_other_disks_were_introduced(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    introduced: list[str] = []
+
+    def introduce(node: str) -> bool:
+        introduced.append(node)
+        return len(introduced) == 1
+
+    monkeypatch.setattr(mounting, "_introduce_fellows", introduce)
+    kernel.refuses = [errno.EINVAL, 0, errno.EINVAL]
+    mount(NODE, "/data", "btrfs", words([], read_only=False))
+    assert len(kernel.asked) == 2
+    with pytest.raises(Fault):
+        mount(NODE, "/data", "btrfs", words([], read_only=False))
+    assert len(kernel.asked) == 3
+    assert introduced == [NODE, NODE]
+    kernel.refuses = [errno.EINVAL]
+    with pytest.raises(Fault):
+        mount(NODE, "/data", "ext4", words([], read_only=False))
+    assert len(introduced) == 2
+
+
+def test_a_file_system_that_an_error_made_read_only_is_mounted_again_as_it_is(kernel: Kernel) -> None:
+    how = words(["noatime"], read_only=False)
+    kernel.refuses = [errno.EBUSY]
+    mount_again(NODE, "/data", "xfs", how)
+    assert [asked[3] for asked in kernel.asked] == [MS_NOATIME, MS_NOATIME | MS_RDONLY]
+    kernel.refuses = [errno.EBUSY]
+    with pytest.raises(Fault):
+        mount_again(NODE, "/data", "xfs", words([], read_only=True))
+    assert len(kernel.asked) == 3
+
+
+def test_the_kernels_records_are_read_with_their_levels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [b"30,1,5,-;info of a facility\n KEY=value\n", BrokenPipeError(), b"3,2,6,-;an error\n", b"nonsense\n"]
+
+    def read(_fd: int, _size: int) -> bytes:
+        record = records.pop(0) if records else BlockingIOError()
+        if isinstance(record, OSError):
+            raise record
+        assert isinstance(record, bytes)
+        return record
+
+    monkeypatch.setattr("os.read", read)
+    assert list(mounting._records(0)) == [(6, "info of a facility"), (3, "an error")]
