@@ -20,6 +20,7 @@ import utilityvm
 from utilityvm import errors
 from utilityvm.cli import main as uvm
 from utilityvm.scsi import transitions
+from utilityvm.vm import state as vm_state
 
 DOCS = Path(__file__).parent
 MADE = "<!-- made by docs/generate.py: change the code, not this page -->\n"
@@ -45,6 +46,8 @@ def concepts() -> str:
     page = (DOCS / "concepts/README.md").read_text()
     page = filled(page, "disk meanings", meanings(transitions.DiskState))
     page = filled(page, "mount meanings", meanings(transitions.MountState))
+    page = filled(page, "VM meanings", meanings(vm_state.State))
+    page = filled(page, "VM states", vm_state.table_markdown())
     page = filled(page, "disk states", transitions.disk_table_markdown())
     return filled(page, "mount states", transitions.mount_table_markdown())
 

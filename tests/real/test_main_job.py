@@ -285,7 +285,7 @@ async def test_a_guest_that_hangs_costs_its_caller_alone(
 async def test_closed_in_the_middle_of_work_the_next_owner_ends_it(
     start: Start, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("utilityvm.vm.utility_vm.SETTLE_S", 0.1)
+    monkeypatch.setattr("utilityvm.vm.end.SETTLE_S", 0.1)
     first = await start("handed", keep=True)
     await first._host.pause()
     adding = asyncio.create_task(first.add_scsi(disk, "/data"))

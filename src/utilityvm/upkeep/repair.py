@@ -22,7 +22,8 @@ from utilityvm.store import SqliteJournal, VMState
 from utilityvm.store.recover import open_store
 from utilityvm.vm import lifecycle
 from utilityvm.vm.lifecycle import CONNECT_S
-from utilityvm.vm.utility_vm import ROOT_SLOT, UtilityVM, is_alive
+from utilityvm.vm.owned import ROOT_SLOT, is_alive
+from utilityvm.vm.utility_vm import UtilityVM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

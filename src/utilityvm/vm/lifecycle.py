@@ -8,8 +8,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Awaitable, Mapping
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,11 +37,13 @@ from utilityvm.scsi.ports import DiskRecord
 from utilityvm.scsi.slot import Slot
 from utilityvm.store import SqliteJournal, Store, StoredVM, VMState
 from utilityvm.store.ownership import Ownership, owner_of
+from utilityvm.tasks import Deadline, Undo
 from utilityvm.templates import catalog
 
 BOOT_S: Final = 120.0  # KVM needs one second, an emulated processor on a busy machine a good part of a minute
 SHUTDOWN_S: Final = 15.0
 CONNECT_S: Final = 10.0
+_LATER_S: Final = 0.1  # than the steps of a start, which say better why they are out of time
 _CONSOLE_LINES: Final = 20
 _SEED_BYTES: Final = 64
 _TELLING: Final = ("utilityvm:", "Kernel panic", "error", "Error")  # what a line has in it that says why
@@ -50,9 +52,9 @@ _log = logger(__name__)
 
 
 async def claim_name(
-    undo: AsyncExitStack, store: Store, name: str, vm_uuid: str, document: Mapping[str, object]
+    undo: Undo, store: Store, name: str, vm_uuid: str, document: Mapping[str, object]
 ) -> tuple[StoredVM, Ownership, Path]:
-    """Become the owner of a new VM of that name; a dead one of the name is replaced. `undo` leaves nothing of it.
+    """Become the owner of a new VM of that name; a dead one of the name is replaced. `undo` gives back the ownership.
 
     Raises:
         VMExists: a VM of that name runs.
@@ -61,14 +63,35 @@ async def claim_name(
     folder = paths.vm_dir(name)
     refuse_running(store, name)
     ownership = await Ownership.acquire(folder, vm=name)
-    undo.callback(ownership.release, remove=True)
+    undo.add(_give_back, ownership, folder)
     refuse_running(store, name)
+    launch.check_unused(folder, vm=name)  # another store's VM may run there: nothing in the folder is ours then
     if (dead := store.find(name)) is not None:
         await clear(dead, store)
-    record = store.add(name, uuid=vm_uuid, config=document)
-    undo.callback(store.remove, record)
-    undo.callback(remove_copy, folder)
-    return record, ownership, folder
+    return store.add(name, uuid=vm_uuid, config=document), ownership, folder
+
+
+def _give_back(ownership: Ownership, folder: Path) -> None:
+    """Let go of the name. The lock goes too, unless another VM's things are in the folder."""
+    try:
+        is_ours = [entry.name for entry in folder.iterdir()] == [paths.LOCK_FILE]
+    except OSError:
+        is_ours = False
+    ownership.release(remove=is_ours)
+
+
+@asynccontextmanager
+async def coming_up(name: str, deadline: Deadline) -> AsyncIterator[None]:
+    """A start that is out of time is one that failed: nothing is left of it, so nothing is unknown.
+
+    Raises:
+        StartFailed: says what was not done.
+    """
+    try:
+        async with deadline.limit(f"VM {name} did not come up", vm=name, later_s=_LATER_S):
+            yield
+    except DeadlineExceeded as error:
+        raise StartFailed(str(error), vm=name, remedy="give it more time") from error
 
 
 async def boot(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:

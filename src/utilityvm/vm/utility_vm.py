@@ -1,4 +1,4 @@
-"""UtilityVM: one VM with its host side, its guest side, its disks and its journal; from its start to its end.
+"""UtilityVM: the face of one VM, from its start to its end. What it does is in the modules beside it.
 
 A VM has one owner at a time: the process that started it, or opened it after that one let go or died. The owner's
 object is this. With `keep` the VM outlives it; without, the VM ends with it, however the owner ends.
@@ -7,93 +7,48 @@ object is this. With `keep` the VM outlives it; without, the VM ends with it, ho
 from __future__ import annotations
 
 import asyncio
-import os
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
-from pathlib import Path, PurePosixPath
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Final, Literal, Self
 
-from utilityvm.errors import (
-    InvalidRequest,
-    SetupError,
-    UtilityVMError,
-    VMGone,
-    VMNotFound,
-    VMNotRunning,
-)
+from utilityvm.errors import InvalidRequest, UtilityVMError, VMNotRunning
 from utilityvm.guestimage.build import GuestImage
-from utilityvm.guestimage.build import find as find_image
 from utilityvm.guests.bridge_guest import BridgeGuest, CommandResult, OutputSink
 from utilityvm.hosts.qemu import QemuHost, QemuProcess
-from utilityvm.log import logger
-from utilityvm.machine import paths
 from utilityvm.machine.hostpath import HostPath, absolute, identity_of
-from utilityvm.machine.processes import is_running, own_start
 from utilityvm.scsi.events import ScsiEvent
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S, ScsiManager
 from utilityvm.scsi.migration import ScsiState
-from utilityvm.scsi.ports import CallerKey, DiskFormat, Holder, MountConfig, ScratchKey, Verity, VMAccess
+from utilityvm.scsi.ports import CallerKey, DiskFormat, MountConfig, ScratchKey, Verity, VMAccess
 from utilityvm.scsi.reservation import Reservation
 from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.views import MountView, SlotView
-from utilityvm.store import SqliteJournal, Store, StoredVM, VMState
-from utilityvm.store.ownership import Ownership
-from utilityvm.store.recover import open_store
-from utilityvm.templates import catalog
-from utilityvm.templates import clone as cloning
-from utilityvm.templates import save as saving
+from utilityvm.store import Store, VMState
 from utilityvm.templates.catalog import Template
-from utilityvm.vm import lifecycle
+from utilityvm.vm import clone as cloning
+from utilityvm.vm import end, lifecycle
+from utilityvm.vm import open as opening
+from utilityvm.vm import save as saving
+from utilityvm.vm import start as starting
 from utilityvm.vm.config import GENERATED, DiskSpec, GuestPath, VMConfig
-from utilityvm.vm.lifecycle import BOOT_S, CONNECT_S, SHUTDOWN_S
+from utilityvm.vm.lifecycle import BOOT_S, SHUTDOWN_S
 from utilityvm.vm.mount import SCSIMount
+from utilityvm.vm.owned import OwnedVM, holder_of
+from utilityvm.vm.state import Event
 
-SETTLE_S: Final = 3.0
 CLONE_S: Final = 60.0
 SAVE_S: Final = 120.0
-ROOT_SLOT: Final = Slot(0, 0)
-
-_log = logger(__name__)
+OPEN_S: Final = 60.0
 
 
 class UtilityVM:
     """A running utility VM that this process owns. Made by `start` and `open`; for the event loop that made it."""
 
-    def __init__(
-        self,
-        config: VMConfig,
-        *,
-        record: StoredVM,
-        store: Store,
-        ownership: Ownership,
-        host: QemuHost,
-        guest: BridgeGuest,
-        strays: Mapping[Slot, str] | None = None,
-    ) -> None:
-        """Use `start` or `open`."""
-        self.config = config
-        self.findings: tuple[str, ...] = ()  # what `open` found half done, and did about it: a line each
-        self._record = record
-        self._store = store
-        self._ownership = ownership
-        self._host = host
-        self._guest = guest
-        self._ended: UtilityVMError | None = None
-        self._resting: UtilityVMError | None = None
-        self._is_stopping = False
-        self._ending = asyncio.Lock()
-        self._is_closed = False
-        self._log = _log.bind(vm=config.name)
-        self.scsi = ScsiManager(
-            host,
-            guest,
-            SqliteJournal(store, record),
-            controllers=config.controllers,
-            reserved={ROOT_SLOT: "the VM's root disk", **(strays or {})},
-            vm=config.name,
-        )
-        host.gone.add_done_callback(lambda gone: self._on_gone(gone.result()))
+    def __init__(self, vm: OwnedVM) -> None:
+        """Use `start`, `clone` or `open`."""
+        self._vm = vm
+        self.config = vm.config
+        self.findings = vm.findings  # what `open` found half done, and did about it: a line each
 
     @classmethod
     async def start(
@@ -112,32 +67,7 @@ class UtilityVM:
             StartFailed: it did not come up within `timeout_s` seconds, or died; the message has its last words.
         """
         config = VMConfig(name=config) if isinstance(config, str) else config
-        vm_uuid = str(uuid.uuid4())
-        config.check()
-        image = image or find_image()
-        if image is None:
-            raise SetupError("there is no guest image", vm=config.name, remedy="build it: uvm image build")
-        async with AsyncExitStack() as undo:
-            store = undo.enter_context(open_store())
-            saved = {**config.to_json(), "root": str(image.root)}
-            record, ownership, folder = await lifecycle.claim_name(undo, store, config.name, vm_uuid, saved)
-            host = await QemuHost.start(
-                config.for_qemu(image, uuid=vm_uuid),
-                folder=folder,
-                who_uses=_who_uses(store, record),
-                frozen_by=catalog.frozen_by,
-            )
-            undo.push_async_callback(host.stop)
-            document = host.process.to_json()
-            store.set_process(record, document)
-            lifecycle.write_copy(folder, record, document)
-            guest = await lifecycle.boot(host, config.name, timeout_s=timeout_s)
-            undo.push_async_callback(guest.close)
-            store.set_state(record, VMState.RUNNING)
-            vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest)
-            undo.pop_all()
-        vm._log.info("started on %s", host.process.accelerator)
-        return vm
+        return cls(await starting.start(config, image=image, timeout_s=timeout_s))
 
     @classmethod
     async def clone(
@@ -164,51 +94,10 @@ class UtilityVM:
             TemplateDamaged: one of its files, or a disk under it, is not what was saved.
             others: as `start`.
         """
-        requests = {slot: spec.request().disk for slot, spec in (replace or {}).items()}
-        vm_uuid = str(uuid.uuid4())
-        async with AsyncExitStack() as undo:
-            with catalog.in_use(template) as source:
-                config = VMConfig(
-                    name=name,
-                    memory_mib=source.manifest.memory_mib,
-                    cpus=source.manifest.cpus,
-                    controllers=source.manifest.controllers,
-                    keep=keep,
-                )
-                config.check()
-                await cloning.check_machine(source)
-                store = undo.enter_context(open_store())
-                origin = {"template": template, "template_uuid": source.uuid}
-                document = {**config.to_json(), "root": str(source.root), "clone": origin}
-                record, ownership, folder = await lifecycle.claim_name(undo, store, name, vm_uuid, document)
-                overlays = paths.overlays_dir(vm_uuid)
-                holder = Holder(name=f"template {template}")
-                with cloning.prepare(source, overlays, holder=holder, replace=requests) as prepared:
-                    undo.callback(lifecycle.remove_overlays, record)
-                    host = await QemuHost.start(
-                        config.for_clone(source.root, uuid=vm_uuid),
-                        folder=folder,
-                        saved=prepared.incoming,
-                        who_uses=_who_uses(store, record),
-                        frozen_by=catalog.frozen_by,
-                    )
-            undo.push_async_callback(host.stop)
-            process = host.process.to_json()
-            store.set_process(record, process)
-            lifecycle.write_copy(folder, record, process)
-            await SqliteJournal(store, record).write(prepared.records)
-            await host.loaded(prepared.incoming.disks, timeout_s=timeout_s)
-            guest = await lifecycle.wake(host, name, timeout_s=timeout_s)
-            undo.push_async_callback(guest.close)
-            store.set_state(record, VMState.RUNNING)
-            vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest)
-            await vm.scsi.restore(is_alive=is_alive)
-            undo.pop_all()
-        vm._log.info("cloned from template %s", template)
-        return vm
+        return cls(await cloning.clone(template, name, keep=keep, replace=replace, timeout_s=timeout_s))
 
     @classmethod
-    async def open(cls, name: str, *, wait_s: float = 0.0) -> UtilityVM:
+    async def open(cls, name: str, *, wait_s: float = 0.0, timeout_s: float = OPEN_S) -> UtilityVM:
         """Own a running VM whose owner let go of it, or died. What an owner left half done is finished or undone.
 
         Reservations of processes that are dead are given back; those of named holders stay. `findings` says what was
@@ -218,41 +107,9 @@ class UtilityVM:
             VMNotFound: there is no VM of that name.
             VMNotRunning: its QEMU has ended.
             VMOwned: another process owns it, also after waiting in the queue for `wait_s` seconds.
-            DeadlineExceeded: QEMU or the agent does not answer.
+            DeadlineExceeded: QEMU or the agent does not answer within `timeout_s` seconds.
         """
-        async with AsyncExitStack() as undo:
-            store = undo.enter_context(open_store())
-            record, ownership = await lifecycle.own(store, name, wait_s=wait_s, must_run=True)
-            undo.callback(ownership.release)
-            lifecycle.refuse_unfinished(record)
-            process = lifecycle.process_of(record)
-            try:
-                host = await QemuHost.connect(
-                    process, who_uses=_who_uses(store, record), frozen_by=catalog.frozen_by, timeout_s=CONNECT_S
-                )
-            except VMGone as error:
-                raise lifecycle.not_running(record) from error
-            undo.push_async_callback(host.close)
-            found = []
-            if record.state is VMState.SAVING:
-                found.append("saving it as a template was cut short: it goes on")
-                await host.resume(timeout_s=CONNECT_S)
-            guest = await BridgeGuest.connect(process.agent_socket, timeout_s=CONNECT_S, vm=name)
-            undo.push_async_callback(guest.close)
-            if record.state is VMState.SAVING:
-                await guest.thaw(timeout_s=CONNECT_S)
-                store.set_state(record, VMState.RUNNING)
-            strays = await lifecycle.strays(host, SqliteJournal(store, record))
-            config = VMConfig.from_json(record.config)
-            vm = cls(config, record=record, store=store, ownership=ownership, host=host, guest=guest, strays=strays)
-            found += [f"slot {slot} has a disk that is in no journal: it stays taken" for slot in strays]
-            vm.findings = (*found, *await vm.scsi.restore(is_alive=is_alive, sizes=await host.sizes()))
-            if record.state is not VMState.RUNNING:
-                store.set_state(record, VMState.RUNNING)  # its owner died when it started, or was about to stop
-            undo.pop_all()
-        for finding in vm.findings:
-            vm._log.warning("%s", finding)
-        return vm
+        return cls(await opening.open_running(name, wait_s=wait_s, timeout_s=timeout_s))
 
     @classmethod
     async def remove(cls, name: str, *, wait_s: float = 0.0, force: bool = False) -> None:
@@ -263,18 +120,7 @@ class UtilityVM:
             VMOwned: another process owns it, also after waiting in the queue for `wait_s` seconds.
             OutcomeUnknown: the kernel does not let QEMU go; call again.
         """
-        async with AsyncExitStack() as undo:
-            store = undo.enter_context(open_store())
-            try:
-                record, ownership = await lifecycle.own(store, name, wait_s=wait_s)
-            except VMNotFound:
-                await lifecycle.sweep(store, name)
-                raise
-            undo.callback(ownership.release)
-            if record.is_alive() and not force:
-                await lifecycle.shut_down(record)
-            await lifecycle.clear(record, store)
-            ownership.release(remove=True)
+        await end.remove(name, wait_s=wait_s, force=force)
 
     # What it is.
 
@@ -284,7 +130,7 @@ class UtilityVM:
 
     @property
     def uuid(self) -> str:
-        return self._record.uuid
+        return self._vm.record.uuid
 
     @property
     def process(self) -> QemuProcess:
@@ -298,11 +144,28 @@ class UtilityVM:
 
     @property
     def is_running(self) -> bool:
-        return self._ended is None
+        return self._vm.is_running
 
     def console(self) -> str:
         """The end of its console and of QEMU's own messages."""
         return self._host.console().decode(errors="replace")
+
+    @property
+    def scsi(self) -> ScsiManager:
+        """The manager of its disks. For tests and for `upkeep`: these calls ask nothing of the VM's state."""
+        return self._vm.scsi
+
+    @property
+    def _host(self) -> QemuHost:
+        return self._vm.host
+
+    @property
+    def _guest(self) -> BridgeGuest:
+        return self._vm.guest
+
+    @property
+    def _store(self) -> Store:
+        return self._vm.store
 
     # Disks.
 
@@ -404,10 +267,10 @@ class UtilityVM:
         self, disk: DiskSpec, *, holder: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> SCSIMount:
         """`add_scsi` and `add_scsi_physical_disk` in one, for a disk that is described by a value."""
-        self._check_running()
+        self._vm.check()
         item = disk.request()
-        reservation = await self.scsi.add(
-            item.disk, mount=item.mount, guest_path=item.guest_path, holder=_holder(holder), timeout_s=timeout_s
+        reservation = await self._vm.scsi.add(
+            item.disk, mount=item.mount, guest_path=item.guest_path, holder=holder_of(holder), timeout_s=timeout_s
         )
         return SCSIMount(self, reservation)
 
@@ -424,9 +287,9 @@ class UtilityVM:
         `all`: if one fails, those that came are given back and its error is raised. `each`: every result stands for
         itself, errors among them.
         """
-        self._check_running()
+        self._vm.check()
         requests = [spec.request() for spec in disks]
-        results = await self.scsi.add_many(requests, which=which, holder=_holder(holder), timeout_s=timeout_s)
+        results = await self._vm.scsi.add_many(requests, which=which, holder=holder_of(holder), timeout_s=timeout_s)
         return [result if isinstance(result, UtilityVMError) else SCSIMount(self, result) for result in results]
 
     async def remove_scsi(
@@ -443,23 +306,23 @@ class UtilityVM:
             NotAttached: it is not attached, or `holder` has no reservation on it.
             others: as `SCSIMount.release`.
         """
-        self._check_running()
+        self._vm.check()
         path, identity = absolute(host_path), identity_of(host_path)
-        await self.scsi.remove(path, identity=identity, holder=holder, force=force, timeout_s=timeout_s)
+        await self._vm.scsi.remove(path, identity=identity, holder=holder, force=force, timeout_s=timeout_s)
 
     async def remove_scsi_many(
         self, mounts: Iterable[SCSIMount], *, force: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> list[UtilityVMError | None]:
         """Give back several reservations at the same time; what became of each, in order. None: it is done."""
-        self._check_running()
-        return await self.scsi.remove_many([mount.id for mount in mounts], force=force, timeout_s=timeout_s)
+        self._vm.check()
+        return await self._vm.scsi.remove_many([mount.id for mount in mounts], force=force, timeout_s=timeout_s)
 
     async def release(
         self, reservation: Reservation | str, *, force: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> None:
         """Give back a reservation, also one that this object did not make. See `SCSIMount.release`."""
-        self._check_running()
-        await self.scsi.release(reservation, force=force, timeout_s=timeout_s)
+        self._vm.check()
+        await self._vm.scsi.release(reservation, force=force, timeout_s=timeout_s)
 
     async def resize_scsi(self, host_path: HostPath, size_bytes: int, *, timeout_s: float | None = None) -> None:
         """Grow the disk, its image, and the file systems that are mounted from all of it.
@@ -472,9 +335,9 @@ class UtilityVM:
             DeadlineExceeded, OutcomeUnknown: no answer within `timeout_s` seconds (None: as long as a step may take
                 by itself); ask again with the same size.
         """
-        self._check_running()
+        self._vm.check()
         identity = identity_of(host_path)
-        await self.scsi.resize(absolute(host_path), size_bytes, identity=identity, timeout_s=timeout_s)
+        await self._vm.scsi.resize(absolute(host_path), size_bytes, identity=identity, timeout_s=timeout_s)
 
     async def remove_strays(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[str]:
         """Take out of the VM what no journal knows, as after the store was lost; says what, a line each.
@@ -483,21 +346,21 @@ class UtilityVM:
             GuestBusy: something in the guest uses it; it stays, and so does what was to come after it.
             GuestRefused, HostRefused, OutcomeUnknown: a step failed; call again.
         """
-        self._check_running()
+        self._vm.check()
         done: list[str] = []
-        known = {mount.guest_path for mount in self.scsi.mounts()}
+        known = {mount.guest_path for mount in self._vm.scsi.mounts()}
         for mount in await self._guest.mounts(timeout_s=timeout_s):
             path, slot = PurePosixPath(str(mount["MountPath"])), Slot(mount["Controller"], mount["Lun"])
             if path not in known:
                 config = MountConfig(partition=mount["Partition"])
                 await self._guest.unmount(slot, config, guest_path=path, timeout_s=timeout_s, force=False)
                 done.append(f"{path} was mounted from slot {slot}, and no journal knew it: unmounted")
-        taken = {view.attachment for view in self.scsi.slots()}
+        taken = {view.attachment for view in self._vm.scsi.slots()}
         for one in await self._host.attachments(timeout_s=timeout_s):
             if one.attachment not in taken:
                 await self._guest.eject(one.slot, timeout_s=timeout_s, force=False)
                 await self._host.detach(one.slot, attachment=one.attachment, timeout_s=timeout_s)
-                self.scsi.unreserve(one.slot)
+                self._vm.scsi.unreserve(one.slot)
                 done.append(f"slot {one.slot} had a disk that no journal knew: detached")
         return done
 
@@ -507,24 +370,24 @@ class UtilityVM:
         Raises:
             NotAttached: it is not attached.
         """
-        self._check_running()
-        return self.scsi.guest_path(absolute(host_path), identity=identity_of(host_path))
+        self._vm.check()
+        return self._vm.scsi.guest_path(absolute(host_path), identity=identity_of(host_path))
 
     def scsi_slots(self) -> list[SlotView]:
         """Every slot that a disk has, in order; the VM's own root disk is not among them."""
-        return self.scsi.slots()
+        return self._vm.scsi.slots()
 
     def scsi_mounts(self) -> list[MountView]:
         """Every mount in the guest, in the order of slots."""
-        return self.scsi.mounts()
+        return self._vm.scsi.mounts()
 
     def scsi_reservations(self) -> list[SCSIMount]:
         """Every reservation that is held, whoever made it; the oldest first."""
-        return [SCSIMount(self, reservation) for reservation in self.scsi.reservations()]
+        return [SCSIMount(self, reservation) for reservation in self._vm.scsi.reservations()]
 
     def scsi_events(self) -> AsyncIterator[ScsiEvent]:
         """What happens to disks and mounts from now on."""
-        return self.scsi.events()
+        return self._vm.scsi.events()
 
     async def export_scsi_state(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ScsiState:
         """The disks, mounts and reservations as a document, for whoever owns the VM, or one like it, after a move.
@@ -536,8 +399,8 @@ class UtilityVM:
             WrongState: a disk or a mount is half-way, or is being resized; names it.
             DeadlineExceeded: what was under way did not end within `timeout_s` seconds.
         """
-        self._check_running()
-        return await self.scsi.export_state(timeout_s=timeout_s)
+        self._vm.check()
+        return await self._vm.scsi.export_state(timeout_s=timeout_s)
 
     def import_scsi_state(self, state: ScsiState) -> None:
         """Take up what another VM's owner exported; this VM has no disks yet. Nothing is sent until `resume_scsi`.
@@ -550,8 +413,8 @@ class UtilityVM:
             InvalidRequest: the VM has fewer controllers.
             NotSupported: the guest cannot express a mount.
         """
-        self._check_running()
-        self.scsi.import_state(state, holder=_holder(None))
+        self._vm.check()
+        self._vm.scsi.import_state(state, holder=holder_of(None))
 
     async def resume_scsi(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[str]:
         """Go on after `export_scsi_state` or `import_scsi_state`. Says what was left half-way, a line each.
@@ -565,8 +428,8 @@ class UtilityVM:
             DeadlineExceeded: not everything was looked at within `timeout_s` seconds.
             others: as `add_scsi`, for a disk that cannot be opened here.
         """
-        self._check_running()
-        return await self.scsi.resume(timeout_s=timeout_s)
+        self._vm.check()
+        return await self._vm.scsi.resume(timeout_s=timeout_s)
 
     # The guest.
 
@@ -586,7 +449,7 @@ class UtilityVM:
             DeadlineExceeded: it did not end within `timeout_s` seconds.
             VMGone: the VM died.
         """
-        self._check_running()
+        self._vm.check()
         return await self._guest.run(_command(command), stdin=stdin, env=env, cwd=cwd, timeout_s=timeout_s)
 
     async def run_streaming(
@@ -601,7 +464,7 @@ class UtilityVM:
         timeout_s: float | None = None,
     ) -> int:
         """Like `run`, with input and output as they come; gives the exit code."""
-        self._check_running()
+        self._vm.check()
         return await self._guest.run_streaming(
             _command(command), stdin=stdin, stdout=stdout, stderr=stderr, env=env, cwd=cwd, timeout_s=timeout_s
         )
@@ -612,7 +475,7 @@ class UtilityVM:
         Raises:
             DeadlineExceeded, VMGone: it did not.
         """
-        self._check_running()
+        self._vm.check()
         await self._guest.ping(timeout_s=timeout_s)
 
     # What it can become.
@@ -635,71 +498,24 @@ class UtilityVM:
             SetupError: no space, or no right to read the VM's memory.
             HostRefused, OutcomeUnknown, VMGone: QEMU did not save its state.
         """
-        self._check_running()
-        catalog.refuse_taken(name)
-        async with self._ending:
-            self._check_running()
-            template = await self._save(name, timeout_s=timeout_s)
-            self._is_stopping = True
-            self._end(
-                VMNotRunning(
-                    f"VM {self.name} was saved as template {name}",
-                    vm=self.name,
-                    remedy=f"clone it: uvm clone {name} NAME",
-                )
-            )
-            await self._clear_away()
-        self._log.info("saved as template %s", name)
-        return template
-
-    async def _save(self, name: str, *, timeout_s: float) -> Template:
-        with self.scsi.held_still(f"VM {self.name} is being saved as template {name}"):
-            await self.scsi.settle()
-            records = SqliteJournal(self._store, self._record).read()
-            saving.check_settled(records, vm=self.name)
-            parent = catalog.parent_of(self._record.config)
-            kernel = str((await self._guest.info())["Kernel"])
-            self._store.set_state(self._record, VMState.SAVING)
-            try:
-                await self._guest.quiesce(timeout_s=timeout_s)
-                await self._guest.hang_up()
-                return await saving.write(
-                    name,
-                    host=self._host,
-                    config=self.config,
-                    root=Path(str(self._record.config["root"])) if parent is None else parent.root,
-                    kernel=kernel,
-                    records=records,
-                    parent=parent,
-                    timeout_s=timeout_s,
-                )
-            except BaseException:
-                await self._go_on()
-                raise
-
-    async def _go_on(self) -> None:
-        """After a save that failed: the VM runs as before."""
-        with suppress(VMGone):
-            await self._host.resume()
-            await self._guest.thaw(timeout_s=CONNECT_S)
-            self._store.set_state(self._record, VMState.RUNNING)
+        return await saving.save(self._vm, name, timeout_s=timeout_s)
 
     async def rest(self, *, timeout_s: float = 10.0) -> None:
         """Stop its processors until `wake`; meanwhile every other call is refused. For `ClonePool`."""
-        self._check_running()
+        self._vm.check()
         await self._guest.ping(timeout_s=timeout_s)  # what it still had to do is done when it answers
-        self._store.set_state(self._record, VMState.WAITING)
+        self._store.set_state(self._vm.record, VMState.WAITING)
         await self._host.pause(timeout_s=timeout_s)
-        self._resting = VMNotRunning(f"VM {self.name} waits in a pool", vm=self.name)
+        self._vm.take(Event.REST, VMNotRunning(f"VM {self.name} waits in a pool", vm=self.name))
 
     async def wake(self, *, timeout_s: float = 10.0) -> None:
         """Let it run again, and make it unique again: its clock stood still."""
-        if self._ended is not None:
-            raise self._ended
+        if not self._vm.is_running:
+            self._vm.check()
         await self._host.resume(timeout_s=timeout_s)
         await self._guest.make_unique(**lifecycle.new_identity(self.name), timeout_s=timeout_s)
-        self._store.set_state(self._record, VMState.RUNNING)
-        self._resting = None
+        self._store.set_state(self._vm.record, VMState.RUNNING)
+        self._vm.take(Event.WAKE)
 
     # Its end.
 
@@ -718,31 +534,7 @@ class UtilityVM:
             OutcomeUnknown: the kernel does not let QEMU go; call again.
             StoreError: it has ended, and the store keeps its record; call again.
         """
-        async with self._ending:
-            if self._is_closed:
-                return
-            if self._ended is None:
-                self._is_stopping = True
-                try:
-                    self._store.set_state(self._record, VMState.STOPPING)
-                except UtilityVMError as error:  # a full disk must not keep a VM running
-                    self._log.warning("not written down: %s", error)
-                with suppress(UtilityVMError):
-                    await self._guest.shutdown(timeout_s=timeout_s)
-                    await asyncio.wait([self._host.gone], timeout=timeout_s)
-                self._end(VMNotRunning(f"VM {self.name} was stopped", vm=self.name))
-            await self._clear_away()
-        self._log.info("stopped")
-
-    async def _clear_away(self) -> None:
-        await self._guest.close()
-        await self._host.stop()
-        lifecycle.remove_overlays(self._record)
-        lifecycle.remove_copy(self._host.process.folder)
-        self._store.remove(self._record)
-        self._ownership.release(remove=True)
-        self._store.close()
-        self._is_closed = True
+        await end.stop(self._vm, timeout_s=timeout_s)
 
     async def close(self) -> None:
         """Let go of the VM: with `keep` it runs on, and can be opened by whoever comes next; without, it is stopped.
@@ -750,24 +542,7 @@ class UtilityVM:
         Work that goes on in the background is waited for, for some seconds; the next owner goes on with the rest of it.
         Closed before is done.
         """
-        if not self.config.keep or self._ended is not None:
-            await self.stop()
-            return
-        async with self._ending:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            self._ended = VMNotRunning(f"VM {self.name} was closed here", vm=self.name, remedy="open it again")
-            async with AsyncExitStack() as closing:  # the last first, also when this is cancelled
-                closing.callback(self._store.close)
-                closing.callback(self._ownership.release)
-                # At once: what was under way has lost its connection, and the journal says so.
-                closing.push_async_callback(self.scsi.settle)
-                closing.push_async_callback(self._host.close)
-                closing.push_async_callback(self._guest.close)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(SETTLE_S):
-                        await self.scsi.settle()
+        await end.close(self._vm)
 
     async def __aenter__(self) -> Self:
         return self
@@ -777,50 +552,6 @@ class UtilityVM:
 
     def __repr__(self) -> str:
         return f"<UtilityVM {self.name}: {'running' if self.is_running else 'ended'}>"
-
-    def _check_running(self) -> None:
-        if self._ended is not None:
-            raise self._ended
-        if self._resting is not None:
-            raise self._resting
-
-    def _on_gone(self, reason: UtilityVMError) -> None:
-        if self._ended is not None:
-            return
-        if self._is_stopping:
-            return  # as it should
-        self._end(reason)
-        self._log.error("the VM died: %s", reason)
-        try:
-            self._store.set_dead(self._record)
-        except UtilityVMError as error:
-            self._log.warning("not written down: %s", error)
-
-    def _end(self, reason: UtilityVMError) -> None:
-        """Whoever waits for something of the VM is told now."""
-        self._ended = reason
-        self.scsi.mark_gone(reason)
-
-
-def _who_uses(store: Store, record: StoredVM) -> Callable[[str], str | None]:
-    def who(identity: str) -> str | None:
-        user = store.user_of(identity, other_than=record)
-        return f"VM {user}" if user else None
-
-    return who
-
-
-def _holder(name: str | None) -> Holder:
-    if name is None:
-        return Holder(name=f"process {os.getpid()}", pid=os.getpid(), started=own_start())
-    if not name or not name.isprintable():
-        raise InvalidRequest(f"{name!r} cannot be a holder's name", remedy="use printable characters")
-    return Holder(name=name)
-
-
-def is_alive(holder: Holder) -> bool:
-    """May the holder still come and release what it holds? A named one always may."""
-    return holder.pid is None or holder.started is None or is_running(holder.pid, holder.started)
 
 
 def _command(command: Sequence[str]) -> Sequence[str]:

@@ -46,6 +46,7 @@ from utilityvm.log import logger
 from utilityvm.machine.threads import in_thread, lent
 from utilityvm.scsi.ports import DiskRequest, OpenDisk
 from utilityvm.scsi.slot import Slot
+from utilityvm.tasks import Undo
 
 VM_GROUP: Final = "utilityvm"
 _DELETED: Final = "DEVICE_DELETED"
@@ -131,18 +132,13 @@ class QemuHost:
         With `saved` it continues from there, when `loaded` has returned and `resume` is called.
         """
         process, qmp = await launch.start(config, folder=folder, saved=saved, timeout_s=timeout_s)
-        try:
+        async with Undo() as undo:
+            undo.add(launch.destroy, process)
+            undo.add(qmp.close)
             watch = Watch(process.pid, process.started)
+            undo.add(watch.close)
             host = cls(process, qmp, watch, who_uses=who_uses, frozen_by=frozen_by, vm_group=vm_group)
-        except VMGone:
-            qmp.close()
-            await launch.destroy(process)
-            raise
-        try:
             host._running = saved is None and await host.status(timeout_s=timeout_s) == "running"
-        except BaseException:
-            await host.stop()
-            raise
         return host
 
     @classmethod

@@ -18,7 +18,7 @@ import socket
 import stat
 import uuid
 from collections.abc import Mapping
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from utilityvm.machine.processes import has_words, is_running
 from utilityvm.machine.programs import find_program, spawn
 from utilityvm.machine.threads import in_thread, to_the_end
 from utilityvm.scsi.slot import MAX_CONTROLLERS
+from utilityvm.tasks import Undo
 
 QMP_SOCKETS: Final = ("qmp0.sock", "qmp1.sock")
 AGENT_SOCKET: Final = "agent.sock"
@@ -248,11 +249,11 @@ async def start(
     program = await emulator.find()
     accelerator = await accelerators.choose(program, wanted=config.accelerator)
     await in_thread(check_unused, folder, config.name)
-    async with AsyncExitStack() as undo:
-        undo.push_async_callback(to_the_end, clean, folder)
+    async with Undo() as undo:
+        undo.add(to_the_end, clean, folder)
         await to_the_end(_make_folder, folder, config.name)
         children = _Children()
-        undo.push_async_callback(children.end)
+        undo.add(children.end)
         process = await _spawn(config, program, accelerator, folder, children, saved, timeout_s=timeout_s)
         try:
             qmp = await Qmp.connect(folder / QMP_SOCKETS[0], vm=config.name, timeout_s=timeout_s)
@@ -260,7 +261,6 @@ async def start(
             await children.end()
             raise await in_thread(_failure, process, saved) from error
         children.close()
-        undo.pop_all()
     _log.info("started QEMU %s as process %d (%s)", qmp.version, process.pid, accelerator.name, vm=config.name)
     return process, qmp
 

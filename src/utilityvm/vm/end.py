@@ -1,0 +1,119 @@
+"""The end of a VM: stopped by its owner, let go of, or removed by its name. Each is finished once it is begun."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Final
+
+from utilityvm.errors import UtilityVMError, VMNotFound, VMNotRunning
+from utilityvm.store import VMState
+from utilityvm.store.recover import open_store
+from utilityvm.tasks import Undo, finish
+from utilityvm.vm import lifecycle
+from utilityvm.vm.lifecycle import SHUTDOWN_S
+from utilityvm.vm.owned import Claim, OwnedVM, stopped
+from utilityvm.vm.state import Event, State
+
+SETTLE_S: Final = 3.0
+_QUIT_S: Final = 2.0  # for QEMU to write out what it holds of images, before it is killed
+
+
+async def stop(vm: OwnedVM, *, timeout_s: float) -> None:
+    """See `UtilityVM.stop`."""
+    await finish(_stop(vm, timeout_s))
+
+
+async def _stop(vm: OwnedVM, timeout_s: float) -> None:
+    async with vm.ending:
+        if vm.state in (State.REMOVED, State.CLOSED):
+            return
+        if vm.state is not State.ENDED:
+            if vm.state is not State.STOPPING:
+                vm.take(Event.STOP, stopped(vm))
+            try:
+                vm.store.set_state(vm.record, VMState.STOPPING)
+            except UtilityVMError as error:  # a full disk must not keep a VM running
+                vm.log.warning("not written down: %s", error)
+            with suppress(UtilityVMError):
+                await vm.guest.shutdown(timeout_s=timeout_s)
+                await asyncio.wait([vm.host.gone], timeout=timeout_s)
+            if vm.state is State.STOPPING:
+                vm.take(Event.DIED, stopped(vm))
+        await clear_away(vm)
+    vm.log.info("stopped")
+
+
+async def clear_away(vm: OwnedVM) -> None:
+    """Remove all that is left of a VM that has ended, or must end now.
+
+    Raises:
+        OutcomeUnknown: the kernel does not let QEMU go; call again.
+        StoreError: the store keeps its record; call again.
+    """
+    await vm.guest.close()
+    await vm.host.stop()
+    lifecycle.remove_overlays(vm.record)
+    lifecycle.remove_copy(vm.host.process.folder)
+    vm.store.remove(vm.record)
+    vm.ownership.release(remove=True)
+    vm.store.close()
+    vm.take(Event.CLEARED)
+
+
+async def close(vm: OwnedVM) -> None:
+    """See `UtilityVM.close`."""
+    if not vm.config.keep or vm.state is State.ENDED:
+        await stop(vm, timeout_s=SHUTDOWN_S)
+        return
+    await finish(_close(vm))
+
+
+async def _close(vm: OwnedVM) -> None:
+    async with vm.ending:
+        if vm.state in (State.REMOVED, State.CLOSED):
+            return
+        if vm.state is State.ENDED:
+            await clear_away(vm)
+            return
+        vm.take(Event.CLOSE, VMNotRunning(f"VM {vm.name} was closed here", vm=vm.name, remedy="open it again"))
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SETTLE_S):
+                    await vm.scsi.settle()
+            await hang_up(vm)
+        finally:
+            vm.ownership.release()
+            vm.store.close()
+
+
+async def hang_up(vm: OwnedVM) -> None:
+    """End the connections. What was under way is lost by that at once, and the journal says so."""
+    if vm.state is State.STARTING:
+        vm.take(Event.CLOSE, VMNotRunning(f"VM {vm.name} was closed here", vm=vm.name))
+    await vm.guest.close()
+    await vm.host.close()
+    await vm.scsi.settle()
+
+
+async def remove(name: str, *, wait_s: float, force: bool) -> None:
+    """See `UtilityVM.remove`."""
+    async with Undo() as undo:
+        try:
+            claim = await Claim.existing(undo, name, wait_s=wait_s)
+        except VMNotFound:
+            with open_store() as store:
+                await lifecycle.sweep(store, name)
+            raise
+        await finish(_remove(claim, force=force))
+
+
+async def _remove(claim: Claim, *, force: bool) -> None:
+    try:
+        if claim.record.is_alive() and not force:
+            await lifecycle.shut_down(claim.record)
+        await lifecycle.clear(claim.record, claim.store)
+        claim.ownership.release(remove=True)
+    finally:
+        claim.ownership.release()
+        claim.store.close()

@@ -1,0 +1,58 @@
+"""Take over a VM that runs, from an owner that let go of it or died."""
+
+from __future__ import annotations
+
+from utilityvm.errors import VMGone
+from utilityvm.guests.bridge_guest import BridgeGuest
+from utilityvm.hosts.qemu import QemuHost
+from utilityvm.store import SqliteJournal, VMState
+from utilityvm.tasks import Deadline, Undo
+from utilityvm.templates import catalog
+from utilityvm.vm import end, lifecycle
+from utilityvm.vm.config import VMConfig
+from utilityvm.vm.owned import Claim, OwnedVM, is_alive
+from utilityvm.vm.state import Event
+
+
+async def open_running(name: str, *, wait_s: float, timeout_s: float) -> OwnedVM:
+    """See `UtilityVM.open`."""
+    async with Undo() as waiting:
+        claim = await Claim.existing(waiting, name, wait_s=wait_s, must_run=True)
+        deadline = Deadline(timeout_s)  # the time in the queue is not its
+        async with deadline.limit(f"VM {name} was not taken over", vm=name), Undo(deadline) as undo:
+            vm = await _take_over(undo, claim, deadline)
+    for finding in vm.findings:
+        vm.log.warning("%s", finding)
+    return vm
+
+
+async def _take_over(undo: Undo, claim: Claim, deadline: Deadline) -> OwnedVM:
+    record, store = claim.record, claim.store
+    lifecycle.refuse_unfinished(record)
+    process = lifecycle.process_of(record)
+    try:
+        host = await QemuHost.connect(
+            process, who_uses=claim.who_uses(), frozen_by=catalog.frozen_by, timeout_s=deadline.left()
+        )
+    except VMGone as error:
+        raise lifecycle.not_running(record) from error
+    undo.add(host.close)
+    found = []
+    if record.state is VMState.SAVING:
+        found.append("saving it as a template was cut short: it goes on")
+        await host.resume(timeout_s=deadline.left())
+    guest = await BridgeGuest.connect(process.agent_socket, timeout_s=deadline.left(), vm=record.name)
+    undo.add(guest.close)
+    if record.state is VMState.SAVING:
+        await guest.thaw(timeout_s=deadline.left())
+        store.set_state(record, VMState.RUNNING)
+    strays = await lifecycle.strays(host, SqliteJournal(store, record))
+    vm = OwnedVM(VMConfig.from_json(record.config), claim, host, guest, strays=strays)
+    undo.add(end.hang_up, vm)
+    found += [f"slot {slot} has a disk that is in no journal: it stays taken" for slot in strays]
+    vm.findings = (*found, *await vm.scsi.restore(is_alive=is_alive, sizes=await host.sizes()))
+    if record.state is not VMState.RUNNING:
+        store.set_state(record, VMState.RUNNING)  # its owner died when it started, or was about to stop
+    vm.check()
+    vm.take(Event.UP)
+    return vm
