@@ -88,10 +88,12 @@ async def coming_up(name: str, deadline: Deadline) -> AsyncIterator[None]:
         StartFailed: says what was not done.
     """
     try:
-        async with deadline.limit(f"VM {name} did not come up", vm=name, later_s=_LATER_S):
+        async with deadline.limit("the start was not finished", vm=name, later_s=_LATER_S):
             yield
     except DeadlineExceeded as error:
-        raise StartFailed(str(error), vm=name, remedy="give it more time") from error
+        raise StartFailed(
+            f"VM {name} did not come up within {deadline.timeout_s:g} s ({error})", vm=name, remedy="give it more time"
+        ) from error
 
 
 async def boot(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
