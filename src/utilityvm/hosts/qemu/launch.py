@@ -18,7 +18,7 @@ import socket
 import stat
 import uuid
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
