@@ -22,7 +22,7 @@ MAY: dict[str, set[str]] = {
     "agent": {"bridge"},
     "diskimage": {"scsi"},
     "guestimage": {"machine"},
-    "guests": {"bridge", "scsi"},
+    "guests": {"bridge", "scsi", "machine"},
     "hcs": {"hosts"},  # the public name of hosts/hcs
     "hosts": {"scsi", "diskimage", "machine", "bridge"},
     "store": {"scsi", "machine"},

@@ -8,12 +8,34 @@ import subprocess
 import sys
 import uuid
 
+import pytest
+
+from descriptors import descriptors_left
+from utilityvm.errors import SetupError
 from utilityvm.machine import processes
+from utilityvm.machine.processes import Life
 
 
 def test_this_process_runs_and_knows_itself() -> None:
     assert processes.is_running(os.getpid(), processes.own_start())
     assert not processes.is_running(os.getpid(), "1")
+
+
+def test_without_a_free_descriptor_it_cannot_be_told_whether_a_process_runs() -> None:
+    started = processes.own_start()
+    assert processes.life_of(os.getpid(), started) is Life.RUNS
+    assert processes.life_of(os.getpid(), "1") is Life.ENDED
+    with descriptors_left(0):
+        assert processes.life_of(os.getpid(), started) is Life.UNKNOWN
+        with pytest.raises(SetupError, match="Too many open files"):
+            processes.has_words(os.getpid(), sys.executable)
+        with pytest.raises(SetupError, match="Too many open files"):
+            processes.process_with("-uuid", "x")
+
+
+@pytest.mark.parametrize("pid", [0, -5, 1 << 22])
+def test_a_pid_that_nobody_can_have_has_ended(pid: int) -> None:
+    assert processes.life_of(pid, "1@00000000") is Life.ENDED
 
 
 def test_a_process_knows_its_command() -> None:

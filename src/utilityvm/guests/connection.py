@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
 from utilityvm.errors import DeadlineExceeded, NotSupported, VMGone
+from utilityvm.machine import oserrors, sockets
 
 GCS_VSOCK_PORT: Final = 0x40000000  # where hcsshim's gcs finds its host
 _BACKLOG: Final = 4
+# What says that there is nobody; anything else says something about us.
+_MISSING: Final = frozenset(
+    (errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENODEV, errno.EHOSTUNREACH, errno.ETIMEDOUT)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,7 @@ class Source(Protocol):
         Raises:
             VMGone: there is nobody to connect to.
             DeadlineExceeded: nobody came within `timeout_s` seconds.
+            SetupError: this process cannot connect to anybody: it has too many files open.
         """
         ...
 
@@ -59,11 +66,18 @@ class Dial:
             async with asyncio.timeout(timeout_s):
                 if isinstance(self._address, VsockAddress):
                     return await _dial_vsock(self._address)
-                return await asyncio.open_unix_connection(str(self._address))
+                connection = await sockets.connect(self._address, timeout_s=timeout_s, vm=vm)
+                try:
+                    return await asyncio.open_unix_connection(sock=connection)
+                except BaseException:
+                    connection.close()
+                    raise
         except TimeoutError:
             raise DeadlineExceeded(f"{self._address} took no connection within {timeout_s:g} s", vm=vm) from None
         except OSError as error:
-            raise VMGone(f"nobody answers at {self._address}: {error.strerror or error}", vm=vm) from error
+            if error.errno in _MISSING:
+                raise VMGone(f"nobody answers at {self._address}: {error.strerror}", vm=vm) from error
+            raise oserrors.as_ours(error, f"cannot connect to {self._address}", vm=vm) from error
 
     def close(self) -> None:
         """See `Source.close`."""

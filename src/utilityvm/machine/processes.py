@@ -2,36 +2,89 @@
 
 A *start* is the text `TICKS@BOOT`: clock ticks since the boot, and the beginning of that boot's id, because after a
 reboot another process may have the same pid since the same tick.
+
+A process runs, has ended, or cannot be told: every question here has three answers. The third is an exception, or
+`Life.UNKNOWN`; nothing may be concluded from it.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 
 from utilityvm.errors import SetupError
+from utilityvm.machine import oserrors
+
+
+class Life(StrEnum):
+    """What is known of a process."""
+
+    RUNS = "runs"
+    ENDED = "has ended"
+    UNKNOWN = "cannot be told"
 
 
 def started_at(pid: int) -> str | None:
     """The start of the process; None if it has ended, reaped or not.
 
     Raises:
-        SetupError: this process has too many files open.
+        SetupError: it cannot be told: this process has too many files open, or /proc hides that one.
 
     Source: proc(5), /proc/PID/stat, fields 3 and 22; random(4), /proc/sys/kernel/random/boot_id.
     """
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        fields = _stat(pid)
     except (FileNotFoundError, ProcessLookupError):
-        return None
-    except OSError as error:
+        if not _is_hidden(pid):
+            return None
         raise SetupError(
-            f"cannot look at process {pid}: {error.strerror}", remedy="raise the limit on open files: ulimit -n"
-        ) from error
-    fields = text[text.rindex(")") + 2 :].split()  # the name before it may hold blanks and brackets
+            f"cannot look at process {pid}: /proc does not show it",
+            remedy="mount /proc without hidepid, or run as the user that the process belongs to",
+        ) from None
+    except OSError as error:
+        raise oserrors.as_ours(error, f"cannot look at process {pid}") from error
     return None if fields[0] in "ZX" else f"{fields[19]}@{_boot()}"
+
+
+def life_of(pid: int, started: str) -> Life:
+    """Does that very process run?"""
+    try:
+        return Life.RUNS if is_running(pid, started) else Life.ENDED
+    except SetupError:
+        return Life.UNKNOWN
+
+
+def is_ending(pid: int) -> bool:
+    """Is the process on its way out: killed, or returned from its last call? It has no command line any more then.
+
+    Source: proc(5), /proc/PID/stat, field 9; linux/sched.h, PF_EXITING.
+    """
+    try:
+        return bool(int(_stat(pid)[6]) & 0x4)
+    except OSError:
+        return False
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third on."""
+    text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    return text[text.rindex(")") + 2 :].split()  # the name before it may hold blanks and brackets
+
+
+def _is_hidden(pid: int) -> bool:
+    """Is there such a process, and /proc mounted so that it shows no processes of others? Source: proc(5), hidepid."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as error:
+        return error.errno not in (errno.ESRCH, errno.EINVAL)
+    os.close(pidfd)
+    return not Path(f"/proc/{pid}").exists()
 
 
 @functools.cache
@@ -43,27 +96,72 @@ def _boot() -> str:
 
 
 def is_running(pid: int, started: str) -> bool:
-    """Is that very process alive?"""
+    """Is that very process alive?
+
+    Raises:
+        SetupError: it cannot be told.
+    """
     return started_at(pid) == started
 
 
 def process_with(*words: str) -> tuple[int, str] | None:
-    """The process that has `words` on its command line, as pid and start; None if there is none."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and has_words(int(entry.name), *words):
-            started = started_at(int(entry.name))
-            if started is not None:
-                return int(entry.name), started
+    """The process that has `words` on its command line, as pid and start; None if there is none.
+
+    Raises:
+        SetupError: it cannot be told: this process has too many files open.
+    """
+    for pid, line in _every_command_line():
+        if _follow(words, line) and (started := started_at(pid)) is not None:
+            return pid, started
     return None
 
 
+def values_of(option: str) -> set[str]:
+    """What follows the word `option` on the command lines of this machine.
+
+    Raises:
+        SetupError: it cannot be told: this process has too many files open.
+    """
+    return {value for _, line in _every_command_line() for word, value in pairwise(line) if word == option}
+
+
 def has_words(pid: int, *words: str) -> bool:
-    """Has the process `words` on its command line, whole and one after the other?"""
+    """Has the process `words` on its command line, whole and one after the other? False if it has ended.
+
+    Raises:
+        SetupError: it cannot be told.
+    """
     try:
-        line = b"\0" + Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False  # it ended, or is not ours to look at
-    return b"\0%s\0" % b"\0".join(word.encode() for word in words) in line
+        return _follow(words, _command_line(pid))
+    except OSError as error:
+        raise oserrors.as_ours(error, f"cannot look at process {pid}") from error
+
+
+def _every_command_line() -> Iterator[tuple[int, list[str]]]:
+    """Of every process that we may look at: those of other users are none of ours."""
+    try:
+        with os.scandir("/proc") as entries:
+            pids = [int(entry.name) for entry in entries if entry.name.isdecimal()]
+        for pid in pids:
+            try:
+                yield pid, _command_line(pid)
+            except PermissionError:
+                continue
+    except OSError as error:
+        raise oserrors.as_ours(error, "cannot look at the processes of this machine") from error
+
+
+def _command_line(pid: int) -> list[str]:
+    """The words of its command line; none if it has ended, or is about to."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="surrogateescape").split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _follow(words: Sequence[str], line: Sequence[str]) -> bool:
+    count = len(words)
+    return any(tuple(line[at : at + count]) == tuple(words) for at in range(len(line) - count + 1))
 
 
 def own_start() -> str:

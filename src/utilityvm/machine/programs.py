@@ -11,6 +11,7 @@ from pathlib import Path
 
 from utilityvm.errors import SetupError
 from utilityvm.log import logger
+from utilityvm.machine import children, oserrors
 from utilityvm.machine.threads import in_thread
 
 _log = logger(__name__)
@@ -71,7 +72,7 @@ def run(
     except subprocess.TimeoutExpired as error:
         raise CommandFailed(words, -9, f"no end after {timeout_s} s") from error
     except OSError as error:
-        raise SetupError(f"cannot start {words[0]}: {error.strerror}") from error
+        raise oserrors.as_ours(error, f"cannot start {words[0]}") from error
     if done.returncode:
         raise CommandFailed(words, done.returncode, (done.stderr or done.stdout).decode(errors="replace"))
     return done.stdout
@@ -86,7 +87,7 @@ def spawn(
     stderr: int = subprocess.DEVNULL,
     pass_fds: Sequence[int] = (),
 ) -> int:
-    """Start a program that runs beside us, and give its pid. The caller waits for its end (`os.waitpid`).
+    """Start a program that runs beside us, and give its pid. It is reaped when it ends; nobody has to wait for it.
 
     It has a session of its own (a terminal's Ctrl-C is not for it), works in `/`, makes files that only its user may
     read, and inherits no descriptor but those given.
@@ -109,8 +110,9 @@ def spawn(
             umask=0o077,
         )
     except OSError as error:
-        raise SetupError(f"cannot start {words[0]}: {error.strerror}") from error
-    process.returncode = 0  # it is the caller's from here: Popen would warn of a program that outlives its object
+        raise oserrors.as_ours(error, f"cannot start {words[0]}") from error
+    process.returncode = 0  # Popen would warn of a program that outlives its object
+    children.reap(process.pid)
     return process.pid
 
 

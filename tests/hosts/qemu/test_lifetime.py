@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from utilityvm.errors import VMGone
+from descriptors import descriptors_left
+from utilityvm.errors import SetupError, VMGone
 from utilityvm.hosts.qemu import lifetime
 from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.machine.processes import started_at
@@ -18,37 +21,32 @@ from utilityvm.machine.programs import spawn
 def child() -> Generator[int]:
     pid = spawn(["/bin/sleep", "1000"], env={})
     yield pid
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, 9)
-        os.waitpid(pid, 0)
-    except (ProcessLookupError, ChildProcessError):
-        pass
 
 
-def is_reaped(pid: int) -> bool:
-    return not Path(f"/proc/{pid}").exists()
-
-
-async def test_the_end_is_seen_and_the_child_reaped(child: int) -> None:
+async def test_the_end_is_seen(child: int) -> None:
     watch = Watch.child(child)
     assert watch
     watch.kill()
     assert await watch.wait(timeout_s=10)
-    assert is_reaped(child)
     watch.kill()
     watch.close()
 
 
-async def test_a_child_that_ends_while_it_is_looked_at_is_reaped(child: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_child_that_ends_while_it_is_looked_at_has_ended(child: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str | None] = []
+
     def ends_after_a_look(pid: int) -> str | None:
-        started = started_at(pid)
-        os.kill(pid, 9)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        return started
+        looks.append(started_at(pid))
+        if len(looks) == 1:
+            os.kill(pid, 9)
+            while started_at(pid) is not None:
+                pass
+        return looks[-1]
 
     monkeypatch.setattr(lifetime, "started_at", ends_after_a_look)
     assert Watch.child(child) is None
-    assert is_reaped(child)
 
 
 async def test_who_does_not_end_in_time_is_not_ended(child: int) -> None:
@@ -66,12 +64,20 @@ async def test_another_start_time_is_another_process(child: int) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-async def test_a_child_that_ended_before_is_reaped() -> None:
+async def test_a_child_that_ended_before_is_told_as_such() -> None:
     pid = spawn(["/bin/true"], env={})
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    assert started_at(pid) is None
+    while started_at(pid) is not None:
+        await asyncio.sleep(0)
     assert Watch.child(pid) is None
-    assert is_reaped(pid)
+
+
+async def test_without_a_free_descriptor_it_cannot_be_told_whether_a_process_runs(child: int) -> None:
+    started = started_at(child)
+    assert started
+    for free in range(2):
+        with descriptors_left(free), pytest.raises(SetupError, match="Too many open files"):
+            Watch(child, started)
+    Watch(child, started).close()
 
 
 async def test_a_process_that_is_nobodys_child_of_ours_is_watched_too() -> None:

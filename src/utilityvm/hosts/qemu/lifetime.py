@@ -1,7 +1,8 @@
 """Know that a process ended, and never take another one for it.
 
 A pid alone names whoever has it now. A pid with the kernel's start time names one process of this boot; a pidfd keeps
-naming it, so that a signal through it can only reach that process.
+naming it, so that a signal through it can only reach that process. Children of ours are reaped elsewhere
+(machine/children.py): what is looked at here may be anybody's child.
 """
 
 from __future__ import annotations
@@ -9,26 +10,34 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from contextlib import suppress
 from typing import Self
 
 from utilityvm.errors import VMGone
+from utilityvm.machine import oserrors
 from utilityvm.machine.processes import started_at
 
 
 class Watch:
-    """An eye on one process: `ended` resolves when it is gone. A child of ours is reaped then."""
+    """An eye on one process: `ended` resolves when it is gone."""
 
     def __init__(self, pid: int, started: str) -> None:
         """Raises:
         VMGone: the process that had this pid since `started` is not there any more.
+        SetupError: it cannot be told: this process has too many files open, or may not look.
         """
+        self._pidfd = -1
         try:
             self._pidfd = os.pidfd_open(pid)
+            is_it = started_at(pid) == started
         except ProcessLookupError:
-            self._pidfd = -1
-        if self._pidfd < 0 or started_at(pid) != started:
-            self._reap_and_close()
+            is_it = False
+        except OSError as error:
+            raise oserrors.as_ours(error, f"cannot watch process {pid}") from error
+        except BaseException:
+            self._close()
+            raise
+        if not is_it:
+            self._close()
             raise VMGone(f"process {pid} has ended")
         self.pid = pid
         self.started = started
@@ -38,14 +47,11 @@ class Watch:
 
     @classmethod
     def child(cls, pid: int) -> Self | None:
-        """Watch a process that we have started and not reaped; None (and it is reaped) if it has ended already."""
+        """Watch a process that we have just started; None if it has ended already."""
         started = started_at(pid)
-        if started is None:
-            os.waitpid(pid, 0)
-            return None
         try:
-            return cls(pid, started)
-        except VMGone:  # it ended since, and is reaped
+            return None if started is None else cls(pid, started)
+        except VMGone:
             return None
 
     async def wait(self, *, timeout_s: float) -> bool:
@@ -65,15 +71,13 @@ class Watch:
         """Look away. `ended` never resolves then. Twice is once."""
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
-            self._reap_and_close()
+            self._close()
 
     def _on_end(self) -> None:
         self.close()
         self.ended.set_result(None)
 
-    def _reap_and_close(self) -> None:
-        if self._pidfd >= 0:
-            with suppress(ChildProcessError):  # not a child of ours: its parent reaps it
-                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
-            os.close(self._pidfd)
-            self._pidfd = -1
+    def _close(self) -> None:
+        fd, self._pidfd = self._pidfd, -1
+        if fd >= 0:
+            os.close(fd)

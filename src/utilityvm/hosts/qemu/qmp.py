@@ -32,8 +32,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
-from utilityvm.errors import DeadlineExceeded, HostRefused, ProtocolError, SetupError, UtilityVMError, VMGone
+from utilityvm.errors import DeadlineExceeded, HostRefused, ProtocolError, UtilityVMError, VMGone
 from utilityvm.log import logger
+from utilityvm.machine import oserrors, sockets
 
 Arguments: TypeAlias = Mapping[str, object]
 Command: TypeAlias = tuple[str, Arguments]
@@ -41,7 +42,6 @@ Command: TypeAlias = tuple[str, Arguments]
 LONGEST_MESSAGE: Final = 64 << 20  # bytes; query-named-block-nodes of a full VM is about one hundredth of it
 _READ: Final = 1 << 18
 _IDS: Final = 10
-_LOOK_AGAIN_S: Final = 0.02
 _ARGUMENTS: Final = json.JSONEncoder(separators=(",", ":"))
 _SHOWN: Final = 400  # characters of a message that an error or a log line may carry
 
@@ -134,26 +134,21 @@ class Qmp:
         """Connect to the monitor socket at `path` and agree on its capabilities.
 
         Raises:
-            VMGone: nobody listens there, or QEMU hung up before it had greeted.
+            VMGone: nobody listens there, or whoever does hung up before it had greeted. Whether QEMU runs is another
+                question: ask its process.
             DeadlineExceeded: no greeting within `timeout_s` seconds: another client is connected, or QEMU hangs.
-            SetupError: the path cannot be used as a socket's.
+            SetupError: we cannot connect: the path is too long for a socket's, or too many files are open.
         """
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        until = asyncio.get_running_loop().time() + timeout_s
         try:
-            sock.setblocking(False)
-            await _connect(sock, path, vm=vm, timeout_s=timeout_s)
+            sock = await sockets.connect(path, timeout_s=timeout_s, vm=vm)
         except (ConnectionRefusedError, FileNotFoundError) as error:
-            sock.close()
             raise VMGone(f"QEMU of VM {vm} does not listen at {path}: {error.strerror}", vm=vm) from error
         except OSError as error:
-            sock.close()
-            raise SetupError(f"cannot connect to {path}: {error}", vm=vm) from error
-        except BaseException:
-            sock.close()
-            raise
+            raise oserrors.as_ours(error, f"cannot connect to {path}", vm=vm) from error
         qmp = cls(sock, vm=vm)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout_at(until):
                 greeting = await qmp._first(qmp._greeting)
                 qmp.version = _version(greeting)
                 await qmp._negotiate(timeout_s=timeout_s)
@@ -413,26 +408,6 @@ class Qmp:
         if not future.done():
             raise _again(self.gone.result())
         return future.result()
-
-
-async def _connect(sock: socket.socket, path: Path, *, vm: str, timeout_s: float) -> None:
-    """A full backlog refuses a connection for now: QEMU is busy, and not gone. (asyncio's own takes it for connected.)
-
-    Source: unix(7), connect(2), EAGAIN.
-    """
-    try:
-        async with asyncio.timeout(timeout_s):
-            while True:
-                try:
-                    return sock.connect(str(path))
-                except BlockingIOError:
-                    await asyncio.sleep(_LOOK_AGAIN_S)
-    except TimeoutError as error:
-        raise DeadlineExceeded(
-            f"QEMU of VM {vm} took no connection at {path} within {timeout_s:g} s",
-            vm=vm,
-            remedy="too many wait for it: end the others, or stop the VM if QEMU hangs",
-        ) from error
 
 
 def _again(reason: UtilityVMError) -> UtilityVMError:
