@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +30,29 @@ _TOLD = "told"
 def tell(record_property: Callable[[str, object], None]) -> Tell:
     """Say how much a test tried; it is printed at the end, of a test that passed."""
     return lambda text: record_property(_TOLD, text)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cgroup() -> Generator[None]:
+    """Programs that an agent of ours runs on this machine are in cgroups that go with the tests."""
+    from utilityvm.agent import cgroups
+
+    own = cgroups._own() if os.name == "posix" else None
+    folder = f"{own}/uvm-test-{os.getpid()}"
+    try:
+        Path(folder).mkdir()
+    except OSError:  # there is none, or we may not: such an agent tells them by their sessions
+        yield
+        return
+    ours = cgroups.Cgroups(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cgroups, "here", lambda: ours)
+        yield
+    for path in [*cgroups._below(folder), folder]:
+        cgroups._kill(path)
+        cgroups._wait_until_empty(path, 20)
+        with contextlib.suppress(OSError):
+            Path(path).rmdir()
 
 
 def pytest_configure() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import select
 import time
 from pathlib import Path
 
@@ -59,7 +60,9 @@ def test_one_that_cannot_be_run_is_named(tmp_path: Path) -> None:
     path = tmp_path / "10-bad"
     path.write_text("#!/no/such/interpreter\n")
     path.chmod(0o755)
-    with pytest.raises(Fault, match=f"the hook {path} save cannot be run: No such file"):
+    with pytest.raises(
+        Fault, match=f"the hook {path} save cannot be run: the interpreter .* /no/such/interpreter, is missing"
+    ):
         hooks.run([str(path)], hooks.SAVE, soon())
 
 
@@ -80,3 +83,17 @@ def test_a_daemon_that_a_hook_leaves_holds_up_nobody(tmp_path: Path) -> None:
     path = put(tmp_path, "10-daemon", f"setsid sleep 1000 & echo $! > {tmp_path}/pid")
     hooks.run([path], hooks.CLONE, soon())
     os.kill(int((tmp_path / "pid").read_text()), 9)
+
+
+def test_one_that_takes_too_long_is_killed_with_what_left_its_session(tmp_path: Path) -> None:
+    daemon = f"setsid sh -c 'echo $$ > {tmp_path}/pid; exec sleep 1000' &"
+    path = put(tmp_path, "10-slow", f"{daemon} until [ -s {tmp_path}/pid ]; do :; done; sleep 1000")
+    with pytest.raises(Fault, match="did not end in time"):
+        hooks.run([path], hooks.SAVE, time.monotonic() + 5)
+    pid = int((tmp_path / "pid").read_text())
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    with os.fdopen(fd):
+        assert select.select([fd], [], [], 20)[0]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import select
 import signal
 import socket
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
 from guest_end import AgentThread
 from raw_host import RawHost
-from utilityvm.agent import run
+from utilityvm.agent import cgroups, launch, processes, run
 from utilityvm.bridge import messages
 
 WINDOW = messages.OUTPUT_WINDOW_BYTES
@@ -201,7 +204,7 @@ def test_cancelling_kills_a_program_with_its_children_and_says_no_more(host: Raw
     host.send(messages.RUN_CANCEL, {"Process": 1}, id=0)
     for pid in pids:
         wait_until_ended(pid)
-    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # it left the session, and lives on
+    wait_until_ended(int((tmp_path / "pid").read_text()))  # it left the session, and is killed as well
     host.run("true", process=2)
     frame = host.notification()
     assert frame.body() == {"Process": 2, "ExitCode": 0}
@@ -241,6 +244,135 @@ def test_what_is_said_of_no_program_is_dropped(host: RawHost) -> None:
     assert host.ask(messages.PING)["Result"] == 0
 
 
-def test_a_program_ends_when_all_that_shares_its_output_has(host: RawHost) -> None:
-    host.run("sh", "-c", "(read line; echo late) & exit 3", Stdin=False)
-    assert host.outcome() == (b"late\n", b"", 3)
+def test_a_program_has_ended_when_its_own_process_has(host: RawHost) -> None:
+    """Its output is told, and what it left behind holds up nothing."""
+    host.run("sh", "-c", "sleep 1000 & echo $!; exit 7")
+    out, err, status = host.outcome()
+    assert (err, status) == (b"", 7)
+    os.kill(int(out), signal.SIGKILL)
+
+
+def test_what_a_child_writes_right_after_the_end_is_told(host: RawHost) -> None:
+    host.run("sh", "-c", '(while kill -0 "$$" 2> /dev/null; do :; done; echo late) & exit 3')
+    host_output, _, status = host.outcome()
+    assert status == 3
+    assert host_output in (b"late\n", b"")  # a zombie can be signalled: it is told only if it was reaped in time
+
+
+def test_all_that_was_written_before_the_end_is_told_however_late_it_is_taken(host: RawHost) -> None:
+    """More than the window, and a child that holds the pipe: the rest waits in it until the host takes some."""
+    host.run("sh", "-c", f"sleep 1000 & echo $! >&2; head -c {WINDOW + 5000} /dev/zero; exit 0")
+    got = {"out": 0, "err": 0}
+    text = ""
+    while got["out"] + got["err"] < WINDOW:
+        body = host.notification().body()
+        data = base64.b64decode(body["Data"])
+        got[body["Stream"]] += len(data)
+        text += data.decode() if body["Stream"] == "err" else ""
+    select.select([], [], [], run._LINGER_S * 1.5)  # it ends meanwhile, and what is left may not be lost
+    host.send(messages.RUN_CREDIT, {"Process": 1, "Bytes": WINDOW}, id=0)
+    out, err, status = host.outcome()
+    assert (got["out"] + len(out), status) == (WINDOW + 5000, 0)
+    os.kill(int(text + err.decode()), signal.SIGKILL)
+
+
+def test_a_child_that_holds_the_output_can_go_on_writing(host: RawHost, tmp_path: Path) -> None:
+    script = f"(until [ -e go ]; do sleep 0.01; done; head -c 300000 /dev/zero; echo $? > {tmp_path}/said) & exit 0"
+    host.run("sh", "-c", script, Cwd=str(tmp_path))
+    assert host.outcome() == (b"", b"", 0)
+    (tmp_path / "go").touch()
+    while not (tmp_path / "said").exists() or not (tmp_path / "said").read_text():
+        pass
+    assert (tmp_path / "said").read_text() == "0\n"
+
+
+def test_a_daemon_that_a_program_left_lives_on_after_its_session(host: RawHost, tmp_path: Path) -> None:
+    script = "setsid sh -c 'echo $$ > pid; exec sleep 1000' > /dev/null 2>&1 & until [ -s pid ]; do :; done"
+    host.run("sh", "-c", script, Cwd=str(tmp_path))
+    assert host.outcome()[2] == 0
+    host.negotiate()
+    pid = int((tmp_path / "pid").read_text())
+    assert Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] in "SR"
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_program_that_is_cancelled_while_it_lingers_is_killed_with_its_children(host: RawHost) -> None:
+    host.run("sh", "-c", "sleep 1000 & echo $!; exit 0")
+    pid = int(first_line(host))
+    host.send(messages.RUN_CANCEL, {"Process": 1}, id=0)
+    wait_until_ended(pid)
+
+
+def test_a_program_is_ordinary(host: RawHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel may end it when memory runs out, and it may open as many files as programs usually may."""
+    monkeypatch.setattr(processes, "_program_files", (512, 1024))
+    host.run("sh", "-c", "cat /proc/self/oom_score_adj; ulimit -Sn; ulimit -Hn; ps -o sid= -p $$; echo $$")
+    words = host.outcome()[0].split()
+    assert words[:3] == [b"0", b"512", b"1024"]
+    assert words[3] == words[4]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC])
+@pytest.mark.parametrize("what", ["cgroup", "eventfd", "process", "pidfd"])
+def test_what_the_guest_has_run_out_of_is_said_and_nothing_is_left(
+    host: RawHost, monkeypatch: pytest.MonkeyPatch, what: str, number: int
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    before = len([*Path("/proc/self/fd").iterdir()])
+    with monkeypatch.context() as patch:
+        match what:
+            case "cgroup":
+                patch.setattr(cgroups.here(), "make", refuse)
+            case "eventfd":
+                patch.setattr(os, "eventfd", refuse)
+            case "process":
+                patch.setattr(subprocess, "Popen", refuse)
+            case "pidfd":
+                patch.setattr(os, "pidfd_open", refuse)
+        answer = host.run("sleep", "1000", Stdin=True)
+    assert answer["Utilityvm"]["Kind"] == "refused"
+    assert "cannot run 'sleep': " + launch._WHY[number] in answer["ErrorMessage"]
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
+    assert host.run("true")["Result"] == 0  # the number is free
+    assert host.outcome()[2] == 0
+
+
+def test_no_thread_is_said(host: RawHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread._target.__name__ == "_live":  # type: ignore[attr-defined]
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert "no more threads" in host.run("true")["ErrorMessage"]
+    assert host.run("true")["Result"] == 0
+
+
+@pytest.mark.parametrize(
+    ("head", "text"), [("#!/no/such -x\n", ", /no/such -x, is missing"), ("plain", "neither a program")]
+)
+def test_a_script_that_nobody_can_read_is_said(host: RawHost, tmp_path: Path, head: str, text: str) -> None:
+    path = tmp_path / "script"
+    path.write_text(head)
+    path.chmod(0o755)
+    for name, env in ((str(path), {}), ("script", {"PATH": f"/no:{tmp_path}"}), ("./script", {})):
+        assert text in host.run(name, Env=env, Cwd=str(tmp_path))["ErrorMessage"]
+
+
+def test_a_folder_that_is_a_file_is_named(host: RawHost) -> None:
+    assert "/etc/passwd: Not a directory" in host.run("true", Cwd="/etc/passwd")["ErrorMessage"]
+
+
+def test_a_thread_that_fails_ends_its_program_and_says_so(host: RawHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(run.Program, "_send_output", fail)
+    host.run("sh", "-c", "echo; sleep 1000")
+    assert host.outcome()[2] == -signal.SIGKILL

@@ -13,7 +13,7 @@ import pytest
 
 from raw_host import RawHost
 from utilityvm import UtilityVM, VMGone
-from utilityvm.errors import OutcomeUnknown
+from utilityvm.errors import DeadlineExceeded, OutcomeUnknown
 from utilityvm.machine.programs import find_program, run
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.testing.images import ext4_image, read_file
@@ -50,6 +50,18 @@ async def test_the_system_is_one_to_run_programs_in(vm_booted: UtilityVM) -> Non
 async def test_orphans_are_reaped(vm_booted: UtilityVM) -> None:
     orphan = await output(vm_booted, "(setsid sh -c 'exit 0' & echo $!) 2>/dev/null")
     await until_false(vm_booted, "test", "-e", f"/proc/{orphan.strip()}")
+
+
+async def test_a_run_that_is_out_of_time_leaves_no_daemon(vm_booted: UtilityVM) -> None:
+    with pytest.raises(DeadlineExceeded, match="did not end within"):
+        await vm_booted.run(["sh", "-c", "setsid sh -c 'sleep 7777; :' & sleep 7777"], timeout_s=3)
+    await until_false(vm_booted, "pgrep", "-f", "sleep 7777")
+
+
+async def test_a_program_that_ended_is_told_and_what_it_left_goes_on(vm_booted: UtilityVM) -> None:
+    result = await vm_booted.run(["sh", "-c", "sleep 7778 & echo hi; exit 7"], timeout_s=20)
+    assert (result.exit_code, result.stdout) == (7, b"hi\n")
+    assert await output(vm_booted, "pkill -f 'sleep 7778' && cat /proc/self/cgroup").startswith("0::/utilityvm/")
 
 
 async def test_a_program_that_eats_the_memory_is_killed_and_not_the_agent(vm_booted: UtilityVM) -> None:

@@ -13,16 +13,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from utilityvm.agent import cgroups
 from utilityvm.agent.faults import Fault
-from utilityvm.agent.processes import kill_session, let_be_killed
+from utilityvm.agent.launch import ENVIRONMENT, start, why
 
 FOLDER: Final = "/etc/utilityvm/template.d"
 SAVE, THAW, CLONE = "save", "thaw", "clone"
-_ENVIRONMENT: Final = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    "HOME": "/root",
-    "LANG": "C.UTF-8",
-}
 _SHOWN_BYTES: Final = 1000
 
 
@@ -43,29 +39,26 @@ def run(paths: Sequence[str], word: str, deadline: float, *, env: Mapping[str, s
         Fault: it failed, or did not end in time and was killed with all that it started. Names it.
     """
     for path in paths:
-        _run(path, word, deadline, {**_ENVIRONMENT, **(env or {})})
+        _run(path, word, deadline, {**ENVIRONMENT, **(env or {})})
 
 
 def _run(path: str, word: str, deadline: float, env: dict[str, str]) -> None:
     what = f"the hook {path} {word}"
-    # A file and not a pipe: what the hook leaves running may hold it open for as long as it likes.
-    output = os.memfd_create("hook", os.MFD_CLOEXEC)
+    refusal = f"{what} cannot be run"
+    try:
+        # A file and not a pipe: what the hook leaves running may hold it open for as long as it likes.
+        output = os.memfd_create("hook", os.MFD_CLOEXEC)
+    except OSError as error:
+        raise Fault(f"{refusal}: {why(error)}") from None
+    family = None
     try:
         try:
-            process = subprocess.Popen(
-                [path, word],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                cwd="/",
-                env=env,
-                start_new_session=True,
-            )
+            family = cgroups.here().make()
         except OSError as error:
-            raise Fault(f"{what} cannot be run: {error.strerror}") from None
-        let_be_killed(process.pid)
+            raise Fault(f"{refusal}: {why(error)}") from None
+        process = start([path, word], env=env, cwd="/", stdout=output, stderr=output, family=family, refusal=refusal)
         if not _ends(process, deadline):
-            kill_session(process.pid)
+            family.kill(process.pid)
             process.wait()
             raise Fault(f"{what} did not end in time and was killed{_said(output)}", kind="timeout")
         if process.returncode < 0:
@@ -74,6 +67,8 @@ def _run(path: str, word: str, deadline: float, env: dict[str, str]) -> None:
             raise Fault(f"{what} ended with {process.returncode}{_said(output)}")
     finally:
         os.close(output)
+        if family:
+            family.leave()
 
 
 def _ends(process: subprocess.Popen[bytes], deadline: float) -> bool:

@@ -136,6 +136,7 @@ def _reap_until_end_of(agent: int) -> None:
 
 def _serve() -> NoReturn:
     # Imported here so that process 1 stays small, and the agent is as new after a restart.
+    from utilityvm.agent import cgroups, processes
     from utilityvm.agent.disks import DiskTable
     from utilityvm.agent.freezing import Freezer, KernelFilesystems
     from utilityvm.agent.identity import Identity, ThisKernel
@@ -144,6 +145,8 @@ def _serve() -> NoReturn:
     from utilityvm.agent.template import Template
 
     port = Port(os.open(find_port(timeout_s=_PORT_S), os.O_RDWR | os.O_CLOEXEC))
+    processes.raise_file_limit()
+    cgroups.here().end_strays()
     template = Template(Freezer(KernelFilesystems()), Identity(ThisKernel()))
     Serve(port, DiskTable(_controllers()), template, shutdown=power.off).forever()
     sys.exit("unreachable")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 _PF_KTHREAD: Final = 0x00200000  # linux/sched.h
 _KILL_ROUNDS: Final = 10  # for programs that fork while they are being killed
+_AGENT_FILES: Final = 16384
+
+_program_files: tuple[int, int] | None = None  # the limit that programs get, once the agent has raised its own
 
 
 class Process(NamedTuple):
@@ -41,20 +45,36 @@ def send(pid: int, number: int) -> None:
         pass
 
 
-def let_be_killed(pid: int) -> None:
-    """Let the kernel end the program when memory runs out. The agent may not be, and its children inherit that.
+def prepare_program() -> None:
+    """Make the calling process, a child that is about to become a program, an ordinary one. For between fork and exec.
 
-    Nothing can be run in the child before it becomes the program, for the agent has threads.
+    The agent has threads, one of which may hold any lock at the fork: only system calls are made here. The kernel may
+    end a program when memory runs out; the agent it may not, and its children inherit that.
     """
     try:
-        with open(f"/proc/{pid}/oom_score_adj", "w") as file:
-            file.write("0")
+        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        os.write(fd, b"0")
+        os.close(fd)
     except OSError:
-        pass  # it has ended already
+        pass  # without /proc
+    if _program_files is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, _program_files)
+
+
+def raise_file_limit() -> None:
+    """Let the agent open the files that as many programs need as may run. Programs get the limit from before."""
+    global _program_files
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        hard = before[1] if before[1] == resource.RLIM_INFINITY else max(_AGENT_FILES, before[1])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(_AGENT_FILES, before[0]), hard))
+    except (OSError, ValueError):
+        return  # we may not
+    _program_files = before
 
 
 def kill_session(leader: int) -> None:
-    """Kill every process of the session whose leader is `leader`, which was not reaped, so that its number is its."""
+    """Kill every process of a session. `leader` must not have been reaped: its pid could belong to another process."""
     for _ in range(_KILL_ROUNDS):
         members = [process.pid for process in all_processes() if process.session == leader]
         if not members:

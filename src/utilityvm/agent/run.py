@@ -1,35 +1,39 @@
 """Programs that the host runs in the guest: their input, output and end, as messages.
 
 One thread a program moves its bytes; nothing that the host or the program does makes it hold more than a window of
-them. A program has a session (setsid) of its own, so that what it starts can be ended with it; what leaves that session
-on purpose, as a daemon does, is left alone.
+them. A program has a cgroup of its own, so that it can be killed with all that it started.
+
+A program has ended when its own process has. What it wrote before is told, and what its children write to the same
+output in the half second after it; what they write later is dropped. They go on, unless the program was cancelled.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import fcntl
 import os
 import select
-import signal
+import struct
 import subprocess
+import termios
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
+from utilityvm.agent import cgroups, drain
 from utilityvm.agent.faults import Fault
-from utilityvm.agent.processes import kill_session, let_be_killed
+from utilityvm.agent.launch import ENVIRONMENT, start, why
 from utilityvm.bridge import messages
 
 AT_MOST: Final = 256  # programs at once
 _MAX_SIGNAL: Final = 64  # SIGRTMAX
 _SHOWN: Final = 100  # characters of a command
-_ENVIRONMENT: Final = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    "HOME": "/root",
-    "LANG": "C.UTF-8",
-}
+_LINGER_S: Final = 0.5  # for what the children of a program that has ended write to its output
+_DIE_S: Final = 5.0  # for what was killed to end
+_INT: Final = struct.Struct("i")
 
 Notify = Callable[[int, dict[str, Any]], object]
 
@@ -106,30 +110,20 @@ class _Command:
         if not isinstance(cwd, str):
             raise Fault("Cwd must be a path", kind="invalid")
         self.argv: list[str] = argv
-        self.env = {**_ENVIRONMENT, **env}
+        self.env = {**ENVIRONMENT, **env}
         self.cwd = cwd
         self.takes_input = body.get("Stdin") is True
 
-    def start(self) -> subprocess.Popen[bytes]:
-        try:
-            process = subprocess.Popen(
-                self.argv,
-                stdin=subprocess.PIPE if self.takes_input else subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                cwd=self.cwd,
-                env=self.env,
-                start_new_session=True,
-                bufsize=0,
-            )
-        except OSError as error:
-            where = f" ({self.cwd})" if error.filename == self.cwd else ""
-            kind = "not_found" if isinstance(error, FileNotFoundError) else "refused"
-            raise Fault(f"cannot run {self.argv[0]}: {error.strerror}{where}", kind=kind) from None
-        except ValueError as error:  # a NUL, or what is no text
-            raise Fault(f"cannot run {self.argv[0]!r}: {error}", kind="invalid") from None
-        let_be_killed(process.pid)
-        return process
+    def start(self, family: cgroups.Family) -> subprocess.Popen[bytes]:
+        return start(
+            self.argv,
+            env=self.env,
+            cwd=self.cwd,
+            stdin=subprocess.PIPE if self.takes_input else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            family=family,
+        )
 
 
 class Program:
@@ -148,7 +142,9 @@ class Program:
         self._credit = messages.OUTPUT_WINDOW_BYTES
         self._cancelled = False
         self._process: subprocess.Popen[bytes] | None = None  # until it is reaped, so that its pid is nobody else's
+        self._family: cgroups.Family | None = None
         self._nudges = -1
+        self._fault: Fault | None = None  # why it was not started
 
     def start(self) -> None:
         """Start it.
@@ -156,17 +152,16 @@ class Program:
         Raises:
             Fault: it cannot be started; its number is free again.
         """
+        was_tried = threading.Event()
         try:
-            process = self._command.start()
-        except Fault:
+            # First the thread, for it is the last thing that can be refused: no program runs that nobody follows.
+            threading.Thread(target=self._live, args=(was_tried,), daemon=True).start()
+        except RuntimeError:
             self._forget(self._number)
-            raise
-        with self._lock:
-            self._process = process
-            self._nudges = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            if self._cancelled:
-                kill_session(process.pid)
-        threading.Thread(target=self._follow, args=(process,), daemon=True).start()
+            raise Fault(f"cannot run {self._command.argv[0][:_SHOWN]!r}: the agent gets no more threads") from None
+        was_tried.wait()
+        if self._fault:
+            raise self._fault
 
     def feed(self, data: bytes, *, last: bool) -> None:
         """Give it input. A host that sends more than its window allows loses the program."""
@@ -177,7 +172,7 @@ class Program:
             self._nudge()
             overfed = self._input_size > messages.INPUT_WINDOW_BYTES
         if overfed:
-            self.signal(signal.SIGKILL)
+            self._kill()
 
     def add_credit(self, size: int) -> None:
         """The host took `size` bytes of output: so many more may be sent."""
@@ -195,31 +190,81 @@ class Program:
                     pass  # all of it has ended, or there is no such signal
 
     def cancel(self) -> None:
-        """Nobody listens any more: kill it with all that it started in its session."""
+        """Nobody listens any more: kill it with all that it started."""
         with self._lock:
             self._cancelled = True
-            if self._process:
-                kill_session(self._process.pid)
+        self._kill()
+
+    def _kill(self) -> None:
+        with self._lock:
+            if self._process and self._family:
+                self._family.kill(self._process.pid)
                 self._nudge()
 
     def _nudge(self) -> None:
         if self._nudges >= 0:
             os.eventfd_write(self._nudges, 1)
 
-    def _follow(self, process: subprocess.Popen[bytes]) -> None:
+    def _live(self, was_tried: threading.Event) -> None:
+        try:
+            process, exit_fd = self._begin()
+        except Exception as error:
+            self._fault = self._why_not(error)
+            self._release()
+            self._forget(self._number)
+            return
+        finally:
+            was_tried.set()
+        try:
+            self._follow(process, exit_fd)
+        finally:
+            self._finish(process, exit_fd)
+
+    def _why_not(self, error: Exception) -> Fault:
+        match error:
+            case Fault():
+                return error
+            case OSError():
+                return Fault(f"cannot run {self._command.argv[0][:_SHOWN]!r}: {why(error)}")
+        return Fault(f"the agent failed: {type(error).__name__}: {error}")
+
+    def _begin(self) -> tuple[subprocess.Popen[bytes], int]:
+        family = cgroups.here().make()
+        with self._lock:
+            self._family = family
+            self._nudges = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        process = self._command.start(family)
+        try:
+            exit_fd = os.pidfd_open(process.pid)
+            if process.stdin:
+                os.set_blocking(process.stdin.fileno(), False)
+        except BaseException:
+            family.kill(process.pid)
+            _close_pipes(process)
+            process.wait()
+            raise
+        with self._lock:
+            self._process = process
+            if self._cancelled:
+                family.kill(process.pid)
+        return process, exit_fd
+
+    def _follow(self, process: subprocess.Popen[bytes], exit_fd: int) -> None:
         assert process.stdout
         assert process.stderr
         outputs = {process.stdout.fileno(): "out", process.stderr.fileno(): "err"}
-        exit_fd = os.pidfd_open(process.pid)
-        if process.stdin:
-            os.set_blocking(process.stdin.fileno(), False)
-        is_running = True
-        while is_running or (outputs and not self._cancelled):
+        owed = dict.fromkeys(outputs, 0)  # bytes that were written before the program ended
+        ends_at: float | None = None  # while it runs
+        while not self._cancelled or ends_at is None:
+            if ends_at is not None and time.monotonic() >= ends_at and not any(owed[fd] for fd in outputs):
+                break
+            if ends_at is not None and not outputs:
+                break
             with self._lock:
                 may_send, has_input = self._credit, bool(self._input) or self._input_ends
             poll = select.poll()
             poll.register(self._nudges, select.POLLIN)
-            if is_running:
+            if ends_at is None:
                 poll.register(exit_fd, select.POLLIN)
             if may_send > 0:
                 for fd in outputs:
@@ -229,31 +274,46 @@ class Program:
                 poll.register(process.stdin.fileno(), select.POLLOUT if has_input else 0)
             elif has_input:
                 self._drop_input()
-            for fd, _ in poll.poll():
+            left = None if ends_at is None or any(owed.values()) else max(0.0, ends_at - time.monotonic())
+            for fd, _ in poll.poll(None if left is None else left * 1000):
                 if fd == self._nudges:
                     os.eventfd_read(fd)
                 elif fd == exit_fd:
-                    is_running = False
+                    ends_at = time.monotonic() + _LINGER_S
+                    owed = {fd: _unread(fd) for fd in outputs}
                 elif fd in outputs:
-                    if not self._send_output(fd, outputs[fd]):
-                        del outputs[fd]
+                    sent = self._send_output(fd, outputs[fd])
+                    if sent is None:
+                        del outputs[fd], owed[fd]
+                    else:
+                        owed[fd] = max(0, owed[fd] - sent)
                 elif process.stdin and not self._write_input(process.stdin.fileno()):
                     process.stdin.close()
                     process.stdin = None
-        self._finish(process, exit_fd)
+        for fd in outputs:
+            self._leave_output(fd)
 
-    def _send_output(self, fd: int, stream: str) -> bool:
+    def _send_output(self, fd: int, stream: str) -> int | None:
+        """Send what the pipe has, and give how much that was. None: it is at its end."""
         with self._lock:
             size = min(self._credit, messages.CHUNK_BYTES)
         if size <= 0:
-            return True
+            return 0
         data = os.read(fd, size)
         with self._lock:
             self._credit -= len(data)
         if data and not self._cancelled:
             text = base64.b64encode(data).decode()
             self._notify(messages.RUN_OUTPUT, {"Process": self._number, "Stream": stream, "Data": text})
-        return bool(data)
+        return len(data) or None
+
+    def _leave_output(self, fd: int) -> None:
+        """A child holds this end of a pipe open, and may write to it for as long as it lives."""
+        if not self._cancelled:
+            try:
+                drain.ALL.take(os.dup(fd))
+            except OSError:
+                pass  # then it is closed: the child is told so when it writes
 
     def _write_input(self, fd: int) -> bool:
         """Write what the pipe takes. False: it is all written, or the program takes no more."""
@@ -288,18 +348,41 @@ class Program:
             self._notify(messages.RUN_CREDIT, {"Process": self._number, "Bytes": size})
 
     def _finish(self, process: subprocess.Popen[bytes], exit_fd: int) -> None:
+        has_ended = bool(select.select([exit_fd], [], [], 0)[0])
+        if not has_ended:  # the thread that followed it failed
+            self._kill()
         with self._lock:
             status = process.wait()
             self._process = None
-            os.close(self._nudges)
-            self._nudges = -1
         os.close(exit_fd)
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            if pipe:
-                pipe.close()
+        _close_pipes(process)
+        if self._cancelled and self._family:
+            self._family.wait_until_empty(_DIE_S)
+        self._release()
         self._forget(self._number)
         if not self._cancelled:
             self._notify(messages.RUN_EXIT, {"Process": self._number, "ExitCode": status})
+
+    def _release(self) -> None:
+        with self._lock:
+            if self._nudges >= 0:
+                os.close(self._nudges)
+                self._nudges = -1
+            if self._family:
+                self._family.leave()
+                self._family = None
+
+
+def _close_pipes(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe:
+            pipe.close()
+
+
+def _unread(fd: int) -> int:
+    """How much is in a pipe."""
+    size: int = _INT.unpack(fcntl.ioctl(fd, termios.FIONREAD, bytes(_INT.size)))[0]
+    return size
 
 
 def _bytes(data: object) -> bytes:

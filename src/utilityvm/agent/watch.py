@@ -28,11 +28,16 @@ class Watch(Generic[_T]):
         self._has_thread = False
 
     def add(self, item: _T) -> None:
+        """Watch over `item`.
+
+        Raises:
+            RuntimeError: the system gives no thread; it is watched once another was added that got one.
+        """
         with self._changed:
             self._watched.add(item)
             if not self._has_thread:
-                self._has_thread = True
                 threading.Thread(target=self._run, daemon=True).start()
+                self._has_thread = True
             elif item.deadline < self._wakes_at:
                 self._changed.notify()
 
@@ -45,10 +50,14 @@ class Watch(Generic[_T]):
         while True:
             with self._changed:
                 now = time.monotonic()
-                late = [item for item in self._watched if item.deadline <= now]
+                late = sorted((item for item in self._watched if item.deadline <= now), key=_deadline)
                 self._watched.difference_update(late)
                 if not late:
                     self._wakes_at = min((item.deadline for item in self._watched), default=float("inf"))
                     self._changed.wait(min(self._wakes_at - now, threading.TIMEOUT_MAX))
             for item in late:
                 self._expire(item)
+
+
+def _deadline(item: Timed) -> float:
+    return item.deadline

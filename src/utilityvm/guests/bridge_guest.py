@@ -388,7 +388,8 @@ class BridgeGuest:
     ) -> CommandResult:
         """Run a program to its end. Cancelled or out of time, it is killed with all that it started.
 
-        It has ended when it, and all that shares its output, have: redirect the output of what shall go on running.
+        It has ended when its own process has. What its children write to its output within half a second of that is
+        kept, and later output is dropped. The children go on running.
 
         Raises:
             GuestRefused: it could not be started, or wrote more than `max_output_bytes` and was killed.

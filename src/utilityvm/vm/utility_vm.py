@@ -444,8 +444,11 @@ class UtilityVM:
     ) -> CommandResult:
         """Run a program in the guest to its end. Cancelled or out of time, it is killed with all that it started.
 
+        It has ended when its own process has. What its children write to its output within half a second of that is
+        kept, and later output is dropped. The children go on running: a server can be started so.
+
         Raises:
-            GuestRefused: it could not be started.
+            GuestRefused: it could not be started; the message has the reason.
             DeadlineExceeded: it did not end within `timeout_s` seconds.
             VMGone: the VM died.
         """
