@@ -333,7 +333,7 @@ def test_what_the_guest_has_run_out_of_is_said_and_nothing_is_left(
                 patch.setattr(os, "pidfd_open", refuse)
         answer = host.run("sleep", "1000", Stdin=True)
     assert answer["Utilityvm"]["Kind"] == "refused"
-    assert "cannot run 'sleep': " + launch._WHY[number] in answer["ErrorMessage"]
+    assert "cannot run sleep: " + launch._WHY[number] in answer["ErrorMessage"]
     assert len([*Path("/proc/self/fd").iterdir()]) == before
     assert host.run("true")["Result"] == 0  # the number is free
     assert host.outcome()[2] == 0

@@ -51,7 +51,7 @@ def start(
         family.enter()
         prepare_program()
 
-    refusal = refusal or f"cannot run {argv[0][:_SHOWN]!r}"
+    refusal = refusal or f"cannot run {argv[0][:_SHOWN]}"
     try:
         return subprocess.Popen(
             list(argv),

@@ -158,7 +158,7 @@ class Program:
             threading.Thread(target=self._live, args=(was_tried,), daemon=True).start()
         except RuntimeError:
             self._forget(self._number)
-            raise Fault(f"cannot run {self._command.argv[0][:_SHOWN]!r}: the agent gets no more threads") from None
+            raise Fault(f"cannot run {self._command.argv[0][:_SHOWN]}: the agent gets no more threads") from None
         was_tried.wait()
         if self._fault:
             raise self._fault
@@ -225,7 +225,7 @@ class Program:
             case Fault():
                 return error
             case OSError():
-                return Fault(f"cannot run {self._command.argv[0][:_SHOWN]!r}: {why(error)}")
+                return Fault(f"cannot run {self._command.argv[0][:_SHOWN]}: {why(error)}")
         return Fault(f"the agent failed: {type(error).__name__}: {error}")
 
     def _begin(self) -> tuple[subprocess.Popen[bytes], int]:
