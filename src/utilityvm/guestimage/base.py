@@ -3,11 +3,16 @@
 Fetched and unpacked by mmdebstrap, without any package's own scripts, so that neither root nor a user namespace is
 needed; what those scripts would have made is in the recipe. Everything in the tree is root's and has one time, and no
 program is set-user-id, so a tree made by root and one made by a user are the same.
+
+Nothing of the builder's is in it. mmdebstrap puts files of the host into its tree (resolv.conf, hostname, apt's sources
+with their proxies and passwords) before it unpacks the first package. All files that are there by then are left out.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import shlex
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -18,12 +23,15 @@ from urllib.parse import unquote
 from utilityvm.errors import SetupError
 from utilityvm.guestimage import recipe, sources
 from utilityvm.guestimage.recipe import Architecture
-from utilityvm.machine.programs import CommandFailed, find_program, run
+from utilityvm.machine import programs
+from utilityvm.machine.programs import CommandFailed, find_program
 
 ARCHIVE: Final = "root.tar"
 PACKAGES: Final = "packages.json"
 _LIST: Final = "packages.list"
+_BUILDERS: Final = "builders.list"  # the files that were in the tree before any package was
 _FETCH_S: Final = 3600.0
+run: Final = functools.partial(programs.run, umask=0o022)  # what programs make is the same for every builder
 _MODULE_SUFFIXES: Final = (".ko", ".ko.xz", ".ko.gz", ".ko.zst")
 
 
@@ -38,7 +46,9 @@ def make(folder: Path, *, arch: Architecture, suite: str, report: Callable[[str,
     fetched.mkdir()
     _fetch(fetched, arch=arch, suite=suite)
     report("leaving out what no VM needs", 0.5)
-    packages = _trim(fetched / "all.tar", folder / "trimmed.tar")
+    packages = _versions((fetched / _LIST).read_text())
+    builders = frozenset(line.removeprefix("./") for line in (fetched / _BUILDERS).read_text().splitlines())
+    _trim(fetched / "all.tar", folder / "trimmed.tar", leave_out=builders)
     shutil.rmtree(fetched)
     root = folder / "root"
     unpack(folder / "trimmed.tar", root)
@@ -55,7 +65,8 @@ def make(folder: Path, *, arch: Architecture, suite: str, report: Callable[[str,
 
 def unpack(archive: Path, root: Path) -> None:
     """The tree of an archive that is ours, so its names need no check. Owned by whoever unpacks it."""
-    root.mkdir(mode=0o755)
+    root.mkdir()
+    root.chmod(0o755)
     # GNU tar: the standard library's takes another set of arguments with every release of Python.
     run([find_program("tar", package="tar"), "-xpf", archive, "-C", root, "--no-same-owner"])
 
@@ -97,7 +108,8 @@ def _fetch(folder: Path, *, arch: Architecture, suite: str) -> None:
         f"--architectures={arch.debian}",
         f"--include={','.join((*recipe.PACKAGES, arch.kernel_package))}",
         f"--aptopt={folder / 'apt.conf'}",
-        f'--extract-hook=ls "$1/var/cache/apt/archives" > "$1/{_LIST}"',
+        f'--setup-hook=cd "$1" && find . -type f > {shlex.quote(str(folder / _BUILDERS))}',
+        f'--extract-hook=ls "$1/var/cache/apt/archives" > {shlex.quote(str(folder / _LIST))}',
         suite,
         folder / "all.tar",
         folder / "debian.sources",
@@ -122,35 +134,31 @@ def _is_kept(name: str) -> bool:
     return True
 
 
-def _trim(source: Path, target: Path) -> dict[str, str]:
-    """Copy what the recipe keeps; give the packages and their versions."""
-    packages: dict[str, str] = {}
+def _trim(source: Path, target: Path, *, leave_out: frozenset[str]) -> None:
+    """Copy what the recipe keeps."""
     with tarfile.open(source) as everything, tarfile.open(target, "w") as kept:
         for member in everything:
             member.name = member.name.removeprefix("./").rstrip("/")
-            if member.name == _LIST:
-                listed = everything.extractfile(member)
-                packages = _versions(listed.read().decode() if listed else "")
-            elif member.name not in ("", ".") and not member.isdev() and _is_kept(member.name):
-                member.mode = member.mode & 0o1777 | (0o700 if member.isdir() else 0o400)  # the builder has to read it
-                if member.islnk():
-                    member.linkname = member.linkname.removeprefix("./")
-                kept.addfile(member, everything.extractfile(member) if member.isreg() else None)
-    if not packages:
-        raise SetupError("mmdebstrap did not say which packages it fetched", remedy="report this, with its version")
-    return packages
+            if member.name in ("", ".") or member.isdev() or member.name in leave_out or not _is_kept(member.name):
+                continue
+            member.mode = member.mode & 0o1777 | (0o700 if member.isdir() else 0o400)  # the builder has to read it
+            if member.islnk():
+                member.linkname = member.linkname.removeprefix("./")
+            kept.addfile(member, everything.extractfile(member) if member.isreg() else None)
 
 
 def _versions(listing: str) -> dict[str, str]:
     """From the names of package files: `name_version_architecture.deb`, the version with its colon as %3a."""
     parts = (line.removesuffix(".deb").split("_") for line in listing.split() if line.endswith(".deb"))
-    return {name: unquote(version) for name, version, _ in parts}
+    packages = {name: unquote(version) for name, version, _ in parts}
+    if not packages:
+        raise SetupError("mmdebstrap did not say which packages it fetched", remedy="report this, with its version")
+    return packages
 
 
 def _configure(root: Path) -> None:
     for name, mode in recipe.FOLDERS.items():
-        (root / name).mkdir(parents=True, exist_ok=True)
-        (root / name).chmod(mode)
+        make_folder(root, name, mode)
     for name, (text, mode) in recipe.FILES.items():
         (root / name).unlink(missing_ok=True)
         (root / name).write_text(text)
@@ -167,6 +175,15 @@ def _configure(root: Path) -> None:
         places = [root / folder / applet for folder in ("usr/bin", "usr/sbin", "bin", "sbin")]
         if applet not in recipe.APPLETS_LEFT_OUT and not any(place.is_symlink() or place.exists() for place in places):
             places[0].symlink_to("/bin/busybox")
+
+
+def make_folder(root: Path, name: str, mode: int = 0o755) -> None:
+    """A folder below `root` of this mode. What is missing above it is made too, whatever the builder's umask."""
+    path = root / name
+    for missing in [each for each in (*reversed(path.parents), path) if not each.exists()]:
+        missing.mkdir()
+        missing.chmod(0o755)
+    path.chmod(mode)
 
 
 def busybox(root: Path) -> Path:

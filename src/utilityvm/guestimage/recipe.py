@@ -132,13 +132,13 @@ MODULES_LEFT_OUT: Final = (
 LEFT_OUT: Final = (
     "boot/System.map",
     "boot/config-",
+    "etc/apt/",
     "etc/cron",
     "etc/init.d/",
     "etc/rc",
     "etc/systemd/",
     "lib/systemd/",
     "lib/udev/",
-    "packages.list",
     "usr/bin/perl",
     "usr/bin/udevadm",
     "usr/lib/aarch64-linux-gnu/gconv/",
@@ -161,6 +161,10 @@ LEFT_OUT: Final = (
     "usr/share/man/",
     "usr/share/perl",
     "usr/share/zoneinfo/",
+    "var/cache/apt/",
+    "var/lib/apt/",
+    "var/lib/dpkg/",
+    "var/log/apt/",
 )
 
 # Of Python's standard library.
@@ -181,6 +185,7 @@ FILES: Final[Mapping[str, tuple[str, int]]] = {
     "etc/nsswitch.conf": ("passwd: files\ngroup: files\nhosts: files dns\n", 0o644),
     "etc/machine-id": ("", 0o644),
     "etc/fstab": ("", 0o644),
+    "etc/resolv.conf": ("", 0o644),
 }
 LINKS: Final[Mapping[str, str]] = {
     "usr/bin/awk": "mawk",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import uuid
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,17 @@ from utilityvm.machine.programs import find_program, run
 
 _BLOCK: Final = 4096
 _SPARE_KIB: Final = 4096
+# Not the host's /etc/mke2fs.conf, which its owner may change.
+_MKE2FS_CONF: Final = """\
+[defaults]
+    base_features = sparse_super,large_file,filetype,dir_index,ext_attr
+    default_mntopts = acl,user_xattr
+    inode_size = 256
+[fs_types]
+    ext4 = {
+        features = extent,huge_file,flex_bg,metadata_csum,64bit,dir_nlink,extra_isize
+    }
+"""
 
 
 def write(root: Path, target: Path, *, key: str) -> None:
@@ -30,7 +42,7 @@ def write(root: Path, target: Path, *, key: str) -> None:
     paths = sorted(root.rglob("*"))
     for path in (root, *paths):
         os.utime(path, (recipe.TIME, recipe.TIME), follow_symlinks=False)
-    used_kib = sum(-(-path.lstat().st_size // _BLOCK) * _BLOCK // 1024 + 1 for path in paths)
+    used_kib = sum(_blocks(path) * _BLOCK // 1024 + 1 for path in paths)
     ids = str(uuid.uuid5(uuid.NAMESPACE_OID, key))
     # fmt: off
     command: list[str | Path] = [
@@ -46,13 +58,28 @@ def write(root: Path, target: Path, *, key: str) -> None:
         target, f"{used_kib * 105 // 100 + _SPARE_KIB}k",
     ]
     # fmt: on
-    env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "E2FSPROGS_FAKE_TIME": str(recipe.TIME)}
+    config = target.with_name(f"{target.name}.mke2fs.conf")
+    config.write_text(_MKE2FS_CONF)
+    env = {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "E2FSPROGS_FAKE_TIME": str(recipe.TIME),
+        "MKE2FS_CONFIG": str(config),
+        "LC_ALL": "C",  # mkfs takes the files of a folder in the order of their names
+    }
     run(command, env=env)
+    config.unlink()
     _make_the_same([path.relative_to(root) for path in paths], target, env)
 
 
+def _blocks(path: Path) -> int:
+    """How many blocks the file takes. What a folder's size says is the builder's file system's own affair."""
+    status = path.lstat()
+    return -(-status.st_size // _BLOCK) if stat.S_ISREG(status.st_mode) else 1
+
+
 def _make_the_same(names: list[Path], target: Path, env: dict[str, str]) -> None:
-    fields = {"ctime": f"@{recipe.TIME}", **({"uid": "0", "gid": "0"} if os.geteuid() else {})}
+    # As root too, whose files they are already: the superblock counts what is written.
+    fields = {"ctime": f"@{recipe.TIME}", "uid": "0", "gid": "0"}
     lines = [f'set_inode_field "/{name}" {field} {value}' for name in names for field, value in fields.items()]
     debugfs = find_program("debugfs", package="e2fsprogs")
     run([debugfs, "-w", "-f", "-", target], stdin="\n".join(lines).encode(), env=env)

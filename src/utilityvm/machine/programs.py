@@ -48,8 +48,9 @@ def run(
     stdin: bytes | None = None,
     pass_fds: Sequence[int] = (),
     timeout_s: float | None = None,
+    umask: int = -1,
 ) -> bytes:
-    """Run a program to its end and give what it wrote to its standard output.
+    """Run a program to its end and give what it wrote to its standard output. A `umask` of -1 is ours.
 
     Raises:
         CommandFailed: it ended with another status than 0, or not within `timeout_s` seconds (and was killed).
@@ -67,6 +68,7 @@ def run(
             capture_output=True,
             pass_fds=pass_fds,
             timeout=timeout_s,
+            umask=umask,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
