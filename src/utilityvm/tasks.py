@@ -58,6 +58,10 @@ class _Limit:
     def __init__(self, deadline: Deadline, what: str, vm: str | None, remedy: str | None, later_s: float) -> None:
         self._deadline, self._what, self._vm, self._remedy, self._later_s = deadline, what, vm, remedy, later_s
 
+    @property
+    def is_over(self) -> bool:
+        return self._timeout.expired()
+
     async def __aenter__(self) -> None:
         left = self._deadline.left() + self._later_s
         self._timeout = asyncio.timeout(None if left == math.inf else left)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ import pytest
 from manifests_made import manifest
 from utilityvm.errors import (
     InvalidRequest,
+    SetupError,
     TemplateDamaged,
     TemplateExists,
     TemplateInUse,
@@ -23,16 +26,22 @@ from utilityvm.templates import catalog
 from utilityvm.templates.manifest import Manifest, Parent, encode
 
 CUT_SHORT = """
-import os, signal
+import asyncio, os, signal
 from utilityvm.templates import catalog
-with catalog.new("cut") as folder:
-    (folder / "memory").write_bytes(b"half")
-    os.kill(os.getpid(), signal.SIGKILL)
+async def main():
+    async with catalog.Draft("cut").begun() as folder:
+        (folder / "memory").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
 """
 
 
 def save(document: Manifest) -> catalog.Template:
-    with catalog.new(document.name) as folder:
+    return asyncio.run(saved(document))
+
+
+async def saved(document: Manifest) -> catalog.Template:
+    async with catalog.Draft(document.name).begun() as folder:
         (folder / catalog.MANIFEST).write_bytes(encode(document))
         (folder / catalog.MEMORY).write_bytes(b"memory")
         (folder / catalog.STATE).write_bytes(b"state")
@@ -55,40 +64,69 @@ def test_there_is_none_at_first(folders: Path) -> None:
     assert "uvm template save" in str(error.value.remedy)
 
 
-def test_it_appears_with_its_name(folders: Path) -> None:
-    with catalog.new("warm") as folder:
+async def test_it_appears_with_its_name(folders: Path) -> None:
+    draft = catalog.Draft("warm")
+    async with draft.begun() as folder:
         (folder / catalog.MANIFEST).write_bytes(encode(manifest()))
         assert catalog.names() == []
         assert catalog.leftovers() == [], "somebody works there"
+        assert not draft.is_there
+    assert draft.is_there
     assert catalog.load("warm").manifest == manifest()
     assert [template.name for template in catalog.every()] == ["warm"]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-x", "x" * 64, ".new-x", "a b"])
-def test_a_name_that_cannot_be(folders: Path, name: str) -> None:
-    with pytest.raises(InvalidRequest), catalog.new(name):
-        raise AssertionError
+async def test_a_name_that_cannot_be(folders: Path, name: str) -> None:
+    with pytest.raises(InvalidRequest):
+        async with catalog.Draft(name).begun():
+            raise AssertionError
     with pytest.raises(InvalidRequest):
         catalog.load(name)
 
 
-def test_a_block_that_fails_leaves_nothing(folders: Path) -> None:
+async def test_a_block_that_fails_leaves_nothing(folders: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "disks").mkdir()
         (folder / "disks/one").write_bytes(b"1")
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), catalog.new("warm") as folder:
-        fail(folder)
+    with pytest.raises(ZeroDivisionError):
+        async with catalog.Draft("warm").begun() as folder:
+            fail(folder)
     assert list(paths.templates_dir().iterdir()) == []
 
 
-def test_a_name_is_given_once(folders: Path) -> None:
-    first = save(manifest())
-    with pytest.raises(TemplateExists), catalog.new("warm"):
-        raise AssertionError
-    with pytest.raises(TemplateExists), catalog.new("race"):
-        save(manifest("race"))
+async def test_a_block_that_is_cancelled_again_while_it_is_taken_back_leaves_nothing(folders: Path) -> None:
+    async def begin() -> None:
+        async with catalog.Draft("warm").begun() as folder:
+            (folder / "memory").write_bytes(b"half")
+            working.set()
+            await asyncio.Event().wait()
+
+    working = asyncio.Event()
+    task = asyncio.create_task(begin())
+    await working.wait()
+    while not task.done():
+        task.cancel()
+        await asyncio.sleep(0)
+    assert list(paths.templates_dir().iterdir()) == []
+
+
+def test_what_the_storage_refuses_says_what_to_do(folders: Path) -> None:
+    with pytest.raises(SetupError, match="No space") as error, catalog.no_space(folders):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert "make room" in str(error.value.remedy)
+
+
+async def test_a_name_is_given_once(folders: Path) -> None:
+    first = await saved(manifest())
+    with pytest.raises(TemplateExists):
+        async with catalog.Draft("warm").begun():
+            raise AssertionError
+    with pytest.raises(TemplateExists):
+        async with catalog.Draft("race").begun():
+            await saved(manifest("race"))
     assert catalog.load("race").manifest == manifest("race")
     assert catalog.load("warm") == first
 

@@ -14,16 +14,18 @@ before any disk is attached for writing.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Final
 
 from utilityvm.errors import (
@@ -36,7 +38,9 @@ from utilityvm.errors import (
 )
 from utilityvm.log import logger
 from utilityvm.machine import paths
+from utilityvm.machine.threads import aside, in_thread, to_the_end
 from utilityvm.store import Store
+from utilityvm.tasks import Deadline, Undo
 from utilityvm.templates import manifest as manifests
 from utilityvm.templates.manifest import Fingerprint, Manifest
 
@@ -162,14 +166,46 @@ def frozen_by(identity: str) -> str | None:
     return None
 
 
-@contextmanager
-def new(name: str) -> Iterator[Path]:
-    """A folder that is the template `name` when the block ends, and gone if it fails.
+class Draft:
+    """A template that is being written: a folder, until it is there under its name."""
 
-    Raises:
-        TemplateExists: the name is taken, now or at the end.
-        SetupError: no space or no right.
-    """
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.is_there = False  # it has its name, and stays, whatever is raised or cancelled after that
+
+    @asynccontextmanager
+    async def begun(self, deadline: Deadline | None = None) -> AsyncIterator[Path]:
+        """A folder that is the template when the block ends, and gone if it fails.
+
+        Everything in it is on the storage before it has its name.
+
+        Raises:
+            TemplateExists: the name is taken, now or at the end.
+            SetupError: no space or no right.
+        """
+        async with Undo(deadline) as undo:
+            folder, held = await to_the_end(_begin, self.name, late=_discard_new)
+            undo.add(aside, os.close, held)
+            undo.add(to_the_end, shutil.rmtree, folder, True)
+            yield folder
+            with no_space(folder.parent):
+                await in_thread(_flush_all, folder)
+                await to_the_end(self._publish, folder)
+                await in_thread(_flush, folder.parent)
+        aside(os.close, held)
+
+    def _publish(self, folder: Path) -> None:
+        try:
+            folder.rename(folder.parent / self.name)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise _taken(self.name) from error
+            raise
+        self.is_there = True
+
+
+def _begin(name: str) -> tuple[Path, int]:
+    """A new folder, and the lock that says that somebody works in it."""
     refuse_taken(name)
     parent = paths.templates_dir()
     try:
@@ -179,19 +215,33 @@ def new(name: str) -> Iterator[Path]:
         raise SetupError(
             f"cannot write to {parent}: {error.strerror}", remedy="set UTILITYVM_STATE_DIR to a folder of your own"
         ) from error
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    return folder, fd
+
+
+def _discard_new(begun: tuple[Path, int]) -> None:
+    folder, fd = begun
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(fd)
+
+
+@contextmanager
+def no_space(folder: Path) -> Iterator[None]:
+    """What the storage refuses, as an error that says what to do.
+
+    Raises:
+        SetupError: no space, no right, or the storage fails.
+    """
     try:
-        with _held(folder):
-            yield folder
-            for path in (*folder.rglob("*"), folder):
-                _flush(path)
-            try:
-                folder.rename(parent / name)
-            except OSError as error:
-                raise _taken(name) from error
-            _flush(parent)
-    finally:
-        if folder.exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        yield
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        roomier = "make room there, or set UTILITYVM_STATE_DIR to a roomier folder"
+        raise SetupError(
+            f"cannot write the template to {folder}: {error.strerror}",
+            remedy=roomier if is_full else "see what the storage lacks: `dmesg`",
+        ) from error
 
 
 def refuse_taken(name: str) -> None:
@@ -303,11 +353,11 @@ def difference_of(layer: manifests.LayerEntry) -> str | None:
     return f"{layer.path} was written to since the template was saved"
 
 
-def digest(path: Path) -> str:
-    """BLAKE2b-256 of the file's content. Blocks."""
+def digest(path: Path, stop: Event | None = None) -> str:
+    """BLAKE2b-256 of the file's content. Blocks. Once `stop` is set it ends soon, with a digest of nothing."""
     digest = hashlib.blake2b(digest_size=32)
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_READ):
+        while (chunk := file.read(_READ)) and not (stop and stop.is_set()):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -343,17 +393,6 @@ def _locked(template: Template, kind: int, *, refusal: str) -> Iterator[None]:
         os.close(fd)
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """A lock that says that somebody works in the folder."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(fd)
-
-
 def _is_held(folder: Path) -> bool:
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -366,6 +405,11 @@ def _is_held(folder: Path) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def _flush_all(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
 
 
 def _flush(path: Path) -> None:

@@ -6,25 +6,28 @@ quiesces the guest before this and ends the VM after it.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, Final, Protocol, TypeVar
 
-from utilityvm.errors import DeadlineExceeded, NotSupported, SetupError, WrongState
+from utilityvm.errors import NotSupported, SetupError, WrongState
 from utilityvm.hosts.qemu import QemuHost, memory
 from utilityvm.hosts.qemu.accelerator import CPU
 from utilityvm.hosts.qemu.host import ShownDevice
 from utilityvm.machine import paths
+from utilityvm.machine.threads import aside, in_thread, lent, to_the_end
 from utilityvm.scsi.ports import AttachmentType, CallerKey, DiskFormat, DiskRecord, MountRecord, Record
 from utilityvm.scsi.transitions import DiskState, MountState
+from utilityvm.tasks import Deadline
 from utilityvm.templates import catalog
-from utilityvm.templates.catalog import DISKS, MANIFEST, MEMORY, STATE, Template
+from utilityvm.templates.catalog import DISKS, MANIFEST, MEMORY, STATE, Draft, Template
 from utilityvm.templates.clone import host_cpu, memory_mode
 from utilityvm.templates.manifest import (
     VERSION,
@@ -80,7 +83,7 @@ def check_settled(records: Sequence[Record], *, vm: str) -> None:
 
 
 async def write(
-    name: str,
+    draft: Draft,
     *,
     host: QemuHost,
     config: Shape,
@@ -88,11 +91,12 @@ async def write(
     kernel: str,
     records: Sequence[Record],
     parent: Template | None,
-    timeout_s: float,
+    deadline: Deadline,
 ) -> Template:
-    """Pause the VM and write the template `name` of it. True on return: it is there, whole, and the VM stays paused.
+    """Pause the VM and write the template of it. True on return: it is there, whole, and the VM stays paused.
 
-    If this fails no template is left, and `host.resume` lets the VM go on.
+    If this fails no template is left, and `host.resume` lets the VM go on; unless `draft.is_there`, when it failed, or
+    was cancelled, in its last moment.
 
     Raises:
         TemplateExists: the name is taken.
@@ -101,39 +105,42 @@ async def write(
     """
     process = host.process
     size_bytes = config.memory_mib << 20
-    with catalog.new(name) as folder:
-        _check_space(folder, size_bytes)
-        with _file(folder / STATE, os.O_WRONLY) as state:
-            await host.save(state, timeout_s=timeout_s)
-        shown = await host.shown_devices(timeout_s=timeout_s)
-        disks = _disks(host.process.uuid, records, shown, folder, final=paths.templates_dir() / name, parent=parent)
-        with _file(folder / MEMORY, os.O_WRONLY) as target:
-            await _in_thread(memory.copy, process, target, size_bytes=size_bytes, timeout_s=timeout_s)
-        (folder / MEMORY).chmod(memory_mode(process.qemu_version, process))
-        manifest = Manifest(
-            version=VERSION,
-            name=name,
-            uuid=str(uuid.uuid4()),
-            vm=process.name,
-            vm_uuid=process.uuid,
-            created=time.time(),
-            memory_mib=config.memory_mib,
-            cpus=config.cpus,
-            controllers=config.controllers,
-            qemu_version=process.qemu_version,
-            machine=process.machine,
-            accelerator=process.accelerator,
-            cpu=CPU[process.accelerator],
-            host_cpu=host_cpu(process.accelerator),
-            root=_layer(root, DiskFormat.RAW, AttachmentType.VIRTUAL_DISK, named=root),
-            kernel=kernel,
-            memory=await _own(folder / MEMORY, timeout_s=timeout_s),
-            state=await _own(folder / STATE, timeout_s=timeout_s),
-            parent=Parent(name=parent.name, uuid=parent.uuid) if parent else None,
-            disks=tuple(disks),
-        )
-        (folder / MANIFEST).write_bytes(encode(manifest))
-    return catalog.load(name)
+    name = draft.name
+    async with draft.begun(deadline) as folder:
+        with catalog.no_space(folder.parent):
+            await in_thread(_check_space, folder, size_bytes)
+            async with _file(folder / STATE) as state:
+                await host.save(state, timeout_s=deadline.left())
+            shown = await host.shown_devices(timeout_s=deadline.left())
+            final = paths.templates_dir() / name
+            disks = await to_the_end(partial(_disks, process.uuid, records, shown, folder, final=final, parent=parent))
+            async with _file(folder / MEMORY) as target:
+                await _in_thread(lent(target, memory.copy), process, size_bytes)
+            files = await _in_thread(_own_files, folder, memory_mode(process.qemu_version, process))
+            manifest = Manifest(
+                version=VERSION,
+                name=name,
+                uuid=str(uuid.uuid4()),
+                vm=process.name,
+                vm_uuid=process.uuid,
+                created=time.time(),
+                memory_mib=config.memory_mib,
+                cpus=config.cpus,
+                controllers=config.controllers,
+                qemu_version=process.qemu_version,
+                machine=process.machine,
+                accelerator=process.accelerator,
+                cpu=CPU[process.accelerator],
+                host_cpu=await in_thread(host_cpu, process.accelerator),
+                root=await in_thread(_root_layer, root),
+                kernel=kernel,
+                memory=files[MEMORY],
+                state=files[STATE],
+                parent=Parent(name=parent.name, uuid=parent.uuid) if parent else None,
+                disks=tuple(disks),
+            )
+            await in_thread((folder / MANIFEST).write_bytes, encode(manifest))
+    return await in_thread(catalog.load, name)
 
 
 def _disks(
@@ -194,26 +201,26 @@ def _layer(path: Path, image_format: DiskFormat, kind: AttachmentType, *, named:
     return LayerEntry(path=str(named), format=image_format, kind=kind, fingerprint=Fingerprint.of(path.stat()))
 
 
-async def _own(path: Path, *, timeout_s: float) -> File:
-    return await _in_thread(_digested, path, timeout_s=timeout_s)
+def _root_layer(root: Path) -> LayerEntry:
+    return _layer(root, DiskFormat.RAW, AttachmentType.VIRTUAL_DISK, named=root)
 
 
-def _digested(path: Path) -> File:
-    return File(fingerprint=Fingerprint.of(path.stat()), digest=catalog.digest(path))
+def _own_files(folder: Path, memory_mode: int, stop: Event) -> dict[str, File]:
+    """What the manifest says of the template's own files."""
+    (folder / MEMORY).chmod(memory_mode)
+    return {
+        name: File(fingerprint=Fingerprint.of((folder / name).stat()), digest=catalog.digest(folder / name, stop))
+        for name in (MEMORY, STATE)
+    }
 
 
-async def _in_thread(work: Callable[..., T], *arguments: Any, timeout_s: float, **named: Any) -> T:
-    """Run what blocks. It cannot be interrupted: out of time it is waited for, and its result is not used."""
-    begun = time.monotonic()
-    working = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **named))
+async def _in_thread(work: Callable[..., T], *arguments: Any) -> T:
+    """Run what blocks for long. A caller that is cancelled is back at once, and the work ends soon."""
+    stop = Event()
     try:
-        result = await asyncio.shield(working)
-    except asyncio.CancelledError:
-        await asyncio.wait([working])  # it writes to a file that is about to be removed
-        raise
-    if time.monotonic() - begun > timeout_s:
-        raise DeadlineExceeded(f"writing the template took longer than {timeout_s:g} s")
-    return result
+        return await in_thread(work, *arguments, stop)
+    finally:
+        stop.set()
 
 
 def _check_space(folder: Path, size_bytes: int) -> None:
@@ -225,10 +232,11 @@ def _check_space(folder: Path, size_bytes: int) -> None:
         )
 
 
-@contextmanager
-def _file(path: Path, mode: int) -> Iterator[int]:
-    fd = os.open(path, mode | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+@asynccontextmanager
+async def _file(path: Path) -> AsyncIterator[int]:
+    """A new file, to be written to."""
+    fd = await to_the_end(os.open, path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, late=os.close)
     try:
         yield fd
     finally:
-        os.close(fd)
+        aside(os.close, fd)

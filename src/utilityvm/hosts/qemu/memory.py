@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Event
 from typing import Final
 
 from utilityvm.errors import HostRefused, SetupError, VMGone
@@ -22,11 +23,14 @@ _MEMFD: Final = "/memfd:memory-backend-memfd"
 _CHUNK: Final = 1 << 20
 _PAGE: Final = 4096
 _ZEROS: Final = bytes(_PAGE)
-_SEND: Final = 1 << 26
+_SEND: Final = 1 << 22
 
 
-def copy(process: QemuProcess, target: int, *, size_bytes: int) -> int:
+def copy(target: int, process: QemuProcess, size_bytes: int, stop: Event) -> int:
     """Write the RAM to `target`, an empty file, and give the number of bytes that are not holes. Blocks.
+
+    It ends soon after `stop` is set, with the file half written. `target` must be the calling thread's own: a caller
+    that gave up may have closed its own descriptor, and the number may be another file's by then.
 
     Raises:
         SetupError: no right to read it, or no space; says what to do.
@@ -34,8 +38,13 @@ def copy(process: QemuProcess, target: int, *, size_bytes: int) -> int:
     """
     try:
         os.ftruncate(target, size_bytes)
+        if is_tmpfs(target):
+            # A clone maps the file. A hole is a page that tmpfs has yet to find, and the clone dies if it cannot.
+            os.posix_fallocate(target, 0, size_bytes)
         memfd = _memfd(process)
-        return _copy_mapping(process, target, size_bytes) if memfd is None else _copy_file(memfd, target)
+        if memfd is None:
+            return _copy_mapping(process, target, size_bytes, stop)
+        return _copy_file(memfd, target, stop)
     except PermissionError as error:
         raise SetupError(
             f"the memory of VM {process.name} (process {process.pid}) cannot be read: {error.strerror}",
@@ -67,13 +76,24 @@ def _memfd(process: QemuProcess) -> int | None:
     return None
 
 
-def _copy_file(memfd: int, target: int) -> int:
+def is_tmpfs(file: int) -> bool:
+    """Does the file live in memory? Source: proc(5), /proc/PID/mountinfo, fields 3 and 9."""
+    device = os.fstat(file).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if before.split()[2] == wanted:
+            return after.split()[0] == "tmpfs"
+    return False
+
+
+def _copy_file(memfd: int, target: int, stop: Event) -> int:
     copied = 0
     with ExitStack() as closing:
         closing.callback(os.close, memfd)
         for begin, end in _data(memfd):
             os.lseek(target, begin, os.SEEK_SET)
-            while begin < end:
+            while begin < end and not stop.is_set():
                 sent = os.sendfile(target, memfd, begin, min(end - begin, _SEND))
                 begin += sent
                 copied += sent
@@ -93,13 +113,15 @@ def _data(file: int) -> Iterator[tuple[int, int]]:
         yield begin, end
 
 
-def _copy_mapping(process: QemuProcess, target: int, size_bytes: int) -> int:
+def _copy_mapping(process: QemuProcess, target: int, size_bytes: int, stop: Event) -> int:
     memory = os.open(f"/proc/{process.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     copied = 0
     with ExitStack() as closing:
         closing.callback(os.close, memory)
         for address, length, offset in _ram_mappings(process, size_bytes):
             for at in range(0, length, _CHUNK):
+                if stop.is_set():
+                    return copied
                 chunk = os.pread(memory, min(_CHUNK, length - at), address + at)
                 for page in range(0, len(chunk), _PAGE):
                     if (data := chunk[page : page + _PAGE]) != _ZEROS:
