@@ -83,7 +83,32 @@ def timeout_option(default_s: float) -> Callable[[F], F]:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run a command's work in an event loop. Ctrl-C cancels it, and it cleans up before this returns."""
-    import asyncio  # late: commands that only read the store do without it
+    """Run a command's work in an event loop. Ctrl-C, SIGTERM and SIGHUP cancel it, and it cleans up before it returns.
 
-    return asyncio.run(work)
+    Each further one does the same and no more: whatever the work takes back, it finishes.
+    """
+    import asyncio  # late: commands that only read the store do without it
+    import signal
+
+    interrupted = False
+
+    async def until_interrupted() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def interrupt() -> None:
+            nonlocal interrupted
+            interrupted = True
+            task.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup(1)
+                asyncio.get_running_loop().add_signal_handler(number, interrupt)
+        return await work
+
+    try:
+        return asyncio.run(until_interrupted())
+    except asyncio.CancelledError:
+        if interrupted:
+            raise KeyboardInterrupt from None
+        raise

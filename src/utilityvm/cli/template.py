@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -187,30 +188,34 @@ async def _clone(
     template: str, names: list[str], replace: Mapping[Slot, DiskSpec], *, keep: bool, timeout_s: float, as_json: bool
 ) -> None:
     import asyncio
-    import signal
     from contextlib import AsyncExitStack
 
     from utilityvm.vm.utility_vm import UtilityVM
 
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     rows: list[dict[str, object]] = []
     async with AsyncExitStack() as closing:
-        for name in names:
-            begun = time.monotonic()
-            vm = await UtilityVM.clone(template, name, keep=keep, replace=replace, timeout_s=timeout_s)
-            closing.push_async_callback(vm.close)
-            seconds = time.monotonic() - begun
-            say(f"{name} is up ({seconds * 1000:.0f} ms)")
-            rows.append({"name": name, "uuid": vm.uuid, "pid": vm.process.pid, "seconds": round(seconds, 3)})
-        if as_json:
-            print_json(rows if len(names) > 1 else rows[0])
-        else:
-            print_table(("NAME", "PID", "SECONDS"), [(row["name"], row["pid"], row["seconds"]) for row in rows])
+        try:
+            for name in names:
+                begun = time.monotonic()
+                vm = await UtilityVM.clone(template, name, keep=keep, replace=replace, timeout_s=timeout_s)
+                closing.push_async_callback(vm.close)
+                seconds = time.monotonic() - begun
+                say(f"{name} is up ({seconds * 1000:.0f} ms)")
+                rows.append({"name": name, "uuid": vm.uuid, "pid": vm.process.pid, "seconds": round(seconds, 3)})
+        finally:
+            if rows and (keep or len(rows) == len(names)):  # also if the next failed: these run
+                _print_clones(rows, is_one=len(names) == 1, as_json=as_json)
         if not keep:
             say("Ctrl-C ends it")
             await asyncio.Event().wait()
+
+
+def _print_clones(rows: list[dict[str, object]], *, is_one: bool, as_json: bool) -> None:
+    if as_json:
+        print_json(rows[0] if is_one else rows)
+    else:
+        print_table(("NAME", "PID", "SECONDS"), [(row["name"], row["pid"], row["seconds"]) for row in rows])
+    sys.stdout.flush()
 
 
 def _replacements(template: str, texts: tuple[str, ...]) -> dict[Slot, DiskSpec]:

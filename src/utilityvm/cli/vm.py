@@ -52,16 +52,12 @@ def start_command(
 
 async def _start(config: VMConfig, *, timeout_s: float, as_json: bool) -> None:
     import asyncio
-    import signal
 
     from utilityvm.cli.image import ensure_image
     from utilityvm.vm.utility_vm import UtilityVM
 
     config.check()
     image = await asyncio.to_thread(ensure_image)
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     begun = time.monotonic()
     say(f"starting {config.name}…")
     async with await UtilityVM.start(config, image=image, timeout_s=timeout_s) as vm:

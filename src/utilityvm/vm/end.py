@@ -11,11 +11,11 @@ from utilityvm.store import VMState
 from utilityvm.store.recover import open_store
 from utilityvm.tasks import Undo, finish
 from utilityvm.vm import lifecycle
-from utilityvm.vm.lifecycle import SHUTDOWN_S
 from utilityvm.vm.owned import Claim, OwnedVM, stopped
 from utilityvm.vm.state import Event, State
 
 SETTLE_S: Final = 3.0
+_SHORTEST_QUIT_S: Final = 0.2
 _QUIT_S: Final = 2.0  # for QEMU to write out what it holds of images, before it is killed
 
 
@@ -25,6 +25,7 @@ async def stop(vm: OwnedVM, *, timeout_s: float) -> None:
 
 
 async def _stop(vm: OwnedVM, timeout_s: float) -> None:
+    quit_s = min(_QUIT_S, timeout_s / 4)  # the last part of the time is QEMU's
     async with vm.ending:
         if vm.state in (State.REMOVED, State.CLOSED):
             return
@@ -35,16 +36,17 @@ async def _stop(vm: OwnedVM, timeout_s: float) -> None:
                 vm.store.set_state(vm.record, VMState.STOPPING)
             except UtilityVMError as error:  # a full disk must not keep a VM running
                 vm.log.warning("not written down: %s", error)
-            with suppress(UtilityVMError):
-                await vm.guest.shutdown(timeout_s=timeout_s)
-                await asyncio.wait([vm.host.gone], timeout=timeout_s)
+            with suppress(UtilityVMError, TimeoutError):
+                async with asyncio.timeout(timeout_s - quit_s):
+                    await vm.guest.shutdown(timeout_s=timeout_s - quit_s)
+                    await asyncio.wait([vm.host.gone])
             if vm.state is State.STOPPING:
                 vm.take(Event.DIED, stopped(vm))
-        await clear_away(vm)
+        await clear_away(vm, quit_s=max(quit_s, _SHORTEST_QUIT_S))
     vm.log.info("stopped")
 
 
-async def clear_away(vm: OwnedVM) -> None:
+async def clear_away(vm: OwnedVM, *, quit_s: float = _QUIT_S) -> None:
     """Remove all that is left of a VM that has ended, or must end now.
 
     Raises:
@@ -52,7 +54,7 @@ async def clear_away(vm: OwnedVM) -> None:
         StoreError: the store keeps its record; call again.
     """
     await vm.guest.close()
-    await vm.host.stop()
+    await vm.host.stop(timeout_s=quit_s)
     lifecycle.remove_overlays(vm.record)
     lifecycle.remove_copy(vm.host.process.folder)
     vm.store.remove(vm.record)
@@ -61,15 +63,15 @@ async def clear_away(vm: OwnedVM) -> None:
     vm.take(Event.CLEARED)
 
 
-async def close(vm: OwnedVM) -> None:
+async def close(vm: OwnedVM, *, timeout_s: float) -> None:
     """See `UtilityVM.close`."""
     if not vm.config.keep or vm.state is State.ENDED:
-        await stop(vm, timeout_s=SHUTDOWN_S)
+        await stop(vm, timeout_s=timeout_s)
         return
-    await finish(_close(vm))
+    await finish(_close(vm, min(SETTLE_S, timeout_s)))
 
 
-async def _close(vm: OwnedVM) -> None:
+async def _close(vm: OwnedVM, settle_s: float) -> None:
     async with vm.ending:
         if vm.state in (State.REMOVED, State.CLOSED):
             return
@@ -79,7 +81,7 @@ async def _close(vm: OwnedVM) -> None:
         vm.take(Event.CLOSE, VMNotRunning(f"VM {vm.name} was closed here", vm=vm.name, remedy="open it again"))
         try:
             with suppress(TimeoutError):
-                async with asyncio.timeout(SETTLE_S):
+                async with asyncio.timeout(settle_s):
                     await vm.scsi.settle()
             await hang_up(vm)
         finally:
@@ -93,10 +95,12 @@ async def hang_up(vm: OwnedVM) -> None:
         vm.take(Event.CLOSE, VMNotRunning(f"VM {vm.name} was closed here", vm=vm.name))
     await vm.guest.close()
     await vm.host.close()
-    await vm.scsi.settle()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(SETTLE_S):
+            await vm.scsi.settle()
 
 
-async def remove(name: str, *, wait_s: float, force: bool) -> None:
+async def remove(name: str, *, wait_s: float, force: bool, timeout_s: float) -> None:
     """See `UtilityVM.remove`."""
     async with Undo() as undo:
         try:
@@ -105,13 +109,13 @@ async def remove(name: str, *, wait_s: float, force: bool) -> None:
             with open_store() as store:
                 await lifecycle.sweep(store, name)
             raise
-        await finish(_remove(claim, force=force))
+        await finish(_remove(claim, force=force, timeout_s=timeout_s))
 
 
-async def _remove(claim: Claim, *, force: bool) -> None:
+async def _remove(claim: Claim, *, force: bool, timeout_s: float) -> None:
     try:
         if claim.record.is_alive() and not force:
-            await lifecycle.shut_down(claim.record)
+            await lifecycle.shut_down(claim.record, timeout_s=timeout_s)
         await lifecycle.clear(claim.record, claim.store)
         claim.ownership.release(remove=True)
     finally:

@@ -263,11 +263,11 @@ async def strays(host: QemuHost, journal: SqliteJournal) -> dict[Slot, str]:
     return {one.slot: "a disk that is in no journal" for one in await host.attachments() if one.attachment not in known}
 
 
-async def shut_down(record: StoredVM) -> None:
-    """Have the guest power off; one that does not, or does not answer, is left to be killed."""
-    with suppress(UtilityVMError):
+async def shut_down(record: StoredVM, *, timeout_s: float) -> None:
+    """Have the guest power off within `timeout_s` seconds; one that does not, or does not answer, is to be killed."""
+    with suppress(UtilityVMError, TimeoutError):
         process = process_of(record)
-        async with AsyncExitStack() as closing:
+        async with asyncio.timeout(timeout_s), AsyncExitStack() as closing:
             host = await QemuHost.connect(process, timeout_s=CONNECT_S)
             closing.push_async_callback(host.close)
             guest = await BridgeGuest.connect(process.agent_socket, timeout_s=CONNECT_S, vm=record.name)

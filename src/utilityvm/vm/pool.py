@@ -13,13 +13,18 @@ from collections import deque
 from types import TracebackType
 from typing import Final, Self
 
-from utilityvm.errors import DeadlineExceeded, InvalidRequest, UtilityVMError, VMExists, VMNotRunning
+from utilityvm.errors import DeadlineExceeded, InvalidRequest, SetupError, UtilityVMError, VMExists, VMNotRunning
 from utilityvm.log import logger
+from utilityvm.tasks import Deadline, finish
 from utilityvm.templates import catalog
+from utilityvm.vm import rest as resting
 from utilityvm.vm.utility_vm import UtilityVM
 
 _LARGEST: Final = 1000
+_SHORTEST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 30.0
+_REST_S: Final = 10.0
+_LARGER: Final = "make the pool larger, or wait longer"
 
 _log = logger(__name__)
 
@@ -53,7 +58,10 @@ class ClonePool:
         self._ready: deque[UtilityVM] = deque()
         self._changed = asyncio.Condition()
         self._waiting = 0
-        self._failure: UtilityVMError | None = None
+        self._failure: UtilityVMError | None = None  # of the last attempt, if nobody has been told of it
+        self._last_failure: UtilityVMError | None = None  # of the last attempt
+        self._useless: list[UtilityVM] = []  # clones that are to be ended
+        self._ending: set[asyncio.Task[None]] = set()
         self._filler: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -85,39 +93,72 @@ class ClonePool:
             VMNotRunning: the pool was closed.
             others: what `UtilityVM.clone` raises, if that is why none is ready.
         """
+        deadline = Deadline(timeout_s)
         try:
-            async with asyncio.timeout(timeout_s):
-                return await self._acquire(timeout_s)
-        except TimeoutError as error:
+            async with deadline.limit(f"no clone of {self.template} was ready", remedy=_LARGER):
+                return await self._acquire(deadline)
+        except DeadlineExceeded as error:
+            if self._last_failure is None:
+                raise
             raise DeadlineExceeded(
-                f"no clone of {self.template} was ready within {timeout_s:g} s",
-                remedy="make the pool larger, or wait longer",
-            ) from error
+                f"{error}; the last attempt to make one failed: {self._last_failure}", remedy=self._last_failure.remedy
+            ) from self._last_failure
 
-    async def _acquire(self, timeout_s: float) -> UtilityVM:
+    async def _acquire(self, deadline: Deadline) -> UtilityVM:
         while True:
             vm = await self._take()
             try:
-                await vm.wake(timeout_s=timeout_s)
-            except UtilityVMError as error:
+                await resting.wake(vm._vm, timeout_s=deadline.left())
+            except BaseException as error:
+                self._end_aside(vm)
+                if not isinstance(error, UtilityVMError):
+                    raise
                 _log.warning("a clone that waited is of no use: %s", error, vm=vm.name)
-                await vm.stop(timeout_s=0)
-            except BaseException:
-                await asyncio.shield(vm.stop(timeout_s=0))
-                raise
             else:
                 return vm
 
-    async def close(self) -> None:
-        """End the filling and every clone that waits. Closed before is done."""
+    async def close(self, *, timeout_s: float = 60.0) -> None:
+        """End the filling and every clone that waits. Closed before is done.
+
+        Every clone is tried, also if one cannot be ended; call again for those that are left.
+
+        Raises:
+            OutcomeUnknown, StoreError: what the first that could not be ended said.
+            DeadlineExceeded: not done within `timeout_s` seconds; it goes on in the background.
+        """
         self._closed = True
+        await finish(self._close(), deadline=Deadline(timeout_s))
+
+    async def _close(self) -> None:
         if self._filler is not None:
             self._filler.cancel()
             await asyncio.wait([self._filler])
         async with self._changed:
             self._changed.notify_all()
-        while self._ready:
-            await self._ready.popleft().stop(timeout_s=0)
+        if self._ending:
+            await asyncio.wait(self._ending)
+        self._useless += self._ready
+        self._ready.clear()
+        ended = await asyncio.gather(*map(self._end, list(self._useless)), return_exceptions=True)
+        for failure in ended:
+            if isinstance(failure, BaseException):
+                raise failure
+
+    async def _end(self, vm: UtilityVM) -> None:
+        """It is remembered until it is gone."""
+        await vm.stop(timeout_s=0)
+        self._useless.remove(vm)
+
+    def _end_aside(self, vm: UtilityVM) -> None:
+        self._useless.append(vm)
+        ending = asyncio.ensure_future(self._end(vm))
+        self._ending.add(ending)
+        ending.add_done_callback(self._has_ended)
+
+    def _has_ended(self, ending: asyncio.Task[None]) -> None:
+        self._ending.discard(ending)
+        if not ending.cancelled() and (error := ending.exception()) is not None:
+            _log.warning("a clone of no use was not ended: %s", error)
 
     async def _take(self) -> UtilityVM:
         async with self._changed:
@@ -138,7 +179,7 @@ class ClonePool:
             return vm
 
     async def _fill(self) -> None:
-        pause_s = 0.1
+        pause_s = _SHORTEST_PAUSE_S
         while True:
             async with self._changed:
                 await self._changed.wait_for(lambda: len(self._ready) < max(self.size, self._waiting))
@@ -146,25 +187,27 @@ class ClonePool:
                 vm = await self._make()
             except VMExists:
                 continue  # another process uses that name: take the next number
-            except UtilityVMError as error:
+            except Exception as error:  # whatever it is: a filler that ended would let everybody wait for ever
+                failure = error if isinstance(error, UtilityVMError) else _unforeseen(self.template, error)
                 _log.warning("no clone of %s for the pool: %s", self.template, error)
                 async with self._changed:
-                    self._failure = error
+                    self._failure = self._last_failure = failure
                     self._changed.notify_all()
                 await self._wait_until_asked(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 continue
-            pause_s = 0.1
+            pause_s = _SHORTEST_PAUSE_S
             async with self._changed:
                 self._ready.append(vm)
+                self._failure = self._last_failure = None
                 self._changed.notify_all()
 
     async def _make(self) -> UtilityVM:
         vm = await UtilityVM.clone(self.template, f"{self._prefix}-{next(self._numbers)}")
         try:
-            await vm.rest()
+            await resting.rest(vm._vm, timeout_s=_REST_S)
         except BaseException:
-            await asyncio.shield(vm.stop(timeout_s=0))
+            self._end_aside(vm)
             raise
         return vm
 
@@ -176,3 +219,9 @@ class ClonePool:
                     await self._changed.wait_for(lambda: self._failure is None)
             except TimeoutError:
                 return
+
+
+def _unforeseen(template: str, error: Exception) -> UtilityVMError:
+    failure = SetupError(f"no clone of {template} could be made: {error}")
+    failure.__cause__ = error
+    return failure

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Final, Literal, Self
 
-from utilityvm.errors import InvalidRequest, UtilityVMError, VMNotRunning
+from utilityvm.errors import InvalidRequest, UtilityVMError
 from utilityvm.guestimage.build import GuestImage
 from utilityvm.guests.bridge_guest import BridgeGuest, CommandResult, OutputSink
 from utilityvm.hosts.qemu import QemuHost, QemuProcess
@@ -23,10 +23,10 @@ from utilityvm.scsi.ports import CallerKey, DiskFormat, MountConfig, ScratchKey,
 from utilityvm.scsi.reservation import Reservation
 from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.views import MountView, SlotView
-from utilityvm.store import Store, VMState
+from utilityvm.store import Store
 from utilityvm.templates.catalog import Template
 from utilityvm.vm import clone as cloning
-from utilityvm.vm import end, lifecycle
+from utilityvm.vm import end
 from utilityvm.vm import open as opening
 from utilityvm.vm import save as saving
 from utilityvm.vm import start as starting
@@ -34,7 +34,6 @@ from utilityvm.vm.config import GENERATED, DiskSpec, GuestPath, VMConfig
 from utilityvm.vm.lifecycle import BOOT_S, SHUTDOWN_S
 from utilityvm.vm.mount import SCSIMount
 from utilityvm.vm.owned import OwnedVM, holder_of
-from utilityvm.vm.state import Event
 
 CLONE_S: Final = 60.0
 SAVE_S: Final = 120.0
@@ -112,15 +111,19 @@ class UtilityVM:
         return cls(await opening.open_running(name, wait_s=wait_s, timeout_s=timeout_s))
 
     @classmethod
-    async def remove(cls, name: str, *, wait_s: float = 0.0, force: bool = False) -> None:
+    async def remove(
+        cls, name: str, *, wait_s: float = 0.0, force: bool = False, timeout_s: float = SHUTDOWN_S
+    ) -> None:
         """End a VM, whatever state it is in, and remove all that is left of it. `force` does not ask its guest.
+
+        The guest has `timeout_s` seconds to power off; then the VM is killed.
 
         Raises:
             VMNotFound: there is no VM of that name.
             VMOwned: another process owns it, also after waiting in the queue for `wait_s` seconds.
             OutcomeUnknown: the kernel does not let QEMU go; call again.
         """
-        await end.remove(name, wait_s=wait_s, force=force)
+        await end.remove(name, wait_s=wait_s, force=force, timeout_s=timeout_s)
 
     # What it is.
 
@@ -503,23 +506,6 @@ class UtilityVM:
         """
         return await saving.save(self._vm, name, timeout_s=timeout_s)
 
-    async def rest(self, *, timeout_s: float = 10.0) -> None:
-        """Stop its processors until `wake`; meanwhile every other call is refused. For `ClonePool`."""
-        self._vm.check()
-        await self._guest.ping(timeout_s=timeout_s)  # what it still had to do is done when it answers
-        self._store.set_state(self._vm.record, VMState.WAITING)
-        await self._host.pause(timeout_s=timeout_s)
-        self._vm.take(Event.REST, VMNotRunning(f"VM {self.name} waits in a pool", vm=self.name))
-
-    async def wake(self, *, timeout_s: float = 10.0) -> None:
-        """Let it run again, and make it unique again: its clock stood still."""
-        if not self._vm.is_running:
-            self._vm.check()
-        await self._host.resume(timeout_s=timeout_s)
-        await self._guest.make_unique(**lifecycle.new_identity(self.name), timeout_s=timeout_s)
-        self._store.set_state(self._vm.record, VMState.RUNNING)
-        self._vm.take(Event.WAKE)
-
     # Its end.
 
     async def wait(self) -> UtilityVMError:
@@ -539,13 +525,13 @@ class UtilityVM:
         """
         await end.stop(self._vm, timeout_s=timeout_s)
 
-    async def close(self) -> None:
+    async def close(self, *, timeout_s: float = SHUTDOWN_S) -> None:
         """Let go of the VM: with `keep` it runs on, and can be opened by whoever comes next; without, it is stopped.
 
         Work that goes on in the background is waited for, for some seconds; the next owner goes on with the rest of it.
         Closed before is done.
         """
-        await end.close(self._vm)
+        await end.close(self._vm, timeout_s=timeout_s)
 
     async def __aenter__(self) -> Self:
         return self
