@@ -383,3 +383,29 @@ def test_local_folders_and_files_go(tmp_path: Path) -> None:
     for _ in range(2):
         files.remove_folder(folder)
     assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged"),
+    [
+        (b"*uvm.SCSIMount", b"*uvm.SCSIMou\xeet"),
+        (b"*uvm.SCSIMount", b"*uvm.SCSIMoun\0"),
+        (b"*uvm.SCSIMount", b"*uvm.scsimount"),
+        (b"*uvm.VSMBShare", b"*uvm.VSMBSharf"),
+        (b"TemplateUVMResources", b"TemplateUVMResourcet"),
+        (b"TemplateUVMID", b"TemplateUVMIE"),
+        (b"TemplateContainerID", b"TemplateUVMID\0\0\0\0\0\0"),
+    ],
+)
+def test_what_has_no_name_of_hcsshims_is_damaged_and_not_another_resource(name: bytes, damaged: bytes) -> None:
+    data = bytes.fromhex(GOS_TEMPLATE)
+    assert name in data
+    assert len(name) == len(damaged)
+    with pytest.raises(ProtocolError):
+        clone.load(data.replace(name, damaged))
+
+
+def test_a_field_that_is_there_twice_is_damaged() -> None:
+    data = gob.encode_outer(gob.Form.STRUCT_WITH_INTERFACE_SLICE, [], name="T", fields={"AAAA": 1, "BBBB": 2})
+    with pytest.raises(ProtocolError, match="twice"):
+        gob.decode_value(data.replace(b"BBBB", b"AAAA"))

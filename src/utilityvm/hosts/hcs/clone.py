@@ -52,6 +52,21 @@ __all__ = [
 ]
 
 TEMPLATE_VERSION: Final = 1
+
+# All that hcsshim's template has. Another name is a damaged one, and its disks would be left out of a clone.
+# Source: hcsshim internal/clone/registry.go, TemplateConfig and the types that it registers.
+_FIELDS: Final[frozenset[str]] = frozenset(
+    {
+        "SerialVersionID",
+        "TemplateUVMID",
+        "TemplateUVMResources",
+        "TemplateUVMCreateOpts",
+        "TemplateContainerID",
+        "TemplateContainerSpec",
+    }
+)
+_OTHER_RESOURCES: Final = frozenset({"*uvm.VSMBShare"})
+
 _COPY_CHUNK_BYTES: Final = 4 << 20
 
 Document: TypeAlias = dict[str, Any]  # a compute-system document as plain JSON, its members in their order
@@ -151,11 +166,14 @@ def load(data: bytes) -> TemplateConfig:
     """The template that `save`, or hcsshim's `SaveTemplateConfig`, wrote.
 
     Raises:
-        ProtocolError: it is none, is of another version, has two disks at one slot, or a disk that cannot be.
+        ProtocolError: it is none, is of another version, has two disks at one slot, a disk that cannot be, or a field
+            or a resource that hcsshim's templates do not have.
     """
     value = gob.decode_value(data)
     if not isinstance(value, dict):
         raise ProtocolError("not a template: its gob holds no struct")
+    if unknown := value.keys() - _FIELDS:
+        raise ProtocolError(f"not a template: hcsshim's have no field {min(unknown)[:100]!a}")
     version, vm_id, container_id = (
         value.get(name, default)
         for name, default in (("SerialVersionID", 0), ("TemplateUVMID", ""), ("TemplateContainerID", ""))
@@ -168,7 +186,7 @@ def load(data: bytes) -> TemplateConfig:
     mounts: list[SCSIMount] = []
     others: list[str] = []
     for resource in resources:
-        if isinstance(resource, gob.Boxed) and resource.name != gob.REGISTERED_NAME:
+        if isinstance(resource, gob.Boxed) and resource.name in _OTHER_RESOURCES:
             others.append(resource.name)
         else:
             mounts.append(gob.as_mount(resource))

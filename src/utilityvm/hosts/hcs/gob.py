@@ -211,7 +211,8 @@ def decode_outer(data: bytes) -> list[SCSIMount]:
     mounts: list[SCSIMount] = []
     for field in value.values():
         items: list[Value] = field if isinstance(field, list) else [field]
-        mounts += [as_mount(item) for item in items if isinstance(item, (Encoded, Boxed))]
+        if any(isinstance(item, (Encoded, Boxed)) for item in items):
+            mounts += map(as_mount, items)
     return mounts
 
 

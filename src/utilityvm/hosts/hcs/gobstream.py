@@ -247,6 +247,8 @@ class Reader:
             if number >= len(definition.fields):
                 raise self._bad(f"field {number} of a struct of {len(definition.fields)}")
             name, id = definition.fields[number]
+            if name in fields:
+                raise self._bad(f"the field {shorten(name)} is there twice")
             fields[name] = self._value(id, shorten(name), depth + 1)
         return fields
 
