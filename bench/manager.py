@@ -81,6 +81,9 @@ class NullGuest:
     def check(self, slot: Slot | None, config: MountConfig | None) -> None:
         pass
 
+    def checked_path(self, guest_path: PurePosixPath) -> PurePosixPath:
+        return guest_path
+
     async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
         await self._step()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import PurePosixPath
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from utilityvm.scsi.ports import MountConfig
 from utilityvm.scsi.slot import Slot
 
 SLOT, NEXT = Slot(0, 1), Slot(2, 5)
-PATH, OTHER = PurePosixPath("/mnt/one"), PurePosixPath("/mnt/two")
+PATH, OTHER = PurePosixPath("/run/mounts/one"), PurePosixPath("/run/mounts/two")
 
 
 async def test_a_disk_is_mounted_unmounted_and_ejected(vm: ContractVM) -> None:
@@ -167,9 +168,10 @@ async def test_a_refused_mount_leaves_nothing_and_may_be_tried_again(vm: Contrac
     with pytest.raises(GuestRefused):
         await vm.mount(SLOT, PATH)
     assert not await vm.probe_mount(SLOT, PATH)
-    await vm.mount(SLOT, PATH, ensure_filesystem=True, filesystem="ext4")
+    made: dict[str, Any] = {"ensure_filesystem": True, "filesystem": "ext4", "reformat": not vm.looks_before_it_formats}
+    await vm.mount(SLOT, PATH, **made)
     assert await vm.probe_mount(SLOT, PATH)
-    await vm.unmount(SLOT, PATH, ensure_filesystem=True, filesystem="ext4")
+    await vm.unmount(SLOT, PATH, **made)
     await vm.mount(SLOT, PATH)  # now it has one
     await vm.unmount(SLOT, PATH)
     await vm.take_away(SLOT, name)
@@ -227,7 +229,7 @@ async def test_disks_that_were_hardly_there_are_not_in_the_way_of_the_next(vm: C
         await vm.take_away(slot, await vm.attach(path, slot))
 
     async def stay(path: str, slot: Slot) -> None:
-        at = PurePosixPath(f"/mnt/{slot.lun}")
+        at = PurePosixPath(f"/run/mounts/{slot.lun}")
         name = await vm.attach(path, slot)
         await vm.mount(slot, at)
         assert await vm.probe_mount(slot, at)

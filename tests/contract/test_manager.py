@@ -26,7 +26,7 @@ from utilityvm.scsi.slot import Slot
 from utilityvm.testing import MemoryJournal
 
 ME = Holder(name="me")
-PATH, OTHER = PurePosixPath("/mnt/one"), PurePosixPath("/mnt/two")
+PATH, OTHER = PurePosixPath("/run/mounts/one"), PurePosixPath("/run/mounts/two")
 SOON = 0.5  # for an add of which the guest does its part, and no more
 
 
@@ -128,7 +128,8 @@ async def test_an_add_whose_mount_fails_is_undone(managed: Managed) -> None:
         await managed.add(disk)
     await managed.manager.settle()
     assert await managed.is_empty()
-    made = MountConfig(ensure_filesystem=True, filesystem="ext4")
+    looks = managed.vm.looks_before_it_formats
+    made = MountConfig(ensure_filesystem=True, filesystem="ext4", reformat=not looks)
     await managed.release(await managed.add(disk, mount=made))
     await managed.release(await managed.add(disk))
     assert await managed.is_empty()
@@ -201,7 +202,7 @@ async def test_disks_come_and_go_in_batches(managed: Managed) -> None:
         AddRequest(
             disk=DiskRequest(host_path=managed.vm.image(str(number)), read_only=number % 2 == 0),
             mount=MountConfig(),
-            guest_path=PurePosixPath(f"/mnt/{number}"),
+            guest_path=PurePosixPath(f"/run/mounts/{number}"),
         )
         for number in range(8)
     ]

@@ -17,7 +17,7 @@ from utilityvm.scsi.ports import MountConfig
 from utilityvm.scsi.slot import Slot
 
 SLOTS = [Slot(0, 0), Slot(0, 1), Slot(3, 63)]
-PATHS = [PurePosixPath(path) for path in ("/mnt/a", "/mnt/a/below", "/mnt/b", "/mnt", "/etc")]
+PATHS = [PurePosixPath(path) for path in ("/run/mounts/a", "/run/mounts/a/below", "/run/mounts/b", "/mnt", "/etc")]
 PLAIN = MountConfig()
 
 slots, paths = st.sampled_from(SLOTS), st.sampled_from(PATHS)

@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from fake_gcs import FakeGcs
+from utilityvm.bridge import messages
 from utilityvm.errors import (
     DeadlineExceeded,
     GuestBusy,
@@ -21,6 +22,7 @@ from utilityvm.errors import (
     OutcomeUnknown,
     UtilityVMError,
 )
+from utilityvm.guests.bridge_client import BridgeClient
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.scsi.ports import (
     AttachmentType,
@@ -45,7 +47,7 @@ PLAIN = MountConfig()
 @pytest_asyncio.fixture
 async def gcs() -> FakeGcs:
     gcs = FakeGcs()
-    gcs.attached = {(0, 1), (1, 2)}
+    gcs.attached = {SLOT, OTHER}
     return gcs
 
 
@@ -78,7 +80,8 @@ async def eject(guest: BridgeGuest, slot: Slot = SLOT) -> None:
 
 
 def sent(gcs: FakeGcs) -> list[str]:
-    return [frame.payload.decode().partition('"Request":')[2].removesuffix("}\n") for frame in gcs.received[1:]]
+    requests = [frame for frame in gcs.received if frame.kind == messages.MODIFY]
+    return [frame.payload.decode().partition('"Request":')[2].removesuffix("}\n") for frame in requests]
 
 
 async def test_a_disk_comes_and_goes(guest: BridgeGuest, gcs: FakeGcs) -> None:
@@ -101,20 +104,20 @@ async def test_a_disk_comes_and_goes(guest: BridgeGuest, gcs: FakeGcs) -> None:
         # As hcsshim sends them for the same mounts; its newest repeats the settings of a mount in its unmount.
         (MountConfig(), '{"MountPath":"/run/mounts/scsi/m0","Lun":2,"Controller":1}'),
         (
-            MountConfig(read_only=True, options=("ro",)),
-            '{"MountPath":"/run/mounts/scsi/m0","Lun":2,"Controller":1,"ReadOnly":true,"Options":["ro"]}',
+            MountConfig(read_only=True, options=("rshared",)),
+            '{"MountPath":"/run/mounts/scsi/m0","Lun":2,"Controller":1,"ReadOnly":true,"Options":["rshared"]}',
         ),
         (
             MountConfig(partition=7, block_device=True),
             '{"MountPath":"/run/mounts/scsi/m0","Lun":2,"Controller":1,"Partition":7,"BlockDev":true}',
         ),
         (
-            MountConfig(encryption=ScratchKey(), ensure_filesystem=True, filesystem="xfs"),
+            MountConfig(encryption=ScratchKey(), ensure_filesystem=True, reformat=True, filesystem="xfs"),
             '{"MountPath":"/run/mounts/scsi/m0","Lun":2,"Controller":1,"Encrypted":true,"EnsureFilesystem":true,'
             '"Filesystem":"xfs"}',
         ),
         (
-            MountConfig(ensure_filesystem=True),
+            MountConfig(ensure_filesystem=True, reformat=True),
             '{"MountPath":"/run/mounts/scsi/m0","Lun":2,"Controller":1,"EnsureFilesystem":true,"Filesystem":"ext4"}',
         ),
     ],
@@ -122,8 +125,10 @@ async def test_a_disk_comes_and_goes(guest: BridgeGuest, gcs: FakeGcs) -> None:
 async def test_only_what_gcs_knows_is_sent_in_its_order(
     guest: BridgeGuest, gcs: FakeGcs, config: MountConfig, settings: str
 ) -> None:
+    gcs.contents[OTHER].has_data = False
     await mount(guest, OTHER, config)
     await unmount(guest, OTHER, config)
+    assert not gcs.ignored
     assert sent(gcs) == [
         f'{{"RequestType":"{what}","ResourceType":"MappedVirtualDisk","Settings":{settings}}}'
         for what in ("Add", "Remove")
@@ -135,7 +140,13 @@ async def test_only_what_gcs_knows_is_sent_in_its_order(
     [
         MountConfig(encryption=CallerKey(b"k" * 32)),
         MountConfig(verity=Verity(root_hash=b"h", hash_offset_bytes=4096), read_only=True),
-        MountConfig(ensure_filesystem=True, reformat=True),
+        MountConfig(ensure_filesystem=True),
+        MountConfig(ensure_filesystem=True, filesystem="xfs"),
+        MountConfig(ensure_filesystem=True, reformat=True, filesystem="btrfs"),
+        MountConfig(encryption=ScratchKey()),
+        MountConfig(encryption=ScratchKey(), ensure_filesystem=True),
+        MountConfig(options=("ro",)),
+        MountConfig(options=("noexec", "nosuid")),
     ],
 )
 async def test_what_gcs_cannot_be_told_is_refused_unsent(guest: BridgeGuest, gcs: FakeGcs, config: MountConfig) -> None:
@@ -255,17 +266,28 @@ async def test_a_mounted_disk_is_not_ejected(guest: BridgeGuest, gcs: FakeGcs) -
     assert gcs.attached == {SLOT, OTHER}
 
 
-@pytest.mark.parametrize("path", ["/etc", "/usr/lib/x", "/home", "/run", "/lib64/a", "/bin"])
-async def test_a_folder_of_the_guests_own_is_not_mounted_on(guest: BridgeGuest, gcs: FakeGcs, path: str) -> None:
-    """The real one removes it, with all that is in it, if the mount fails."""
+@pytest.mark.parametrize("path", ["/etc", "/usr/lib/x", "/home", "/run", "/lib64/a", "/opt/app", "/mnt/x", "/srv/site"])
+async def test_where_the_guest_may_have_files_nothing_is_mounted(guest: BridgeGuest, gcs: FakeGcs, path: str) -> None:
+    """The real one removes the path, with all that is in it: if the mount fails, and at each unmount."""
+    with pytest.raises((InvalidRequest, NotSupported), match=r"guest's (own|system)"):
+        guest.checked_path(PurePosixPath(path))
     with pytest.raises(NotSupported, match="the guest's own"):
         await guest.mount(SLOT, PLAIN, guest_path=PurePosixPath(path), timeout_s=20)
+    with pytest.raises(NotSupported, match="the guest's own"):
+        await guest.unmount(SLOT, PLAIN, guest_path=PurePosixPath(path), timeout_s=20, force=False)
     assert not sent(gcs)
+
+
+async def test_a_caller_may_vouch_for_a_folder(guest: BridgeGuest, gcs: FakeGcs) -> None:
+    guest.allow_mounts_below(PurePosixPath("/mnt"))
+    await guest.mount(SLOT, PLAIN, guest_path=guest.checked_path(PurePosixPath("/mnt/mine")), timeout_s=20)
+    assert len(sent(gcs)) == 1
 
 
 @pytest.mark.parametrize("path", [PATH / "below", PATH.parent])
 async def test_no_mount_is_made_above_or_below_another(guest: BridgeGuest, gcs: FakeGcs, path: PurePosixPath) -> None:
     """If it failed, the real one would delete what the other disk has there."""
+    guest.allow_mounts_below(PurePosixPath("/run/mounts"))
     await mount(guest)
     with pytest.raises(GuestPathInUse, match="overlaps with"):
         await guest.mount(OTHER, PLAIN, guest_path=path, timeout_s=20)
@@ -372,4 +394,70 @@ async def test_a_connection_that_was_given_is_not_made_again(gcs: FakeGcs) -> No
     with pytest.raises(UtilityVMError, match="not ours to make again"):
         await unmount(guest)
     await guest.close()
+    await serving
+
+
+# A gcs that was started again, and answers that overtake one another.
+
+
+async def test_a_gcs_that_was_started_again_is_negotiated_with(guest: BridgeGuest, gcs: FakeGcs) -> None:
+    """Its connection stays: QEMU holds the port."""
+    await mount(guest)
+    for _ in range(3):
+        gcs.start_again()
+        await unmount(guest)
+        gcs.start_again()
+        await mount(guest)
+    assert gcs.mounts[str(PATH)] == [SLOT]
+    assert not guest.has_our_agent
+
+
+async def test_all_requests_that_meet_a_gcs_that_was_started_again_are_done(guest: BridgeGuest, gcs: FakeGcs) -> None:
+    slots = [Slot(0, lun) for lun in range(2, 12)]
+    gcs.attached |= set(slots)
+    gcs.start_again()
+    at = {slot: PurePosixPath(f"/run/mounts/{slot.lun}") for slot in slots}
+    await asyncio.gather(*(guest.mount(slot, PLAIN, guest_path=at[slot], timeout_s=20) for slot in slots))
+    assert {path: stack for path, stack in gcs.mounts.items() if stack} == {str(at[slot]): [slot] for slot in slots}
+
+
+async def test_a_guest_that_takes_no_negotiate_refuses(guest: BridgeGuest, gcs: FakeGcs) -> None:
+    gcs.takes_no_negotiate = True
+    gcs.start_again()
+    with pytest.raises(GuestRefused, match="function not supported"):
+        await mount(guest)
+    assert not await guest.probe_mount(SLOT, guest_path=PATH, timeout_s=1)
+
+
+async def test_a_restart_that_is_not_answered_leaves_no_doubt(guest: BridgeGuest, gcs: FakeGcs) -> None:
+    """The mount was refused before gcs looked at it, whatever becomes of the negotiate."""
+    gcs.start_again()
+    gcs.silent_to_negotiates = True
+    with pytest.raises(GuestRefused, match="started again"):
+        await mount(guest, timeout_s=0.05)
+    assert not await guest.probe_mount(SLOT, guest_path=PATH, timeout_s=1)
+
+
+async def test_answers_may_overtake_one_another(guest: BridgeGuest, gcs: FakeGcs) -> None:
+    gcs.hold_next = held = asyncio.Event()
+    first = asyncio.create_task(mount(guest))
+    while not gcs.mounts:
+        await asyncio.sleep(0)
+    await guest.mount(OTHER, PLAIN, guest_path=PurePosixPath("/run/mounts/other"), timeout_s=20)
+    assert not first.done()
+    held.set()
+    await first
+
+
+async def test_the_answer_to_the_first_negotiate_counts_when_that_to_the_second_came_before(gcs: FakeGcs) -> None:
+    ours, theirs = socket.socketpair()
+    gcs.hold_next = held = asyncio.Event()
+    serving = asyncio.create_task(gcs.serve(*await asyncio.open_connection(sock=theirs)))
+    client = await BridgeClient.over(await asyncio.open_connection(sock=ours), timeout_s=20)
+    assert client.was_negotiated_before
+    held.set()
+    while client.was_negotiated_before:
+        await asyncio.sleep(0)
+    assert client.capabilities == {"RuntimeOsType": "linux"}
+    await client.close()
     await serving

@@ -41,6 +41,7 @@ class ContractVM(ABC):
     is_asked: ClassVar[bool] = True  # does its guest say what is there, or do we only know what it once answered?
     waits_for_ever: ClassVar[bool] = False  # does its guest hang when it is to mount a disk that is not there?
     grows: ClassVar[bool] = True
+    looks_before_it_formats: ClassVar[bool] = True  # or does it format what holds anything else, so that we ask first?
 
     def __init__(self, host: HostBackend, guest: GuestBackend) -> None:
         self.host = host
@@ -174,6 +175,7 @@ class HcsVM(ContractVM):
     is_asked = False
     waits_for_ever = True
     grows = False
+    looks_before_it_formats = False
 
     STEPS = ("attach", "detach", "mount", "unmount", "eject")
 

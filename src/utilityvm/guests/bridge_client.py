@@ -7,7 +7,11 @@ sent before the guest has opened its port may be lost: it is sent again until it
 
 A guest's agent that is started again is not seen as an end of the connection, for QEMU holds that. It shows as a
 request that is refused because nobody negotiated; while something is waited for and nothing is heard, one is sent to
-find out.
+find out. Our own agent says so in a word of its own, and the connection is made anew. hcsshim's gcs says that it knows
+no such request; it is negotiated with again on the connection that there is, for what it answered before still holds.
+
+gcs answers each request in a thread of its own, so that of two negotiates the second may be answered first, by a
+refusal. The answer to the first is taken whenever it comes.
 """
 
 from __future__ import annotations
@@ -66,6 +70,7 @@ class BridgeClient:
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._given_up: set[int] = set()  # their answers may come late
         self._negotiates: set[int] = set()  # and of these, those of a host before us too
+        self._renegotiates: set[int] = set()  # sent on a connection that was negotiated before
         self._decoder = Decoder()
         self._early: list[Frame] = []  # came with the answer to the negotiate
         self._heard_at = 0.0
@@ -152,6 +157,23 @@ class BridgeClient:
             raise NotNegotiated("the guest's agent was started again", vm=self._vm)
         return body
 
+    async def negotiate_again(self, *, timeout_s: float) -> None:
+        """Negotiate once more on this connection, with a guest that is not ours and was started again.
+
+        Raises:
+            as `request`, and ProtocolError: it refuses, or speaks another version.
+        """
+        self._renegotiates.add(self._next_id)
+        answer = await self.request(messages.NEGOTIATE, messages.negotiate_request(), timeout_s=timeout_s)
+        self._take_negotiated_without_proof(answer)
+
+    def must_negotiate(self, kind: int, answer: dict[str, Any]) -> bool:
+        """Did a guest that is not ours refuse the request, unseen, because nobody negotiated with it?
+
+        It is gcs's word for a request that it does not know; and this one it knows, but before a negotiate.
+        """
+        return not self.is_ours and kind == messages.MODIFY and answer.get("Result") == _NOT_IMPLEMENTED
+
     def notify(self, kind: int, body: dict[str, Any]) -> None:
         """Send a notification, which nobody answers. To a connection that is over nothing is sent."""
         if not self.gone.done():
@@ -217,7 +239,7 @@ class BridgeClient:
                         del pending[: max(len(pending) - MAX_SIZE, 0)]
                         pending += await self._receive()
             if frame:
-                self._take_negotiated(frame)
+                self._take_negotiated(self._body(frame))
                 if not self.is_ours:
                     self._early = list(self._decoder.feed(bytes(pending)))
                     return
@@ -286,8 +308,7 @@ class BridgeClient:
                 return frame
         return None
 
-    def _take_negotiated(self, frame: Frame) -> None:
-        body = self._body(frame)
+    def _take_negotiated(self, body: dict[str, Any]) -> None:
         if body.get("Result") == _NOT_IMPLEMENTED:
             # What hcsshim's gcs says to a second negotiate. Behind a virtio-serial port, which stays open when its host
             # goes, the first one may have been that of a host before us; there is only the one version.
@@ -305,6 +326,7 @@ class BridgeClient:
             )
         capabilities = body.get("Capabilities")
         self.capabilities = capabilities if isinstance(capabilities, dict) else {}
+        self.was_negotiated_before = False
 
     # What comes in.
 
@@ -359,8 +381,10 @@ class BridgeClient:
             # What the others had asked may have been done by the agent before: only this one knows that it was not.
             self.end(OutcomeUnknown("the guest's agent was started again before it answered", vm=self._vm))
         if frame.kind == _NEGOTIATED and frame.id in self._negotiates:
-            return  # to one that we sent again
-        answer = self._waiting.get(frame.id) if frame.kind != _NEGOTIATED else None
+            self._take_late_negotiated(body)
+            return
+        is_expected = frame.kind != _NEGOTIATED or frame.id in self._renegotiates
+        answer = self._waiting.get(frame.id) if is_expected else None
         if answer is not None and not answer.done():
             answer.set_result(body)
         elif frame.id in self._given_up:
@@ -368,6 +392,16 @@ class BridgeClient:
         else:
             text = f"the guest answered request {frame.id}, which waits for no answer"
             raise ProtocolError(text, message=body, vm=self._vm)
+
+    def _take_late_negotiated(self, body: dict[str, Any]) -> None:
+        """The answer to a negotiate that was sent again before it came: it counts, if that of the other was a no."""
+        if self.was_negotiated_before and not body.get("Result"):
+            self._take_negotiated_without_proof(body)
+
+    def _take_negotiated_without_proof(self, body: dict[str, Any]) -> None:
+        self._take_negotiated(body)
+        if self.is_ours:  # it is another agent than before, and we are not in step with it
+            self.end(OutcomeUnknown("the guest's agent was started again", vm=self._vm))
 
 
 def _kind_of(body: dict[str, Any]) -> object:

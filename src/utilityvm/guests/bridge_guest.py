@@ -44,6 +44,7 @@ from utilityvm.guests.mount_settings import (
 )
 from utilityvm.guests.program import GuestProgram, OutputSink
 from utilityvm.log import logger
+from utilityvm.scsi.mount import checked_guest_path
 from utilityvm.scsi.ports import MountConfig, Record
 from utilityvm.scsi.slot import Slot
 
@@ -52,6 +53,7 @@ __all__ = ["BridgeGuest", "CommandResult", "OutputSink"]
 _log = logger(__name__)
 
 _ANSWER_S: Final = 2.0  # our agent keeps the caller's deadline itself; this long we wait for it to say so
+_RENEGOTIATE_TIMES: Final = 3  # for one request; who then still is not negotiated with never will be
 _START_S: Final = 30.0  # for a program to be started
 _MAX_OUTPUT_BYTES: Final = 64 << 20
 _TEMPLATES_SINCE: Final = 2  # of the agent's versions
@@ -176,6 +178,16 @@ class BridgeGuest:
         """
         self._ledger.adopt(records)
 
+    def allow_mounts_below(self, folder: PurePosixPath) -> None:
+        """Vouch for it that the guest keeps no files below `folder`: hcsshim's gcs removes what is at a mount's path.
+
+        Our own agent removes nothing, and needs no such word.
+
+        Raises:
+            InvalidRequest: it is no path in a guest, or the system's own.
+        """
+        self._ledger.vouched.add(checked_guest_path(folder))
+
     @property
     def has_our_agent(self) -> bool:
         """Does our own agent answer, and not another guest of the same protocol?"""
@@ -201,6 +213,13 @@ class BridgeGuest:
             check_config(config)
             if not self.has_our_agent:
                 check_plain(config)
+
+    def checked_path(self, guest_path: PurePosixPath) -> PurePosixPath:
+        """See `GuestBackend.checked_path`."""
+        path = checked_guest_path(guest_path)
+        if not self.has_our_agent:
+            self._ledger.check_path(path)
+        return path
 
     async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
         """See `GuestBackend.mount`."""
@@ -573,6 +592,7 @@ class BridgeGuest:
         """The answer to a request; sent again only if it met an agent that had not looked at it."""
         deadline = time.monotonic() + timeout_s
         was_ours = self.has_our_agent
+        renegotiated = 0
         while True:
             client = await self._connected(deadline)
             left = max(deadline - time.monotonic(), 0.0)
@@ -586,7 +606,26 @@ class BridgeGuest:
                 if time.monotonic() >= deadline:
                     raise
                 continue
+            if client.must_negotiate(kind, answer) and renegotiated < _RENEGOTIATE_TIMES:
+                renegotiated += 1
+                await self._negotiate_again(client, deadline)
+                continue
             return self._checked(answer, where)
+
+    async def _negotiate_again(self, client: BridgeClient, deadline: float) -> None:
+        """Negotiate with a gcs that was started again. Of several requests that meet it, each does, and one is taken.
+
+        Raises:
+            GuestRefused: it failed; the request that met the new gcs was not looked at.
+            VMGone: the connection ended.
+        """
+        try:
+            await client.negotiate_again(timeout_s=max(deadline - time.monotonic(), 0.0))
+        except VMGone:
+            raise
+        except UtilityVMError as error:
+            raise GuestRefused(f"the guest's agent was started again: {error}", vm=self._vm) from error
+        _log.info("the guest's agent was started again, and negotiated with", vm=self._vm)
 
     def _checked(self, answer: dict[str, Any], where: _Where | None) -> dict[str, Any]:
         """The answer, if it is a yes.

@@ -1,7 +1,7 @@
 """What a guest that cannot be asked has mounted, as far as its answers tell.
 
 hcsshim's gcs has no question for it, and does harm when it is told the wrong thing: a second Add at a path makes it
-delete every file of the disk that is mounted there, a failed one whatever was at the path, an Add or a Remove of a disk
+delete every file of the disk that is mounted there, an Add or a Remove of a disk
 that is gone never ends, and it ejects a disk that is mounted. So before a message is sent to it, this says whether it
 may be. Our own agent needs none of it.
 """
@@ -49,6 +49,7 @@ class Ledger:
         self._paths: dict[PurePosixPath, _Path] = {}
         self._ejected: set[Slot] = set()
         self._ejecting: set[Slot] = set()  # asked for, and not answered
+        self.vouched: set[PurePosixPath] = set()  # folders that hold mounts alone, says the caller
 
     def adopt(self, records: Iterable[Record]) -> None:
         """Take over what another owner of this VM wrote into its journal. Of what was not answered nothing is known."""
@@ -67,34 +68,32 @@ class Ledger:
                     fact = Fact.MOUNTED if record.state == MountState.MOUNTED else Fact.UNKNOWN
                 self.learn(slots[record.attachment], record.guest_path, fact)
 
+    def check_path(self, path: PurePosixPath) -> None:
+        """Is it a path where only mounts are?
+
+        Raises:
+            NotSupported: it may hold files of the guest's own.
+        """
+        if not hazards.is_for_mounts(path, self.vouched):
+            reason, remedy = hazards.place_objection(path)
+            raise NotSupported(reason, remedy=remedy)
+
     def before_mount(self, slot: Slot, path: PurePosixPath) -> None:
         """May it be told to mount?
 
         Raises:
-            NotSupported: the path is the guest's own.
+            NotSupported: as `check_path`.
             GuestPathInUse: something is mounted there, or above or below it.
             OutcomeUnknown: something may be; unmount it first. Or the disk may be ejected; probe it first.
         """
-        if hazards.is_precious(path):
-            raise NotSupported(
-                f"{path} is a folder of the guest's own, and this guest removes it if the mount fails",
-                slot=slot,
-                remedy="mount it at a path of its own, such as /run/mounts/data",
-            )
+        self.check_path(path)
         if slot in self._ejecting:
             raise OutcomeUnknown(
                 f"the disk at {slot} may be ejected: this guest did not say",
                 slot=slot,
                 remedy="detach it, and attach it anew",
             )
-        used = (other for other, known in self._paths.items() if known.fact is not Fact.NOT_MOUNTED)
-        if other := hazards.overlapping(path, used):
-            raise GuestPathInUse(
-                f"{path} overlaps with {other}, where the disk at {self._paths[other].slot} is: if the mount failed, "
-                "this guest would remove what is there",
-                slot=slot,
-                remedy="choose a path beside it",
-            )
+        self._check_beside(slot, path)
         known = self._paths.get(path)
         if known and known.fact is Fact.MOUNTED:
             raise GuestPathInUse(f"{path} holds the disk at {known.slot} already", slot=slot)
@@ -106,16 +105,35 @@ class Ledger:
             )
         self._ejected.discard(slot)
 
+    def _check_beside(self, slot: Slot, path: PurePosixPath) -> None:
+        used = (other for other, known in self._paths.items() if known.fact is not Fact.NOT_MOUNTED)
+        if other := hazards.overlapping(path, used):
+            raise GuestPathInUse(
+                f"{path} overlaps with {other}, where the disk at {self._paths[other].slot} is: this guest may remove "
+                "what is there along with it",
+                slot=slot,
+                remedy="choose a path beside it",
+            )
+
     def before_unmount(self, slot: Slot, path: PurePosixPath) -> bool:
-        """May it be told to unmount? False: it need not be, for the disk is gone.
+        """May it be told to unmount? False: it need not be, for it said that nothing is there, or the disk is gone.
+
+        An unmount of a path where nothing is mounted removes the path, as a mount that fails does.
 
         Raises:
             InvalidRequest: another disk is mounted there.
             OutcomeUnknown: another disk may be, and would be unmounted.
+            NotSupported, GuestPathInUse: it is not known to be mounted, and as `before_mount`.
         """
         known = self._paths.get(path)
-        if known is None or known.fact is Fact.NOT_MOUNTED:
-            return slot not in self._ejected | self._ejecting
+        is_gone = known is None and slot in self._ejected | self._ejecting
+        if is_gone or (known and known.fact is Fact.NOT_MOUNTED):
+            return False
+        if known is None or known.fact is Fact.UNKNOWN:
+            self.check_path(path)
+            self._check_beside(slot, path)
+        if known is None:
+            return True
         if known.slot != slot and known.fact is Fact.MOUNTED:
             raise InvalidRequest(f"{path} holds the disk at {known.slot}, not the one at {slot}", slot=slot)
         if known.slot != slot:

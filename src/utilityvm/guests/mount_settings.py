@@ -7,14 +7,13 @@ import re
 from pathlib import PurePosixPath
 from typing import Any, Final
 
-from utilityvm.bridge import messages
+from utilityvm.bridge import hazards, messages
 from utilityvm.bridge.guest_path import mountable, spelled
 from utilityvm.errors import InvalidRequest, NotSupported
 from utilityvm.scsi.ports import CallerKey, MountConfig, ScratchKey
 from utilityvm.scsi.slot import Slot
 
 _KEY_BYTES: Final = (32, 64)
-_DEFAULT_FILESYSTEM: Final = "ext4"
 _MAX_PARTITION: Final = 255
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SECTOR_BYTES: Final = 512
@@ -70,7 +69,7 @@ def check_path(guest_path: PurePosixPath, *, to_mount: bool) -> None:
 
 
 def check_plain(config: MountConfig) -> None:
-    """Refuse what a guest that is not ours cannot be told.
+    """Refuse what a guest that is not ours cannot be told, or would do otherwise than it is meant (`hazards`).
 
     Raises:
         NotSupported: names it.
@@ -78,10 +77,18 @@ def check_plain(config: MountConfig) -> None:
     for is_wanted, what in (
         (isinstance(config.encryption, CallerKey), "key of the caller's"),
         (config.verity is not None, "dm-verity tree of the caller's"),
-        (config.reformat, "reformatting"),
     ):
         if is_wanted:
             raise NotSupported(f"this guest's agent knows no {what}", remedy="use utilityvm's guest image")
+    if objection := hazards.objection(
+        filesystem=config.named_filesystem,
+        ensure_filesystem=config.ensure_filesystem,
+        reformat=config.reformat,
+        encrypted=config.encryption is not None,
+        block_device=config.block_device,
+        options=config.options,
+    ):
+        raise NotSupported(objection.reason, remedy=objection.remedy)
 
 
 def disk_settings(slot: Slot, config: MountConfig, guest_path: PurePosixPath) -> dict[str, Any]:
@@ -90,7 +97,6 @@ def disk_settings(slot: Slot, config: MountConfig, guest_path: PurePosixPath) ->
     That an unmount repeats them all is as hcsshim's newest does it: without `Encrypted` its guest leaves the
     encrypted mapping behind. Source: tests/vectors/gcs.json.
     """
-    filesystem = config.filesystem or (_DEFAULT_FILESYSTEM if config.ensure_filesystem else None)
     return nonzero(
         MountPath=str(guest_path),
         Lun=slot.lun,
@@ -101,7 +107,7 @@ def disk_settings(slot: Slot, config: MountConfig, guest_path: PurePosixPath) ->
         Options=list(config.options),
         BlockDev=config.block_device,
         EnsureFilesystem=config.ensure_filesystem,
-        Filesystem=filesystem,
+        Filesystem=config.named_filesystem,
     )
 
 

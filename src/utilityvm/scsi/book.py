@@ -35,14 +35,19 @@ class Book:
         controllers: int,
         reserved: Mapping[Slot, str],
         check: Callable[[Slot, MountConfig | None], None],
+        checked_path: Callable[[PurePosixPath], PurePosixPath],
         new_id: Callable[[], str],
         clock: Callable[[], float],
         vm: str | None,
     ) -> None:
-        """`check` refuses what the guest cannot express at a slot; `reserved` are slots that are never handed out."""
+        """`check` refuses what the guest cannot express at a slot, and `checked_path` spells a path as the guest does.
+
+        `reserved` are slots that are never handed out.
+        """
         self._ledger = ledger
         self._reserved = dict(reserved)
         self._check = check
+        self._checked_path = checked_path
         self._new_id = new_id
         self._clock = clock
         self._vm = vm
@@ -150,7 +155,7 @@ class Book:
         return Mount(self._new_id(), disk, path or self._generated_path(disk.slot, config.partition), config, now)
 
     def _generated_path(self, slot: Slot, partition: int) -> PurePosixPath:
-        base = GENERATED_BELOW / f"{slot.controller}_{slot.lun}_{partition}"
+        base = self._checked_path(GENERATED_BELOW / f"{slot.controller}_{slot.lun}_{partition}")
         path, number = base, 1
         while path in self.paths:
             number += 1

@@ -34,7 +34,7 @@ from utilityvm.scsi.document import ScsiState
 from utilityvm.scsi.events import Events, ScsiEvent
 from utilityvm.scsi.ledger import Ledger
 from utilityvm.scsi.migration import check_fits, locate
-from utilityvm.scsi.mount import checked_config, checked_guest_path
+from utilityvm.scsi.mount import checked_config
 from utilityvm.scsi.ports import DiskRequest, GuestBackend, Holder, HostBackend, Journal, MountConfig, Record
 from utilityvm.scsi.reservation import Claim, Reservation
 from utilityvm.scsi.slot import Slot
@@ -100,6 +100,7 @@ class ScsiManager:
             controllers=controllers,
             reserved=reserved or {},
             check=lambda slot, config: self._guest.check(slot, config),
+            checked_path=lambda path: self._guest.checked_path(path),
             new_id=new_id,
             clock=clock,
             vm=vm,
@@ -145,7 +146,7 @@ class ScsiManager:
         if mount is not None:
             mount = checked_config(mount, disk_read_only=request.read_only)
         if guest_path is not None:
-            guest_path = checked_guest_path(guest_path)
+            guest_path = self._guest.checked_path(guest_path)
         if not self._book.free.capacity:
             raise NoControllers("the VM has no SCSI controller", vm=self._vm, remedy="start it with 1 to 4 controllers")
         self._guest.check(None, mount)

@@ -11,7 +11,16 @@ from dataclasses import replace
 
 from utilityvm.errors import AlreadyAttached, ConfigDiffers, InvalidRequest, WrongState
 from utilityvm.scsi.document import SavedDisk, ScsiState
-from utilityvm.scsi.ports import DiskRecord, GuestBackend, Holder, HostBackend, MountRecord, Record
+from utilityvm.scsi.ports import (
+    DiskRecord,
+    GuestBackend,
+    Holder,
+    HostBackend,
+    MountConfig,
+    MountRecord,
+    Record,
+    ScratchKey,
+)
 from utilityvm.scsi.slot import FreeSlots
 from utilityvm.scsi.transitions import DiskState, MountState
 
@@ -43,7 +52,13 @@ def check_fits(state: ScsiState, free: FreeSlots, guest: GuestBackend) -> None:
             )
         guest.check(slot, None)
         for mount in disk.mounts:
-            guest.check(slot, mount.config())
+            guest.check(slot, _once_mounted(mount.config()))
+
+
+def _once_mounted(config: MountConfig) -> MountConfig:
+    """What a guest must be able to express of a mount that it has: not what was needed to make it."""
+    encryption = None if isinstance(config.encryption, ScratchKey) else config.encryption
+    return replace(config, options=(), filesystem=None, ensure_filesystem=False, reformat=False, encryption=encryption)
 
 
 async def locate(

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import PurePosixPath
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from utilityvm.scsi.slot import Slot
 
@@ -108,6 +108,9 @@ class Verity:
     block_size_bytes: int | None = None
 
 
+DEFAULT_FILESYSTEM: Final = "ext4"  # what `ensure_filesystem` makes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MountConfig:
     """How a partition is mounted. Two requests with equal configs share a mount; `options` compare without order."""
@@ -121,6 +124,11 @@ class MountConfig:
     block_device: bool = False  # publish the raw device at the guest path instead of a mount
     encryption: ScratchKey | CallerKey | None = None
     verity: Verity | None = None
+
+    @property
+    def named_filesystem(self) -> str | None:
+        """`filesystem`; if one is to be made and none is named, the default."""
+        return self.filesystem or (DEFAULT_FILESYSTEM if self.ensure_filesystem else None)
 
 
 class HostBackend(Protocol):
@@ -175,6 +183,15 @@ class GuestBackend(Protocol):
 
         Raises:
             NotSupported: says what, and what would be.
+        """
+        ...
+
+    def checked_path(self, guest_path: PurePosixPath) -> PurePosixPath:
+        """The guest path in the one spelling that this guest has for it; nothing is sent.
+
+        Raises:
+            InvalidRequest: there cannot be such a path in this guest, or it is the system's own.
+            NotSupported: mounting there may do harm in this guest.
         """
         ...
 

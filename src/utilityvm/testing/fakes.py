@@ -25,6 +25,7 @@ from utilityvm.errors import (
     OutcomeUnknown,
     StoreError,
 )
+from utilityvm.scsi.mount import checked_guest_path
 from utilityvm.scsi.ports import (
     AttachmentType,
     DiskFormat,
@@ -267,6 +268,9 @@ class FakeGuest:
     def check(self, slot: Slot | None, config: MountConfig | None) -> None:
         if slot is not None:
             Slot.checked(*slot)
+
+    def checked_path(self, guest_path: PurePosixPath) -> PurePosixPath:
+        return checked_guest_path(guest_path)
 
     async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
         world = self.world

@@ -2,7 +2,8 @@
 
 `HcsWorld` is the VM; it is a `ComputeSystem` for `HcsHost` and `HcsGuest`, its `guest_connection` a direct one into
 the guest, and its `disks` the host's files. What HCS refuses with which code is in part a guess, and marked as one.
-What a right client never does (the Linux guest hangs, deletes files, or loses a disk it uses) is noted in `harm`.
+A Linux guest is hcsshim's gcs (`testing.gcs`), with what it does to disks and files. What a right client never does
+is noted in `harm`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,10 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, Final
 
 import msgspec
 
-from utilityvm.bridge import hazards
 from utilityvm.errors import GuestRefused, InvalidRequest, OutcomeUnknown
 from utilityvm.hosts.hcs import winpath
 from utilityvm.hosts.hcs.disk import DiskFacts
@@ -37,6 +36,7 @@ from utilityvm.hosts.hcs.system import (
 from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest
 from utilityvm.scsi.slot import LUNS_PER_CONTROLLER, Slot
 from utilityvm.testing.fakes import Break
+from utilityvm.testing.gcs import Content, Failed, Gcs, NoAnswer
 
 _PATH: Final = re.compile(r"VirtualMachine/Devices/Scsi/([^/]+)/Attachments/([0-9]+)")
 _REQUEST_FIELDS: Final = {"ResourcePath", "RequestType", "Settings", "GuestRequest"}
@@ -49,9 +49,14 @@ class HcsFile:
     path: str
     format: DiskFormat = DiskFormat.VHDX
     size_bytes: int = 1 << 30
-    blank: bool = False  # without a file system
+    blank: bool = False  # without a file system, and without data
+    content: Content = field(default_factory=Content)
     rights: set[str] = field(default_factory=set)  # ids of VMs; "group" for all of them
     opened_by: dict[str, bool] = field(default_factory=dict)  # who has it open, and whether only to read
+
+    def __post_init__(self) -> None:
+        if self.blank:
+            self.content = Content(filesystem="", has_data=False)
 
 
 @dataclass(frozen=True)
@@ -91,16 +96,32 @@ class HcsWorld:
             self.files[winpath.same_file_key(path)] = file
         self.state = "Running"
         self.bus: dict[Slot, dict[str, Any]] = {}
-        self.devices: set[Slot] = set()  # that the guest knows
-        self.mounts: dict[str, Slot] = {}
-        self.busy: set[str] = set()  # guest paths that a program uses
+        self.gcs = Gcs(self._content_at, is_read_only=lambda slot: bool(self.bus[slot].get("ReadOnly")))
+        self._windows_mounts: dict[str, Slot] = {}
+        self._other_contents: dict[str, Content] = defaultdict(Content)  # of disks that are no files
+        self.devices = self.gcs.devices  # that the guest knows
+        self.busy = self.gcs.busy  # guest paths that a program uses
         self.sent: list[Sent] = []
         self.log: list[str] = []  # every step, and every right given and taken
-        self.harm: list[str] = []
+        self.harm = self.gcs.harm
         self.breaks: dict[str, list[Break]] = defaultdict(list)
         self.held: dict[str, asyncio.Event] = {}
         self.disks = StandInDisks(self)
         self.guest_connection = StandInGuestConnection(self)
+
+    @property
+    def mounts(self) -> dict[str, Slot]:
+        """Which disk is at which guest path."""
+        if self.os is GuestOS.WINDOWS:
+            return dict(self._windows_mounts)
+        return {path: stack[-1] for path, stack in self.gcs.mounts.items() if stack}
+
+    def put_mount(self, path: str, slot: Slot) -> None:
+        """As if the disk had been mounted there."""
+        if self.os is GuestOS.WINDOWS:
+            self._windows_mounts[path] = slot
+        else:
+            self.gcs.mounts[path] = [slot]
 
     def add_file(self, path: str, **facts: Any) -> HcsFile:
         """Make a file, which no VM has a right to."""
@@ -238,10 +259,11 @@ class HcsWorld:
     def _detach(self, slot: Slot) -> None:
         if slot not in self.bus:
             raise Refused(HRESULT_ERROR_NOT_FOUND, f"there is nothing at {slot}")  # the code is a guess
-        for path, where in list(self.mounts.items()):
+        for path, where in self.mounts.items():
             if where == slot:
                 self.harm.append(f"the disk at {slot} was pulled while it was mounted at {path}")
-                del self.mounts[path]
+                self._windows_mounts.pop(path, None)
+                self.gcs.mounts.pop(path, None)
         if (file := self.file(self.bus[slot]["Path"])) is not None:
             file.opened_by.pop(f"{self._id} {slot}", None)
         del self.bus[slot]
@@ -255,60 +277,49 @@ class HcsWorld:
         Raises:
             Refused: with the guest's code.
         """
+        if self.os is GuestOS.WINDOWS:
+            self._ask_windows(request)
+            return
         settings = request.get("Settings") or {}
-        slot = Slot(settings.get("Controller", 0), settings.get("Lun", 0))
+        what = str(request.get("RequestType")), str(request.get("ResourceType"))
+        try:
+            self.gcs.modify(*what, settings)
+            if self.schema is Schema.SEED and what == ("Remove", "MappedVirtualDisk"):  # it did both in those days
+                self.gcs.modify("Remove", "SCSIDevice", settings)
+        except (Failed, NoAnswer) as error:  # of what is never answered HCS says so in the end
+            raise Refused(E_FAIL, str(error)) from error
+
+    def _ask_windows(self, request: Mapping[str, Any]) -> None:
+        settings = request.get("Settings") or {}
+        slot, path = Slot(0, settings.get("Lun", 0)), settings.get("ContainerPath", "")
         step = guest_step(request)
-        path = settings.get("ContainerPath" if self.os is GuestOS.WINDOWS else "MountPath", "")
-        if self.os is GuestOS.WINDOWS and (step == "eject" or not path):
+        if step not in ("mount", "unmount") or not path:
             raise Refused(HCS_E_INVALID_JSON, f"a Windows guest does not know {dict(request)}")
-        match step:
-            case "mount":
-                self._mount(slot, path, settings)
-            case "unmount":
-                self._unmount(slot, path)
-            case "eject":
-                self._eject(slot)
-            case _:
-                raise Refused(E_FAIL, f"{request.get('ResourceType')} is not supported")
-
-    def _mount(self, slot: Slot, path: str, settings: Mapping[str, Any]) -> None:
         if slot not in self.devices:
-            self.harm.append(f"the guest waits for ever for a device at {slot}")
             raise Refused(E_FAIL, f"no device at {slot}")
-        if path in self.mounts:
-            self.harm.append(f"a second mount at {path} deleted the files of the disk at {self.mounts[path]}")
-            raise Refused(E_FAIL, "device or resource busy")
-        at = PurePosixPath(path)
-        if self.os is GuestOS.LINUX and (
-            hazards.is_precious(at) or hazards.overlapping(at, map(PurePosixPath, self.mounts))
-        ):
-            self.harm.append(f"if the mount at {path} failed, what is there would be deleted")
-        disk = self.bus[slot]
-        if self.os is GuestOS.LINUX and disk.get("ReadOnly") and not settings.get("ReadOnly"):
-            raise Refused(E_FAIL, "permission denied")  # mount(2) of a device that cannot be written
-        file = self.file(disk["Path"])
-        if file is not None and file.blank:
-            if not settings.get("EnsureFilesystem"):
-                raise Refused(E_FAIL, "invalid argument")
-            file.blank = False
-        self.mounts[path] = slot
-
-    def _unmount(self, slot: Slot, path: str) -> None:
-        if slot not in self.devices:
-            self.harm.append(f"the guest waits for ever for a device at {slot}")
-            raise Refused(E_FAIL, f"no device at {slot}")
-        if self.mounts.get(path, slot) != slot:
-            self.harm.append(f"{path} of the disk at {self.mounts[path]} was unmounted for the one at {slot}")
+        there = self._windows_mounts.get(path)
+        if step == "mount":
+            if there is not None:
+                raise Refused(E_FAIL, f"{path} is in use")
+            content = self._content_at(slot)
+            if request.get("ResourceType") == "MappedVirtualDiskForContainerScratch":
+                if content.has_data:
+                    self.harm.append(f"the data of the disk at {slot} was lost: it was formatted with refs")
+                content.filesystem, content.has_data = "refs", False
+            elif not content.filesystem:
+                raise Refused(E_FAIL, f"no volume on the disk at {slot}")
+            self._windows_mounts[path] = slot
+            return
         if path in self.busy:
-            raise Refused(E_FAIL, "device or resource busy")
-        self.mounts.pop(path, None)
-        if self.os is GuestOS.LINUX and self.schema is Schema.SEED:
-            self._eject(slot)  # in those days one request did both
+            raise Refused(E_FAIL, f"{path} is in use")
+        if there not in (None, slot):
+            self.harm.append(f"{path} of the disk at {there} was unmounted for the one at {slot}")
+        self._windows_mounts.pop(path, None)
 
-    def _eject(self, slot: Slot) -> None:
-        if slot in self.mounts.values():
-            self.harm.append(f"the disk at {slot} was ejected while it was mounted")
-        self.devices.discard(slot)
+    def _content_at(self, slot: Slot) -> Content:
+        path = self.bus[slot]["Path"]
+        file = self.file(path)
+        return file.content if file is not None else self._other_contents[path]
 
 
 class StandInOperation:

@@ -25,7 +25,7 @@ ADDS = st.tuples(
     st.integers(0, 2),  # which disk
     st.booleans(),  # read-only
     st.sampled_from([None, 0, 1]),  # mounted, and which partition
-    st.sampled_from([None, "/a", "/b"]),
+    st.sampled_from([None, "/run/mounts/a", "/run/mounts/b", "/opt/app", "/etc", "/run/mounts/a/below"]),
     st.sampled_from(VMAccess),
 )
 RELEASES = st.tuples(st.just("release"), st.integers(0, 5))

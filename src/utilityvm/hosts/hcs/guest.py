@@ -6,7 +6,8 @@ can be asked what is mounted. So this keeps what was answered, waits for what wa
 there:
 
 * no second mount at a path in use, and none at all at a path of unknown state (a failed second mount deletes what is
-  on the disk); none above or below another, nor on a folder of the guest's own (a failed one deletes what is there);
+  on the disk); none above or below another, nor where the guest may have files (`bridge.hazards`);
+* no word that it ignores, and none that makes it format a disk with data, unless the caller says that it may go;
 * no unmount after an eject, and no mount without a device (the Linux guest then waits for the device for ever);
 * no eject of a disk that is mounted.
 
@@ -47,8 +48,8 @@ from utilityvm.hosts.hcs.documents import (
     unmount_request,
 )
 from utilityvm.hosts.hcs.system import ComputeSystem, HcsRefused, Step
-from utilityvm.scsi.mount import GENERATED_BELOW
-from utilityvm.scsi.ports import DiskRecord, MountConfig, MountRecord, Record, ScratchKey
+from utilityvm.scsi.mount import GENERATED_BELOW, checked_guest_path
+from utilityvm.scsi.ports import CallerKey, DiskRecord, MountConfig, MountRecord, Record
 from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.transitions import MountState
 
@@ -97,6 +98,15 @@ class HcsGuest:
         self._is_read_only = is_read_only
         self._mounts: dict[str, _Mount] = {}  # by the guest path, in the one form in which this guest knows it
         self._ejects: dict[Slot, _Eject] = {}
+        self._vouched: set[PurePosixPath] = set()
+
+    def allow_mounts_below(self, folder: PurePosixPath) -> None:
+        """Vouch for it that a Linux guest keeps no files below `folder`: gcs removes what is at a mount's path.
+
+        Raises:
+            InvalidRequest: it is no path in a guest, or the system's own.
+        """
+        self._vouched.add(checked_guest_path(folder))
 
     def adopt(self, records: Iterable[Record]) -> None:
         """Take over the mounts that another owner of this VM wrote into its journal (`Journal.read`).
@@ -115,18 +125,27 @@ class HcsGuest:
                 self._mounts[self._key(record.guest_path)] = mount
 
     def check(self, slot: Slot | None, config: MountConfig | None) -> None:
-        """Refuse what this guest cannot be told. See `GuestBackend.check`."""
+        """Refuse what this guest cannot be told, or would do otherwise than it is meant. See `GuestBackend.check`."""
         if slot is not None:
             Slot.checked(*slot)
         if config is not None:
+            _check_words(self._os, config)
             check_expressible(self._os, slot, guest_mount(config))
+
+    def checked_path(self, guest_path: PurePosixPath) -> PurePosixPath:
+        """See `GuestBackend.checked_path`. A Windows guest's may be written as Windows does: `C:\\mounts\\data`."""
+        if self._os is GuestOS.WINDOWS:
+            return winpath.checked_guest_path(_in_windows(guest_path))
+        path = checked_guest_path(guest_path)
+        self._check_place(path)
+        return path
 
     async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
         """See `GuestBackend.mount`.
 
         Raises:
             GuestPathInUse: a disk is mounted there, or above or below it, or another may be; nothing was sent.
-            NotSupported: a folder of the guest's own; nothing was sent.
+            NotSupported: the guest may have files there; nothing was sent.
             WrongState: this disk may be mounted there; nothing was sent.
             OutcomeUnknown: an eject of the device was not answered; nothing was sent.
         """
@@ -169,12 +188,15 @@ class HcsGuest:
         Raises:
             InvalidRequest: another disk is mounted there; nothing was sent.
             NotSupported: `force`, which these guests do not know; nothing was sent.
+            NotSupported, GuestPathInUse: it is not known to be mounted, and as `mount`; nothing was sent.
         """
         self._check_force(slot, force=force)
         deadline, key = time.monotonic() + timeout_s, self._key(guest_path)
         if self._is_ejected(slot):
             self._mounts.pop(key, None)
             return
+        if key not in self._mounts and self._os is GuestOS.LINUX:
+            self._check_harmless(slot, guest_path)  # where nothing is mounted, an unmount removes the path
         mount = self._mounts.setdefault(key, _Mount(slot, guest_path, _State.MOUNTED))
         if mount.slot != slot:
             raise InvalidRequest(
@@ -183,6 +205,8 @@ class HcsGuest:
         await self._settle(key, deadline)
         if key not in self._mounts:
             return
+        if mount.state is not _State.MOUNTED and self._os is GuestOS.LINUX:
+            self._check_harmless(slot, guest_path)
         before, mount.state = mount.state, _State.UNMOUNTING
         request = unmount_request(self._os, slot, self._path(guest_path), guest_mount(config))
         try:
@@ -288,18 +312,17 @@ class HcsGuest:
         else:
             del self._mounts[key]
 
+    def _check_place(self, guest_path: PurePosixPath) -> None:
+        if not hazards.is_for_mounts(guest_path, self._vouched):
+            reason, remedy = hazards.place_objection(guest_path)
+            raise NotSupported(reason, vm=self._system.id, remedy=remedy)
+
     def _check_harmless(self, slot: Slot, guest_path: PurePosixPath) -> None:
-        if hazards.is_precious(guest_path):
-            raise NotSupported(
-                f"{guest_path} is a folder of the guest's own, and this guest removes it if the mount fails",
-                vm=self._system.id,
-                slot=slot,
-                remedy="mount it at a path of its own, such as /run/mounts/data",
-            )
+        self._check_place(guest_path)
         if other := hazards.overlapping(guest_path, (mount.guest_path for mount in self._mounts.values())):
             raise GuestPathInUse(
-                f"{guest_path} overlaps with {other}, where another disk is: if the mount failed, this guest would "
-                "remove what is there",
+                f"{guest_path} overlaps with {other}, where another disk is: this guest may remove what is there along "
+                "with it",
                 vm=self._system.id,
                 slot=slot,
                 remedy="choose a path beside it",
@@ -313,12 +336,10 @@ class HcsGuest:
         return eject is not None and eject.is_done
 
     def _path(self, guest_path: PurePosixPath) -> str:
-        """The path as the guest knows it. Those that the manager makes up are where hcsshim's are."""
+        """The path as the guest knows it."""
         if self._os is GuestOS.LINUX:
             return str(guest_path)
-        if guest_path.is_relative_to(GENERATED_BELOW):
-            guest_path = WINDOWS_BELOW / guest_path.relative_to(GENERATED_BELOW)
-        return winpath.guest_path(guest_path)
+        return winpath.guest_path(_in_windows(guest_path))
 
     def _key(self, guest_path: PurePosixPath) -> str:
         path = self._path(guest_path)
@@ -343,22 +364,53 @@ class HcsGuest:
         )
 
 
-def guest_mount(config: MountConfig) -> GuestMount:
-    """The mount in hcsshim's words.
+def _in_windows(guest_path: PurePosixPath) -> PurePosixPath:
+    """Paths that the manager makes up are where hcsshim's are."""
+    if guest_path.is_relative_to(GENERATED_BELOW):
+        return WINDOWS_BELOW / guest_path.relative_to(GENERATED_BELOW)
+    return guest_path
+
+
+def _check_words(os: GuestOS, config: MountConfig) -> None:
+    """Refuse what hcsshim has no words for, and words that do something else than they say.
 
     A Windows guest formats a container's scratch disk with ReFS whatever is on it, so that takes `reformat`.
 
     Raises:
-        NotSupported: hcsshim has no words for it.
+        NotSupported: names it.
     """
-    formats_with_refs = config.ensure_filesystem and config.reformat and config.filesystem == REFS
+    is_windows = os is GuestOS.WINDOWS
     for wanted, what in (
-        (config.encryption is not None and not isinstance(config.encryption, ScratchKey), "a key of the caller's"),
+        (isinstance(config.encryption, CallerKey), "key of the caller's"),
         (config.verity is not None, "dm-verity"),
-        (config.reformat and not formats_with_refs, "reformatting"),
+        (is_windows and config.reformat and not _is_refs_scratch(config), "reformatting but with ReFS"),
     ):
         if wanted:
             raise NotSupported(f"this guest's agent knows no {what}", remedy="use utilityvm's guest image")
+    if is_windows:
+        if _is_refs_scratch(config) and not config.reformat:
+            raise NotSupported(
+                "a Windows guest formats a ReFS scratch disk whatever is on it",
+                remedy="say reformat=True if all that is on the disk may go",
+            )
+    elif objection := hazards.objection(
+        filesystem=config.named_filesystem,
+        ensure_filesystem=config.ensure_filesystem,
+        reformat=config.reformat,
+        encrypted=config.encryption is not None,
+        block_device=config.block_device,
+        options=config.options,
+    ):
+        raise NotSupported(objection.reason, remedy=objection.remedy)
+
+
+def _is_refs_scratch(config: MountConfig) -> bool:
+    return config.ensure_filesystem and config.filesystem == REFS
+
+
+def guest_mount(config: MountConfig) -> GuestMount:
+    """The mount in hcsshim's words."""
+    formats_with_refs = _is_refs_scratch(config)
     return GuestMount(
         partition=config.partition,
         read_only=config.read_only,
@@ -366,6 +418,6 @@ def guest_mount(config: MountConfig) -> GuestMount:
         block_dev=config.block_device,
         options=config.options,
         ensure_filesystem=config.ensure_filesystem and not formats_with_refs,
-        filesystem="" if formats_with_refs else config.filesystem or "",
+        filesystem="" if formats_with_refs else config.named_filesystem or "",
         format_with_refs=formats_with_refs,
     )

@@ -13,9 +13,16 @@ import ntpath
 import re
 from pathlib import PurePosixPath
 
+from utilityvm.errors import InvalidRequest
+
 _LITERAL = re.compile(r"[\\/]{2}[.?][\\/]|\\\?\?\\")  # \\?\ \\.\ \??\
 _UNC = re.compile(r"UNC[\\/]", re.IGNORECASE)
 _DRIVE = re.compile(r"[A-Za-z]:")
+_GUEST_PATH = re.compile(r"/?(?:([A-Za-z]):)?(/.*)", re.DOTALL)
+# Source: Windows "Naming Files, Paths, and Namespaces". `..` ends in a dot; a lone surrogate is no text.
+_BAD_NAME = re.compile(r'[\x00-\x1f<>:"|?*\ud800-\udfff]|[. ]$')
+_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
+_MAX_NAME = 255
 
 
 def same_file_key(path: str) -> str:
@@ -69,6 +76,29 @@ def guest_path(path: PurePosixPath | str) -> str:
     text = str(path).replace("/", "\\")
     bare = text.lstrip("\\")
     return bare if _DRIVE.match(bare) else f"C:\\{bare}"
+
+
+def checked_guest_path(path: PurePosixPath | str) -> PurePosixPath:
+    """A path in a Windows guest, as its user may write it, in one spelling: `C:\\data` and `/data` are `/C:/data`.
+
+    Raises:
+        InvalidRequest: it is relative, a drive's root, another machine's, or has a name that Windows has not.
+    """
+    text = re.sub(r"^(//\?/|/\?\?/)(?=[A-Za-z]:/)", "", str(path).replace("\\", "/"))
+    match = _GUEST_PATH.fullmatch(text)
+    if match is None or text.startswith("//"):
+        raise _bad_guest_path(path, "it is not absolute on a drive of the guest's")
+    names = [name for name in match[2].split("/") if name not in ("", ".")]
+    if not names:
+        raise _bad_guest_path(path, "a drive's root is taken")
+    for name in names:
+        if _BAD_NAME.search(name) or _DEVICE.fullmatch(name) or len(name) > _MAX_NAME:
+            raise _bad_guest_path(path, f"Windows has no file of the name {name!r}")
+    return PurePosixPath(f"/{(match[1] or 'C').upper()}:", *names)
+
+
+def _bad_guest_path(path: PurePosixPath | str, why: str) -> InvalidRequest:
+    return InvalidRequest(f"guest path {str(path)!r}: {why}", remedy="write it as C:\\mounts\\data")
 
 
 def _clean(path: str) -> str:
