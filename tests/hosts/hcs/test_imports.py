@@ -32,7 +32,7 @@ importlib.import_module("utilityvm.testing.hcs")
 
 RUN_TESTS = """
 import pytest
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+sys.exit(pytest.main(["-q", "--noconftest", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
 
 
