@@ -191,6 +191,7 @@ async def test_everyone_who_waits_for_an_attach_gets_its_real_result(bench: Benc
     [
         DiskRequest(host_path="a", read_only=False),
         DiskRequest(host_path="a", read_only=True, format=DiskFormat.VHDX),
+        DiskRequest(host_path="a", read_only=True, sector_size_bytes=4096),
     ],
 )
 async def test_other_settings_for_an_attached_disk_are_refused(bench: Bench, other: DiskRequest) -> None:

@@ -437,7 +437,8 @@ def _edit(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
 
 WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
     "another format": _edit("format", to="something else"),
-    "a later version": _edit("version", to=2),
+    "a later version": _edit("version", to=3),
+    "sectors that there are not": _edit("disks", 0, "sector_size_bytes", to=1000),
     "no version": lambda d: d.pop("version"),
     "no disks": lambda d: d.pop("disks"),
     "five controllers": _edit("controllers", to=5),
@@ -482,6 +483,21 @@ async def test_a_document_that_cannot_be_is_refused_whole(bench: Bench, wrong: s
     with pytest.raises(InvalidRequest, match="no state of a manager") as refused:
         ScsiState.from_json(json.dumps(whole))
     assert refused.value.remedy
+
+
+async def test_a_document_of_version_1_had_no_sector_sizes(bench: Bench) -> None:
+    whole = await document(bench)
+    as_now = ScsiState.from_json(json.dumps(whole))
+    whole["version"] = 1
+    for disk in whole["disks"]:
+        del disk["sector_size_bytes"]
+    assert ScsiState.from_json(json.dumps(whole)) == as_now
+
+
+async def test_the_sectors_of_a_disk_travel_with_it(bench: Bench) -> None:
+    await bench.manager.add(DiskRequest(host_path="/a", read_only=False, sector_size_bytes=4096), holder=HERE)
+    (disk,) = ScsiState.from_json((await bench.manager.export_state()).to_json()).disks
+    assert disk.request().sector_size_bytes == 4096
 
 
 async def test_a_document_cut_short_or_followed_by_more_is_refused(bench: Bench) -> None:

@@ -88,8 +88,30 @@ def test_an_older_store_is_migrated_in_one_transaction(path: Path, monkeypatch: 
     monkeypatch.setattr(database, "VERSION", database.VERSION + 1)
     db = database.connect(path)
     assert db.execute("SELECT note FROM vms").fetchall() == [("one;",)]
-    assert db.execute("PRAGMA user_version").fetchone() == (2,)
+    assert db.execute("PRAGMA user_version").fetchone() == (database.VERSION,)
     db.close()
+
+
+def columns(path: Path) -> dict[str, list[tuple[object, ...]]]:
+    db = sqlite3.connect(path)
+    try:
+        tables = [name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+        return {name: db.execute(f"PRAGMA table_info({name})").fetchall() for name in tables}
+    finally:
+        db.close()
+
+
+def test_a_store_of_version_1_becomes_as_a_new_one_and_keeps_its_vms(path: Path, tmp_path: Path) -> None:
+    with Store.open(path) as store:
+        store.add("one", uuid="u", config={})
+        store.db.execute("DROP TABLE images")
+        store.db.execute("ALTER TABLE disks DROP COLUMN sector_size_bytes")
+        store.db.execute("PRAGMA user_version = 1")
+
+    with Store.open(path) as store:
+        assert [vm.name for vm in store.vms()] == ["one"]
+    Store.open(tmp_path / "new.db").close()
+    assert columns(path) == columns(tmp_path / "new.db")
 
 
 def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +123,7 @@ def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.
         with pytest.raises(StoreError, match="no such table"):
             database.connect(path)
     with Store.open(path) as store:
-        assert store.db.execute("PRAGMA user_version").fetchone() == (1,)
+        assert store.db.execute("PRAGMA user_version").fetchone() == (database.VERSION,)
         assert store.vms() == []
 
 

@@ -40,6 +40,7 @@ DISK = DiskRecord(
     size_bytes=1 << 40,
     state="attaching",
     since=1.5,
+    sector_size_bytes=4096,
 )
 MOUNT = MountRecord(
     mount="m1",

@@ -36,7 +36,17 @@ TIMEOUT_S = 60.0
     help="Give the VM a right to the image's file: none, its group, or this VM alone.",
 )
 @click.option("--holder", default=HOLDER, show_default=True, metavar="H", help="Who the reservation is for.")
-@click.option("--format", "image_format", metavar="F", help="raw, qcow2, vpc, vhdx or vmdk; else what its header says.")
+@click.option(
+    "--format",
+    "image_format",
+    metavar="F",
+    help="raw, qcow2, vpc, vhdx or vmdk; else what its header said when it was first opened.",
+)
+@click.option(
+    "--sector-size",
+    type=click.Choice(["512", "4096"]),
+    help="The guest sees sectors of so many bytes. 4096: the image is a copy of a disk with such sectors.",
+)
 @click.option("--partition", type=int, default=0, metavar="N", help="Mount the N-th partition. 0: the whole disk.")
 @click.option("--filesystem", metavar="F", help="Mount as this file system, and no other.")
 @click.option("--ensure-filesystem", is_flag=True, help="Make a file system if the disk is blank.")
@@ -71,6 +81,7 @@ def attach_command(
     access: str,
     holder: str,
     image_format: str | None,
+    sector_size: str | None,
     partition: int,
     filesystem: str | None,
     ensure_filesystem: bool,
@@ -106,6 +117,7 @@ def attach_command(
         access=VMAccess(access),
         partition=partition,
         format=image_format,
+        sector_size_bytes=int(sector_size) if sector_size else None,
         filesystem=filesystem,
         ensure_filesystem=ensure_filesystem,
         reformat=reformat,
@@ -204,6 +216,7 @@ def _document(row: SlotRow, now: float) -> dict[str, object]:
         "format": row.format,
         "read_only": row.read_only,
         "size_bytes": row.size_bytes,
+        "sector_size_bytes": row.sector_size_bytes,
         "state": row.state,
         "guest_paths": [str(path) for path in row.guest_paths],
         "references": row.references,

@@ -23,6 +23,7 @@ __all__ = [
     "check_safe",
     "detect",
     "driver_options",
+    "may_be",
     "problems",
     "read",
     "read_source",
@@ -54,7 +55,7 @@ def read_source(image: Source, *, expected: DiskFormat | None = None) -> ImageHe
         raise image.damaged("it is empty", remedy="make an image: qemu-img create, or truncate --size for a raw one")
     if expected is None:
         return _read_as(image, detect(image))
-    if not _may_be(image, expected):
+    if not may_be(image, expected):
         raise ConfigDiffers(
             f"{image.name}: asked for as {expected}, and its header says {_seen(image)}",
             host_path=image.name,
@@ -103,7 +104,8 @@ def _broken_promise(image: Source, found: DiskFormat, promised: DiskFormat | str
     )
 
 
-def _may_be(image: Source, format: DiskFormat) -> bool:
+def may_be(image: Source, format: DiskFormat) -> bool:
+    """Has the image the marks of that format? Every image may be raw."""
     match format:
         case DiskFormat.RAW:
             return True
@@ -140,4 +142,4 @@ def _read_as(image: Source, format: DiskFormat) -> ImageHeader:
 def _seen(image: Source) -> DiskFormat:
     """The format by magic alone. A damaged VHD is one all the same."""
     magics = (DiskFormat.QCOW2, DiskFormat.VHDX, DiskFormat.VMDK, DiskFormat.VHD)
-    return next((format for format in magics if _may_be(image, format)), DiskFormat.RAW)
+    return next((format for format in magics if may_be(image, format)), DiskFormat.RAW)

@@ -226,6 +226,7 @@ class Book:
             kind=record.kind,
             format=record.format,
             access=record.access,
+            sector_size_bytes=record.sector_size_bytes,
         )
         disk = Disk(
             record.attachment, record.slot, request, record.identity, record.format, record.size_bytes, record.since

@@ -60,6 +60,7 @@ class Disk:
             ("read_only", have.read_only, request.read_only),
             ("type", have.kind, request.kind),
             ("format", self.format, request.format or opened.format),
+            ("sector_size_bytes", have.sector_size_bytes or 512, request.sector_size_bytes or 512),
         ):
             if ours != asked:
                 raise ConfigDiffers(
@@ -82,4 +83,5 @@ class Disk:
             size_bytes=self.size_bytes,
             state=state or self.state,
             since=self.since,
+            sector_size_bytes=self.request.sector_size_bytes,
         )

@@ -40,7 +40,7 @@ from utilityvm.scsi.slot import MAX_CONTROLLERS, FreeSlots, Slot
 from utilityvm.scsi.transitions import DiskState, MountState, ReservationState
 
 FORMAT: Final = "utilityvm scsi state"
-VERSION: Final = 1
+VERSION: Final = 2  # 1 had no sector sizes
 MAX_BYTES: Final = 16 << 20  # 256 disks with some hundred reservations each
 
 _NAME: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")  # of an attachment, a mount, a reservation; devices are named so
@@ -129,6 +129,7 @@ class SavedDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     access: VMAccess
     read_only: bool
     size_bytes: Size
+    sector_size_bytes: int | None = None
     since: Time
     mounts: tuple[SavedMount, ...] = ()
     reservations: tuple[SavedReservation, ...]
@@ -144,6 +145,7 @@ class SavedDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             access=disk.request.access,
             read_only=disk.request.read_only,
             size_bytes=disk.size_bytes,
+            sector_size_bytes=disk.request.sector_size_bytes,
             since=disk.since,
             mounts=tuple(map(SavedMount.of, disk.mounts.values())),
             reservations=tuple(map(SavedReservation.of, disk.claims.values())),
@@ -166,6 +168,7 @@ class SavedDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             size_bytes=self.size_bytes,
             state=DiskState.ATTACHED,
             since=self.since,
+            sector_size_bytes=self.sector_size_bytes,
         )
         mounts = (
             MountRecord(
@@ -198,6 +201,7 @@ class SavedDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             kind=self.kind,
             format=self.format,
             access=self.access,
+            sector_size_bytes=self.sector_size_bytes,
         )
 
 
@@ -250,9 +254,9 @@ class ScsiState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             if len(data) > MAX_BYTES:
                 raise ValueError(f"{len(data)} bytes; {MAX_BYTES} is the most")
             version = msgspec.json.decode(data, type=_Versioned).version
-            if version != VERSION:
-                raise ValueError(f"it is of version {version}, and this utilityvm knows {VERSION}")
-            return msgspec.json.decode(data, type=cls)
+            if not 1 <= version <= VERSION:
+                raise ValueError(f"it is of version {version}, and this utilityvm knows 1 to {VERSION}")
+            return msgspec.structs.replace(msgspec.json.decode(data, type=cls), version=VERSION)
         except (ValueError, RecursionError) as error:  # msgspec.DecodeError among them
             raise InvalidRequest(f"this is no state of a manager: {error}", remedy="export it again") from error
 
@@ -301,6 +305,7 @@ class _Versioned(msgspec.Struct):
 def _check_disk(disk: SavedDisk) -> None:
     where = f"the disk at {disk.slot}"
     _check_name(disk.attachment, where)
+    disk.request()  # refuses what no disk can have
     if not disk.host_path or "\0" in disk.host_path:
         raise InvalidRequest(f"{where}: host path {disk.host_path!r}")
     if not disk.reservations:

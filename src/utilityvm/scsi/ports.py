@@ -19,6 +19,7 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Final, Protocol, TypeAlias
 
+from utilityvm.errors import InvalidRequest
 from utilityvm.scsi.slot import Slot
 
 
@@ -48,6 +49,9 @@ class VMAccess(StrEnum):
     INDIVIDUAL = "individual"  # to this VM alone, and gone with the attachment
 
 
+SECTOR_SIZES: Final = (512, 4096)  # the sizes of a disk's logical sectors that guests know
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskRequest:
     """A disk as the caller asks for it."""
@@ -55,8 +59,29 @@ class DiskRequest:
     host_path: str  # as the caller wrote it; HCS documents carry it to the byte
     read_only: bool
     kind: AttachmentType = AttachmentType.VIRTUAL_DISK
-    format: DiskFormat | None = None  # None: what the image's header says
+    format: DiskFormat | None = None  # None: what was decided when it was first opened, by its header
     access: VMAccess = VMAccess.INDIVIDUAL
+    sector_size_bytes: int | None = None  # of an image, in the guest; None: 512. A physical disk has its own
+
+    def __post_init__(self) -> None:
+        """Raises:
+        InvalidRequest: a sector size that no disk has, or one for a disk that has its own.
+        """
+        size = self.sector_size_bytes
+        if size is None:
+            return
+        if size not in SECTOR_SIZES:
+            raise InvalidRequest(
+                f"sectors of {size} bytes: a disk has {' or '.join(map(str, SECTOR_SIZES))}",
+                host_path=self.host_path,
+                remedy="leave the sector size out, unless the image is a copy of a disk of 4096-byte sectors",
+            )
+        if self.kind is not AttachmentType.VIRTUAL_DISK:
+            raise InvalidRequest(
+                f"{self.host_path}: sectors of {size} bytes for a disk that has its own",
+                host_path=self.host_path,
+                remedy="leave the sector size out: it is for image files",
+            )
 
 
 class OpenDisk(Protocol):
@@ -259,6 +284,7 @@ class DiskRecord:
     size_bytes: int
     state: str  # a DiskState
     since: float  # seconds since the epoch when the slot was taken
+    sector_size_bytes: int | None = None  # as it was asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from utilityvm.errors import VMExists, VMNotFound
 from utilityvm.machine import paths
 from utilityvm.machine.processes import is_running
 from utilityvm.store import database
+from utilityvm.store.formats import Formats
 
 
 class VMState(StrEnum):
@@ -63,6 +64,7 @@ class Store:
         self.db = db
         self.path = path
         self._unwaiting: sqlite3.Connection | None = None
+        self.formats = Formats(path)  # a connection of its own, for threads
         self._writes = 0
         self._checkpoint: threading.Thread | None = None
 
@@ -78,6 +80,7 @@ class Store:
             self._checkpoint.join()
         if self._unwaiting is not None:
             self._unwaiting.close()
+        self.formats.close()
         self.db.close()
 
     def unwaiting(self) -> sqlite3.Connection:

@@ -25,9 +25,23 @@ from utilityvm.errors import SetupError, StoreDamaged, StoreError, StoreTooNew
 from utilityvm.log import logger
 from utilityvm.machine import paths
 
-VERSION: Final = 1
+VERSION: Final = 2
 # MIGRATIONS[n] makes a store of version n + 1 out of one of version n; version 1 is the first.
-MIGRATIONS: Final[Sequence[str]] = ("",)
+MIGRATIONS: Final[Sequence[str]] = (
+    "",
+    """
+    CREATE TABLE images (
+        inode       INTEGER NOT NULL,
+        birth_ns    INTEGER NOT NULL,
+        device      INTEGER NOT NULL,
+        format      TEXT NOT NULL,
+        size_bytes  INTEGER NOT NULL,
+        seen        REAL NOT NULL,
+        PRIMARY KEY (inode, birth_ns, device)
+    ) STRICT, WITHOUT ROWID;
+    ALTER TABLE disks ADD COLUMN sector_size_bytes INTEGER;
+    """,
+)
 APPLICATION_ID: Final = 0x75766D31  # "uvm1"
 BUSY_S: Final = 2.0  # a writer holds the file for some 20 us; who holds it for longer is stuck
 WAITS_S: Final = (0.001, 0.002, 0.005, 0.01, 0.025)  # between attempts of a writer that may not block; then the last
@@ -80,6 +94,21 @@ def connect_unwaiting(path: Path) -> sqlite3.Connection:
         sqlite3.Error: as any statement.
     """
     db = _open(path, timeout=0)
+    try:
+        _prepare(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def connect_beside(path: Path) -> sqlite3.Connection:
+    """Another connection to a store that is open, which waits for writers as the first one does.
+
+    Raises:
+        sqlite3.Error: as any statement.
+    """
+    db = _open(path)
     try:
         _prepare(db)
     except BaseException:

@@ -28,7 +28,7 @@ from utilityvm.scsi.slot import Slot
 from utilityvm.store import database
 from utilityvm.store.catalog import Store, StoredVM
 
-_PUT_DISK: Final = f"INSERT OR REPLACE INTO disks VALUES ({','.join('?' * 13)})"
+_PUT_DISK: Final = f"INSERT OR REPLACE INTO disks VALUES ({','.join('?' * 14)})"
 _PUT_MOUNT: Final = f"INSERT OR REPLACE INTO mounts VALUES ({','.join('?' * 15)})"
 _PUT_RESERVATION: Final = f"INSERT OR REPLACE INTO reservations VALUES ({','.join('?' * 9)})"
 _DROP_DISK: Final = "DELETE FROM disks WHERE vm = ? AND attachment = ?"
@@ -150,6 +150,7 @@ def _put(vm: int, record: Record) -> tuple[str, tuple[Any, ...]]:
             record.size_bytes,
             str(record.state),
             record.since,
+            record.sector_size_bytes,
         )
     if isinstance(record, MountRecord):
         config = record.config
@@ -216,7 +217,22 @@ def _verity(verity: Verity) -> str:
 
 
 def _disk(row: tuple[Any, ...]) -> DiskRecord:
-    (_, attachment, controller, lun, host_path, identity, kind, format_, access, read_only, size, state, since) = row
+    (
+        _,
+        attachment,
+        controller,
+        lun,
+        host_path,
+        identity,
+        kind,
+        format_,
+        access,
+        read_only,
+        size,
+        state,
+        since,
+        sector,
+    ) = row
     return DiskRecord(
         attachment=attachment,
         slot=Slot.checked(controller, lun),
@@ -229,6 +245,7 @@ def _disk(row: tuple[Any, ...]) -> DiskRecord:
         size_bytes=size,
         state=state,
         since=since,
+        sector_size_bytes=sector,
     )
 
 

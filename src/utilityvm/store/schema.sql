@@ -1,4 +1,4 @@
--- The store, version 1: what this host knows of its VMs, and each VM's journal.
+-- The store, version 2: what this host knows of its VMs, and each VM's journal.
 --
 -- A VM's rows go with it. Its `id` is never used again, so a process that still writes for a VM that was removed is
 -- refused and does not write into the next VM of that name. The journal's tables have no rowid and no second index: a
@@ -30,6 +30,7 @@ CREATE TABLE disks (
     size_bytes  INTEGER NOT NULL,
     state       TEXT NOT NULL,                     -- a DiskState
     since       REAL NOT NULL,
+    sector_size_bytes INTEGER,                     -- of an image, where the caller gave it
     PRIMARY KEY (vm, attachment)
 ) STRICT, WITHOUT ROWID;
 
@@ -63,4 +64,15 @@ CREATE TABLE reservations (
     state        TEXT NOT NULL,                    -- a ReservationState
     since        REAL NOT NULL,
     PRIMARY KEY (vm, reservation)
+) STRICT, WITHOUT ROWID;
+
+-- What each image was when it was opened last; see formats.py. No VM's, and not removed with one.
+CREATE TABLE images (
+    inode       INTEGER NOT NULL,
+    birth_ns    INTEGER NOT NULL,                  -- 0: its file system does not keep it
+    device      INTEGER NOT NULL,                  -- 0: the time of birth is enough
+    format      TEXT NOT NULL,                     -- a DiskFormat
+    size_bytes  INTEGER NOT NULL,                  -- of the file
+    seen        REAL NOT NULL,
+    PRIMARY KEY (inode, birth_ns, device)
 ) STRICT, WITHOUT ROWID;

@@ -29,6 +29,7 @@ class SlotRow:
     format: str
     read_only: bool
     size_bytes: int
+    sector_size_bytes: int | None
     state: str
     guest_paths: tuple[PurePosixPath, ...]
     reservations: tuple[ReservationRow, ...]
@@ -61,6 +62,7 @@ def slots(records: Sequence[Record]) -> list[SlotRow]:
                 format=disk.format,
                 read_only=disk.read_only,
                 size_bytes=disk.size_bytes,
+                sector_size_bytes=disk.sector_size_bytes,
                 state=disk.state,
                 guest_paths=tuple(paths),
                 reservations=tuple(_reservation(one, mounts.get(one.mount or "")) for one in own),

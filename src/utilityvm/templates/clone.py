@@ -21,6 +21,7 @@ from utilityvm.errors import DiskInUse, InvalidRequest, TemplateDamaged, Templat
 from utilityvm.hosts.qemu import accelerator as accelerators
 from utilityvm.hosts.qemu import emulator as emulators
 from utilityvm.hosts.qemu.disk import describe, lock, open_disk
+from utilityvm.hosts.qemu.format import FormatMemory
 from utilityvm.hosts.qemu.incoming import Incoming, IncomingDisk, Layer, needs_writable_memory
 from utilityvm.hosts.qemu.launch import QemuProcess
 from utilityvm.machine import paths
@@ -98,7 +99,12 @@ def _first_processor() -> list[str]:
 
 @contextmanager
 def prepare(
-    template: Template, folder: Path, *, holder: Holder, replace: Mapping[Slot, DiskRequest]
+    template: Template,
+    folder: Path,
+    *,
+    holder: Holder,
+    replace: Mapping[Slot, DiskRequest],
+    memory: FormatMemory | None = None,
 ) -> Iterator[Prepared]:
     """Everything opened and locked, the overlays made in `folder`; closed at the end of the block.
 
@@ -113,7 +119,7 @@ def prepare(
     manifest = template.manifest
     _check_replace(template, replace)
     with ExitStack() as closing:
-        memory = _open_own(template.memory, manifest.memory.fingerprint, closing)
+        ram = _open_own(template.memory, manifest.memory.fingerprint, closing)
         state = _open_own(template.state, manifest.state.fingerprint, closing)
         with ExitStack() as undo:
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -122,12 +128,12 @@ def prepare(
             for disk in manifest.disks:
                 replacement = replace.get(disk.slot)
                 if replacement is not None:
-                    incoming, host_path = _replaced(disk, replacement, closing), replacement.host_path
+                    incoming, host_path = _replaced(disk, replacement, memory, closing), replacement.host_path
                 else:
                     incoming, host_path = _taken_over(disk, folder, closing)
                 disks.append(incoming)
                 records += _records(disk, incoming, host_path, holder)
-            yield Prepared(Incoming(memory=memory, state=state, disks=tuple(disks)), tuple(records))
+            yield Prepared(Incoming(memory=ram, state=state, disks=tuple(disks)), tuple(records))
             undo.pop_all()
 
 
@@ -213,8 +219,8 @@ def _check_size(layer: Layer, disk: DiskEntry) -> None:
         raise _damaged(layer.path, f"has {size} bytes, not {disk.size_bytes} as was saved", slot=disk.slot)
 
 
-def _replaced(disk: DiskEntry, request: DiskRequest, closing: ExitStack) -> IncomingDisk:
-    opened = open_disk(request)
+def _replaced(disk: DiskEntry, request: DiskRequest, memory: FormatMemory | None, closing: ExitStack) -> IncomingDisk:
+    opened = open_disk(request, memory=memory)
     closing.callback(opened.close)
     if opened.size_bytes != disk.size_bytes:
         raise InvalidRequest(
@@ -222,6 +228,15 @@ def _replaced(disk: DiskEntry, request: DiskRequest, closing: ExitStack) -> Inco
             slot=disk.slot,
             host_path=request.host_path,
             remedy="give one of the same size, to the byte",
+        )
+    sectors = opened.logical_block_bytes or 512
+    if sectors != disk.logical_block_bytes:
+        raise InvalidRequest(
+            f"{request.host_path} has sectors of {sectors} bytes, and the disk at {disk.slot} has"
+            f" {disk.logical_block_bytes}",
+            slot=disk.slot,
+            host_path=request.host_path,
+            remedy="give one with the same sectors: sector_size_bytes of an image",
         )
     fd = opened.open_locked()
     closing.callback(os.close, fd)
@@ -257,6 +272,7 @@ def _records(disk: DiskEntry, incoming: IncomingDisk, host_path: str, holder: Ho
         size_bytes=disk.size_bytes,
         state=DiskState.ATTACHED,
         since=now,
+        sector_size_bytes=_given_sectors(top, disk),
     )
     for mount in disk.mounts:
         yield MountRecord(
@@ -277,6 +293,12 @@ def _records(disk: DiskEntry, incoming: IncomingDisk, host_path: str, holder: Ho
             state=ReservationState.HELD,
             since=now,
         )
+
+
+def _given_sectors(top: Layer, disk: DiskEntry) -> int | None:
+    """A physical disk has its sectors by itself; an image, also an overlay on such a disk, has those it is given."""
+    is_given = top.kind is AttachmentType.VIRTUAL_DISK and disk.logical_block_bytes != 512
+    return disk.logical_block_bytes if is_given else None
 
 
 def memory_mode(qemu_version: str, process: QemuProcess) -> int:

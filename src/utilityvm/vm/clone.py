@@ -40,7 +40,9 @@ async def clone(
             document = {**config.to_json(), "root": str(source.root), "clone": origin}
             claim = await Claim.new(undo, name, vm_uuid, document)
             holder = Holder(name=f"template {template}")
-            with cloning.prepare(source, paths.overlays_dir(vm_uuid), holder=holder, replace=requests) as prepared:
+            with cloning.prepare(
+                source, paths.overlays_dir(vm_uuid), holder=holder, replace=requests, memory=claim.store.formats
+            ) as prepared:
                 host = await claim.start_qemu(
                     undo, config.for_clone(source.root, uuid=vm_uuid), deadline=deadline, saved=prepared.incoming
                 )

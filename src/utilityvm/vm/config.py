@@ -99,6 +99,7 @@ class DiskSpec:
     access: VMAccess = VMAccess.INDIVIDUAL
     partition: int = 0
     format: DiskFormat | str | None = None
+    sector_size_bytes: int | None = None
     filesystem: str | None = None
     ensure_filesystem: bool = False
     reformat: bool = False
@@ -126,6 +127,7 @@ class DiskSpec:
             kind=AttachmentType.PASS_THRU if self.physical else AttachmentType.VIRTUAL_DISK,
             format=image_format,
             access=VMAccess(self.access),
+            sector_size_bytes=self.sector_size_bytes,
         )
         mount = MountConfig(
             partition=self.partition,

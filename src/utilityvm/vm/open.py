@@ -32,7 +32,11 @@ async def _take_over(undo: Undo, claim: Claim, deadline: Deadline) -> OwnedVM:
     process = lifecycle.process_of(record)
     try:
         host = await QemuHost.connect(
-            process, who_uses=claim.who_uses(), frozen_by=catalog.frozen_by, timeout_s=deadline.left()
+            process,
+            who_uses=claim.who_uses(),
+            frozen_by=catalog.frozen_by,
+            memory=store.formats,
+            timeout_s=deadline.left(),
         )
     except VMGone as error:
         raise lifecycle.not_running(record) from error

@@ -75,6 +75,7 @@ class Claim:
             saved=saved,
             who_uses=self.who_uses(),
             frozen_by=catalog.frozen_by,
+            memory=self.store.formats,
             timeout_s=deadline.left(),
         )
         undo.add(host.close)

@@ -182,6 +182,7 @@ class UtilityVM:
         access: VMAccess = VMAccess.INDIVIDUAL,
         partition: int = 0,
         format: DiskFormat | str | None = None,
+        sector_size_bytes: int | None = None,
         filesystem: str | None = None,
         ensure_filesystem: bool = False,
         reformat: bool = False,
@@ -199,7 +200,10 @@ class UtilityVM:
 
         `holder` names the reservation's holder, and makes it outlive this process; otherwise it is this process, and a
         later owner of the VM gives the reservation back when this process is dead. `partition` counts from 1; 0 is the
-        whole disk. `format` None: what the image's header says. `options` are those of mount(8).
+        whole disk. `options` are those of mount(8).
+
+        `format` None: what was decided when the image was first opened, by its header; a format that is given is
+        remembered in its place. `sector_size_bytes` is 512, or 4096 for a copy of a disk with such sectors.
 
         Raises:
             RequestError: it cannot be met; nothing was sent. InvalidRequest, NoFreeSlot, ConfigDiffers, GuestPathInUse,
@@ -218,6 +222,7 @@ class UtilityVM:
             access=access,
             partition=partition,
             format=format,
+            sector_size_bytes=sector_size_bytes,
             filesystem=filesystem,
             ensure_filesystem=ensure_filesystem,
             reformat=reformat,

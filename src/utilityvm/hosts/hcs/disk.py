@@ -92,6 +92,12 @@ def attachment_for(request: DiskRequest) -> Attachment:
         NotSupported: a format that HCS does not attach.
     """
     path = request.host_path
+    if request.sector_size_bytes is not None:
+        raise NotSupported(
+            f"{path}: HCS gives a disk the sectors that its image says",
+            host_path=path,
+            remedy="leave the sector size out; Convert-VHD -LogicalSectorSizeBytes changes it in a VHDX",
+        )
     if request.kind is AttachmentType.EXTENSIBLE_VIRTUAL_DISK:
         evd_type, mount_path = parse_evd(path)
         attachment = Attachment(

@@ -16,6 +16,7 @@ from typing import TypeAlias
 from utilityvm.errors import AccessDenied, DiskInUse, SetupError
 from utilityvm.hosts.qemu import acl
 from utilityvm.hosts.qemu.disk import QemuDisk, WhoUses, open_disk, unlock
+from utilityvm.hosts.qemu.format import FormatMemory
 from utilityvm.machine.programs import CommandFailed, find_program, run
 from utilityvm.scsi.ports import DiskRequest, VMAccess
 
@@ -48,6 +49,7 @@ class Access:
     vm_group: str
     who_uses: WhoUses | None
     frozen_by: FrozenBy | None
+    memory: FormatMemory | None = None
 
     def open(self, request: DiskRequest) -> QemuDisk:
         """Open and check a disk. Besides what `open_disk` refuses:
@@ -58,7 +60,7 @@ class Access:
         """
         if request.access is VMAccess.GROUP:
             self._group()
-        disk = open_disk(request)
+        disk = open_disk(request, memory=self.memory)
         if request.access is VMAccess.NOOP and self.uid != os.geteuid():
             try:
                 _check_own_right(request, self.uid)

@@ -23,8 +23,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from utilityvm.diskimage import blockdev, headers
+from utilityvm.diskimage import blockdev, gpt, headers
+from utilityvm.diskimage.source import Source
 from utilityvm.errors import AccessDenied, ConfigDiffers, DiskInUse, InvalidRequest, NotSupported, SetupError
+from utilityvm.hosts.qemu.format import FormatMemory, read_header
 from utilityvm.log import logger
 from utilityvm.machine.threads import aside
 from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest
@@ -55,7 +57,7 @@ class QemuDisk:
         self.format = header.format
         self.size_bytes = header.virtual_size_bytes
         physical = request.kind is AttachmentType.PASS_THRU
-        self.logical_block_bytes = blockdev.logical_block_size(fd) if physical else None
+        self.logical_block_bytes = blockdev.logical_block_size(fd) if physical else request.sector_size_bytes
 
     @property
     def fd(self) -> int:
@@ -128,15 +130,17 @@ class QemuDisk:
             aside(os.close, fd)
 
 
-def open_disk(request: DiskRequest) -> QemuDisk:
+def open_disk(request: DiskRequest, *, memory: FormatMemory | None = None) -> QemuDisk:
     """Open and check the disk that was asked for. Blocks for as long as its storage does.
+
+    Which format an image has was decided when it was first opened, if `memory` knows it: see `read_header`.
 
     Raises:
         InvalidRequest: no such file, or one that cannot be a disk of this kind.
         AccessDenied: this user may not open it so.
         DiskInUse: the host itself uses it.
         NotSupported: an extensible virtual disk, or a writable one on what cannot be written.
-        ConfigDiffers, ImageError: what `headers.read` and `headers.check_safe` say of the image.
+        ConfigDiffers, ImageError, StoreError: what `read_header` says of the image.
     """
     path = request.host_path
     physical = request.kind is AttachmentType.PASS_THRU
@@ -177,11 +181,40 @@ def open_disk(request: DiskRequest) -> QemuDisk:
             identity = f"file:{status.st_dev}:{status.st_ino}"
         if users:
             raise blockdev.in_use(path, users)
-        header = headers.read(fd, name=path, expected=DiskFormat.RAW if physical else request.format)
-        headers.check_safe(header, read_only=request.read_only)
+        header = read_header(
+            fd,
+            name=path,
+            stated=DiskFormat.RAW if physical else request.format,
+            read_only=request.read_only,
+            memory=None if physical else memory,
+        )
+        if not physical:
+            _check_sectors(fd, request, header)
         disk = QemuDisk(fd, request, identity=identity, header=header)
         keep.pop_all()
     return disk
+
+
+def _check_sectors(fd: int, request: DiskRequest, header: headers.ImageHeader) -> None:
+    """Refuse an image that has no whole sectors of that size, or a partition table that counts in others.
+
+    Raises:
+        InvalidRequest: says both sizes.
+    """
+    path, sector, size = request.host_path, request.sector_size_bytes, header.virtual_size_bytes
+    if sector is not None and size % sector:
+        raise InvalidRequest(
+            f"{path} has {size} bytes, which are not whole sectors of {sector}",
+            host_path=path,
+            remedy="grow it to a multiple of that, or leave the sector size out",
+        )
+    if sector is None and (found := gpt.foreign_sectors(Source.of_fd(fd, name=path), header)) is not None:
+        raise InvalidRequest(
+            f"{path} has a partition table (GPT) that counts in sectors of {found} bytes, as a copy of a disk with such"
+            " sectors does; without a sector size the guest would see 512, and no partition",
+            host_path=path,
+            remedy=f"give the sector size: sector_size_bytes={found} (--sector-size {found}); or 512, if that is meant",
+        )
 
 
 def lock(fd: int, *, host_path: str, read_only: bool) -> bool:

@@ -37,6 +37,7 @@ from utilityvm.errors import (
 from utilityvm.hosts.qemu import blockdev, console, launch
 from utilityvm.hosts.qemu.access import Access, FrozenBy, Taken
 from utilityvm.hosts.qemu.disk import QemuDisk, WhoUses
+from utilityvm.hosts.qemu.format import FormatMemory
 from utilityvm.hosts.qemu.incoming import Incoming, IncomingDisk, not_taken
 from utilityvm.hosts.qemu.incoming import check as check_disks
 from utilityvm.hosts.qemu.launch import QemuConfig, QemuProcess
@@ -44,7 +45,7 @@ from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.qmp import Answer, Event, Qmp, QmpRefused
 from utilityvm.log import logger
 from utilityvm.machine.threads import in_thread, lent
-from utilityvm.scsi.ports import DiskRequest, OpenDisk
+from utilityvm.scsi.ports import SECTOR_SIZES, DiskRequest, OpenDisk
 from utilityvm.scsi.slot import Slot
 from utilityvm.tasks import Undo
 
@@ -89,6 +90,7 @@ class QemuHost:
         *,
         who_uses: WhoUses | None,
         frozen_by: FrozenBy | None,
+        memory: FormatMemory | None,
         vm_group: str,
     ) -> None:
         """Use `start` or `connect`."""
@@ -96,7 +98,12 @@ class QemuHost:
         self._qmp = qmp
         self._watch = watch
         self._access = Access(
-            vm=process.name, uid=process.uid, vm_group=vm_group, who_uses=who_uses, frozen_by=frozen_by
+            vm=process.name,
+            uid=process.uid,
+            vm_group=vm_group,
+            who_uses=who_uses,
+            frozen_by=frozen_by,
+            memory=memory,
         )
         # Every attachment that QEMU may have anything of: ours from before the first command is sent, others' from
         # `connect`. So what is not here is not there.
@@ -124,6 +131,7 @@ class QemuHost:
         saved: Incoming | None = None,
         who_uses: WhoUses | None = None,
         frozen_by: FrozenBy | None = None,
+        memory: FormatMemory | None = None,
         vm_group: str = VM_GROUP,
         timeout_s: float = 30.0,
     ) -> Self:
@@ -137,7 +145,7 @@ class QemuHost:
             undo.add(qmp.close)
             watch = Watch(process.pid, process.started)
             undo.add(watch.close)
-            host = cls(process, qmp, watch, who_uses=who_uses, frozen_by=frozen_by, vm_group=vm_group)
+            host = cls(process, qmp, watch, who_uses=who_uses, frozen_by=frozen_by, memory=memory, vm_group=vm_group)
             host._running = saved is None and await host.status(timeout_s=timeout_s) == "running"
         return host
 
@@ -148,6 +156,7 @@ class QemuHost:
         *,
         who_uses: WhoUses | None = None,
         frozen_by: FrozenBy | None = None,
+        memory: FormatMemory | None = None,
         vm_group: str = VM_GROUP,
         timeout_s: float = 5.0,
     ) -> Self:
@@ -167,7 +176,7 @@ class QemuHost:
             found = (await qmp.execute("query-uuid", timeout_s=timeout_s))["UUID"]
             if found != process.uuid:
                 raise VMGone(f"QEMU at {process.folder} is VM {found}, not {process.uuid}", vm=process.name)
-            host = cls(process, qmp, watch, who_uses=who_uses, frozen_by=frozen_by, vm_group=vm_group)
+            host = cls(process, qmp, watch, who_uses=who_uses, frozen_by=frozen_by, memory=memory, vm_group=vm_group)
             await host._read_sets(timeout_s=timeout_s)
             host._running = await host.status(timeout_s=timeout_s) == "running"
             undo.pop_all()
@@ -278,14 +287,17 @@ class QemuHost:
 
         Raises:
             NotSupported: a format that QEMU cannot grow, a physical disk, or a read-only attachment.
-            InvalidRequest: not whole sectors of 512 bytes.
+            InvalidRequest: not whole sectors of the disk.
             HostRefused: QEMU said no, such as for a lack of space; the size is as it was.
         """
-        if size_bytes % 512:
-            raise InvalidRequest(f"{size_bytes} bytes are not whole sectors", slot=slot, remedy="use a multiple of 512")
         number = self._numbers.get(attachment)
         if number is None:
             raise NotAttached(f"attachment {attachment} is not on the bus", vm=self.process.name, slot=slot)
+        sector = await self._sector_bytes(number, timeout_s=timeout_s) if size_bytes % max(SECTOR_SIZES) else 1
+        if size_bytes % sector:
+            raise InvalidRequest(
+                f"{size_bytes} bytes are not whole sectors", slot=slot, remedy=f"use a multiple of {sector}"
+            )
         name = blockdev.node_name(number)
         nodes = await self._qmp.execute("query-named-block-nodes", {"flat": True}, timeout_s=timeout_s)
         node = next((node for node in nodes if node["node-name"] == name), None)
@@ -305,6 +317,10 @@ class QemuHost:
             await self._qmp.execute("block_resize", {"node-name": name, "size": size_bytes}, timeout_s=timeout_s)
         except QmpRefused as error:
             raise self._refused(error, slot) from error
+
+    async def _sector_bytes(self, number: int, *, timeout_s: float) -> int:
+        question = {"path": f"/machine/peripheral/{blockdev.device_id(number)}", "property": "logical_block_size"}
+        return int(await self._qmp.execute("qom-get", question, timeout_s=timeout_s)) or blockdev.DEFAULT_BLOCK_BYTES
 
     # Templates and clones.
 
