@@ -64,8 +64,12 @@ class NullHost:
     async def probe(self, slot: Slot, *, attachment: str, timeout_s: float) -> bool:
         return False
 
-    async def resize(self, slot: Slot, *, attachment: str, size_bytes: int, timeout_s: float) -> None:
+    async def resize(self, slot: Slot, *, attachment: str, size_bytes: int, timeout_s: float) -> int:
         await self._step()
+        return size_bytes
+
+    async def size(self, slot: Slot, *, attachment: str, timeout_s: float) -> int:
+        return 0
 
 
 class NullGuest:
@@ -83,6 +87,9 @@ class NullGuest:
 
     def checked_path(self, guest_path: PurePosixPath) -> PurePosixPath:
         return guest_path
+
+    def check_force(self, slot: Slot) -> None:
+        pass
 
     async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
         await self._step()

@@ -60,11 +60,12 @@ if TYPE_CHECKING:
         VMNotFound,
         VMNotRunning,
         VMOwned,
+        WrongLoop,
         WrongState,
     )
     from utilityvm.guests.bridge_guest import CommandResult
     from utilityvm.scsi.document import ScsiState
-    from utilityvm.scsi.events import ScsiEvent
+    from utilityvm.scsi.events import ScsiEvent, ScsiEvents
     from utilityvm.scsi.ports import (
         AttachmentType,
         CallerKey,
@@ -116,6 +117,7 @@ __all__ = [
     "SCSIMount",
     "ScratchKey",
     "ScsiEvent",
+    "ScsiEvents",
     "ScsiState",
     "SetupError",
     "Slot",
@@ -141,13 +143,14 @@ __all__ = [
     "VMNotRunning",
     "VMOwned",
     "Verity",
+    "WrongLoop",
     "WrongState",
     "errors",
 ]
 
 _MODULES = {
     "utilityvm.guests.bridge_guest": ("CommandResult",),
-    "utilityvm.scsi.events": ("ScsiEvent",),
+    "utilityvm.scsi.events": ("ScsiEvent", "ScsiEvents"),
     "utilityvm.scsi.document": ("ScsiState",),
     "utilityvm.scsi.views": ("MountView", "SlotView"),
     "utilityvm.scsi.ports": (

@@ -26,6 +26,7 @@
     │   ├── TemplateInUse        clones or templates depend on it; .users says which
     │   ├── TemplateDiffers      it was saved with another QEMU or processor
     │   ├── Migrating            the disks must stay as they are: an export, or saving a template, is under way
+    │   ├── WrongLoop            the VM belongs to another event loop, or thread
     │   └── WrongState           the event does not fit the state of the thing
     ├── SetupError               something this machine needs is missing: a program, an image, space
     ├── HostRefused              the hypervisor said no; the bus is as it was
@@ -192,6 +193,10 @@ class TemplateDamaged(UtilityVMError):
 
 class Migrating(RequestError):
     """The VM's disks must stay as they are: its manager's state was exported, or it is being saved as a template."""
+
+
+class WrongLoop(RequestError):
+    """The VM belongs to the event loop that started or opened it; the call came from another one, or another thread."""
 
 
 class WrongState(RequestError):

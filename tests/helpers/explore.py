@@ -42,6 +42,11 @@ class StepLoop(asyncio.AbstractEventLoop):
     ) -> asyncio.TimerHandle:
         return asyncio.TimerHandle(when, callback, args, self, context)  # no time passes: it never comes
 
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        return self.call_at(delay, callback, *args, context=context)
+
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
         pass
 

@@ -959,7 +959,7 @@ async def test_resizing_grows_disk_and_filesystem_and_never_shrinks(bench: Bench
     await bench.manager.resize("a", 1 << 21)
     assert bench.world.bus[Slot(0, 0)].size_bytes == 1 << 21
     assert bench.manager.slots()[0].size_bytes == 1 << 21
-    assert bench.world.log[-2:] == ["resize 0:0", "grow 0:0"]
+    assert bench.world.log[-2:] == [f"resize 0:0 {1 << 21}", "grow 0:0"]
 
 
 async def test_a_resize_that_was_done_and_not_written_down_is_found(bench: Bench) -> None:

@@ -126,7 +126,12 @@ class DiskTable:
                 for line in reversed(holders.mounts_of(numbers) if users else []):
                     with suppress(OSError):
                         mounting.unmount(line.path, lazily=True)
-                _flush(disk)
+                try:
+                    _flush(disk)
+                except OSError as error:
+                    if not force:
+                        text = f"what was written to the disk at {controller}:{lun} does not reach it: {error.strerror}"
+                        raise Fault(text) from None
             self._bus.delete(controller, lun, deadline)
 
     def probe(self, controller: int, lun: int) -> dict[str, Any]:

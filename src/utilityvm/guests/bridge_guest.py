@@ -221,6 +221,15 @@ class BridgeGuest:
             self._ledger.check_path(path)
         return path
 
+    def check_force(self, slot: Slot) -> None:
+        """See `GuestBackend.check_force`.
+
+        Raises:
+            NotSupported: the guest's agent is not ours.
+        """
+        if not self.has_our_agent:
+            self._refuse_force(slot, True)
+
     async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
         """See `GuestBackend.mount`."""
         self.check(slot, config)

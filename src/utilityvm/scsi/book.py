@@ -22,7 +22,7 @@ from utilityvm.scsi.ports import (
 )
 from utilityvm.scsi.reservation import Claim
 from utilityvm.scsi.slot import FreeSlots, Slot
-from utilityvm.scsi.transitions import DiskState, Event, MountState, ReservationState
+from utilityvm.scsi.transitions import WAITING, DiskState, Event, MountState, ReservationState
 
 
 class Book:
@@ -64,6 +64,10 @@ class Book:
         """The disks in the order of their slots."""
         return sorted(self.disks.values(), key=lambda disk: disk.slot)
 
+    def has(self, disk: Disk) -> bool:
+        """Not if it was forgotten, also if the same disk is here again."""
+        return self.disks.get(disk.identity) is disk
+
     def find(self, host_path: str, identity: str | None) -> Disk:
         # What the path leads to now comes first: another file may have taken the name of one that is attached.
         if identity is not None and (found := self.disks.get(identity)):
@@ -82,7 +86,7 @@ class Book:
         holder: Holder,
     ) -> Claim:
         """Enter a claim, all of it or nothing. From here to the first step nothing waits, so nothing comes between."""
-        now = self._clock()
+        now, id = self._clock(), self._new_id()
         disk = self.disks.get(opened.identity)
         if disk is not None:
             disk.check_same(request, opened)
@@ -103,7 +107,7 @@ class Book:
             disk.opened = opened
         elif disk.opened is not opened:
             opened.close()
-        claim = Claim(self._new_id(), disk, mount, holder, now)
+        claim = Claim(id, disk, mount, holder, now)
         self.claims[claim.id] = claim
         disk.claims[claim.id] = claim
         if mount is not None:
@@ -173,10 +177,24 @@ class Book:
         """Its release was refused before anything was done: it is held as before."""
         disk, mount = claim.disk, claim.mount
         del disk.leaving[claim.id]
-        claim.state = ReservationState.HELD
+        claim.state, claim.force = ReservationState.HELD, False
         disk.claims[claim.id] = claim
         if mount is not None:
             mount.claims[claim.id] = claim
+        self._ledger.note([claim.record()])
+
+    def give_back(self, claim: Claim, *, force: bool) -> None:
+        """From here on the claim wants nothing. `force`: so its release says."""
+        disk, mount = claim.disk, claim.mount
+        claim.force = force
+        if claim.state is ReservationState.RELEASING:
+            return
+        disk.claims.pop(claim.id, None)
+        if mount is not None:
+            mount.claims.pop(claim.id, None)
+        claim.was_held = claim.state is ReservationState.HELD
+        claim.state = ReservationState.RELEASING
+        disk.leaving[claim.id] = claim
         self._ledger.note([claim.record()])
 
     def renew(self, disk: Disk) -> None:
@@ -232,7 +250,7 @@ class Book:
             record.attachment, record.slot, request, record.identity, record.format, record.size_bytes, record.since
         )
         disk.state = DiskState(record.state)
-        if disk.state in (DiskState.ATTACHING, DiskState.EJECTING, DiskState.DETACHING):
+        if disk.state in WAITING:
             findings.append(f"{record.host_path} at {record.slot} was {disk.state}")
             disk.state = disk.after(Event.NO_ANSWER)
         self.free.take(disk.slot)

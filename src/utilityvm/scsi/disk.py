@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass, field
 
 from utilityvm.errors import ConfigDiffers, UtilityVMError
 from utilityvm.scsi.mount import Mount
 from utilityvm.scsi.ports import DiskRecord, DiskRequest, OpenDisk
-from utilityvm.scsi.reservation import Claim
+from utilityvm.scsi.reservation import Claim, are_forced
 from utilityvm.scsi.slot import Slot
-from utilityvm.scsi.transitions import DiskState, Event, next_disk_state
+from utilityvm.scsi.transitions import ON_BUS, DiskState, Event, next_disk_state
+
+
+@dataclass(eq=False, slots=True)
+class Resize:
+    """A size that a caller wants the disk to have, and waits for."""
+
+    size_bytes: int
+    waiter: asyncio.Future[None]
 
 
 @dataclass(eq=False, slots=True)
@@ -29,7 +38,8 @@ class Disk:
     mounts: dict[str, Mount] = field(default_factory=dict)
     claims: dict[str, Claim] = field(default_factory=dict)
     leaving: dict[str, Claim] = field(default_factory=dict)
-    force: bool = False  # the next unmount and eject may be forced
+    resizes: deque[Resize] = field(default_factory=deque)  # those whose turn has not come
+    resizing: Resize | None = None  # the one whose turn it is
     worker: asyncio.Task[None] | None = None
     is_kicked: bool = False  # something changed since the worker looked
     stuck: set[str] = field(default_factory=set)  # mounts whose last step failed; tried again when somebody asks
@@ -40,6 +50,28 @@ class Disk:
     @property
     def is_wanted(self) -> bool:
         return bool(self.claims)
+
+    @property
+    def is_on_bus(self) -> bool:
+        return self.state in ON_BUS
+
+    @property
+    def is_forced(self) -> bool:
+        """May its eject be forced?"""
+        return are_forced(self.leaving.values())
+
+    @property
+    def wanted_bytes(self) -> int:
+        """The size that it is to have when all that was asked for is done."""
+        sizes = [self.size_bytes, *(resize.size_bytes for resize in self.resizes)]
+        return max(sizes if self.resizing is None else [*sizes, self.resizing.size_bytes])
+
+    def take_resizes(self) -> list[asyncio.Future[None]]:
+        """Forget every size that was asked for; gives those who wait for them."""
+        asked = [*self.resizes] if self.resizing is None else [self.resizing, *self.resizes]
+        self.resizing = None
+        self.resizes.clear()
+        return [resize.waiter for resize in asked]
 
     def after(self, event: Event) -> DiskState:
         return next_disk_state(self.state, event)

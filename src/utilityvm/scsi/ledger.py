@@ -50,6 +50,8 @@ class Ledger:
             await self._write()
         except StoreError as error:
             self._log.warning("the journal is behind: %s", error)
+        except Exception as error:  # a mistake of ours
+            self._log.error("the journal is behind: %r", error)
 
     async def _write(self, intents: Sequence[Record] = ()) -> None:
         begun = self._done

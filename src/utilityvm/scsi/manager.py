@@ -12,7 +12,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Final, Literal, TypeAlias
@@ -26,12 +26,14 @@ from utilityvm.errors import (
     NoControllers,
     NotAttached,
     UtilityVMError,
+    WrongLoop,
     WrongState,
 )
 from utilityvm.log import logger
 from utilityvm.scsi.book import Book
+from utilityvm.scsi.disk import Disk, Resize
 from utilityvm.scsi.document import ScsiState
-from utilityvm.scsi.events import Events, ScsiEvent
+from utilityvm.scsi.events import Events, ScsiEvents
 from utilityvm.scsi.ledger import Ledger
 from utilityvm.scsi.migration import check_fits, locate
 from utilityvm.scsi.mount import checked_config
@@ -41,7 +43,7 @@ from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.steps import Steps, StepTimeouts
 from utilityvm.scsi.transitions import DiskState, MountState, ReservationState
 from utilityvm.scsi.views import MountView, SlotView, mount_view, slot_view
-from utilityvm.scsi.worker import Workers, tell
+from utilityvm.scsi.worker import Workers, resolve, would_shrink
 
 DEFAULT_TIMEOUT_S: Final = 60.0
 _MAX_BYTES: Final = (1 << 63) - 512  # QEMU's sizes are signed
@@ -109,8 +111,9 @@ class ScsiManager:
         self._gone: UtilityVMError | None = None
         self._exported = False
         self._imported: tuple[ScsiState, Holder] | None = None
-        self._resizing = 0
         self._still: str | None = None  # why nothing may change just now
+        self._is_resuming = False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def add(
         self,
@@ -137,7 +140,9 @@ class ScsiManager:
             DeadlineExceeded: it was not done within `timeout_s` seconds; it is undone in the background.
             StoreError: the journal took no intent; the step was not sent.
             VMGone: the VM died.
+            WrongLoop: the manager is for another event loop. So says every call.
         """
+        self._enter()
         self._check_open()
         if mount is None and guest_path is not None:
             raise InvalidRequest(
@@ -150,26 +155,20 @@ class ScsiManager:
         if not self._book.free.capacity:
             raise NoControllers("the VM has no SCSI controller", vm=self._vm, remedy="start it with 1 to 4 controllers")
         self._guest.check(None, mount)
-        limit = asyncio.timeout(timeout_s)
-        try:
-            async with limit:
-                opened = await self._host.open(request)
-                try:
-                    self._check_open()
-                    claim = self._book.claim(request, opened, mount, guest_path, holder)
-                except BaseException:
-                    opened.close()
-                    raise
-                await self._until_settled(claim)
-        except TimeoutError:
-            if not limit.expired():
+        remedy = "what was begun is undone in the background; ask again later"
+        async with self._deadline(f"{request.host_path} was not attached", timeout_s, remedy, request):
+            opened = await self._host.open(request)
+            try:
+                self._check_open()
+                claim = self._book.claim(request, opened, mount, guest_path, holder)
+            except BaseException:
+                opened.close()
                 raise
-            raise DeadlineExceeded(
-                f"{request.host_path} was not attached within {timeout_s:g} s",
-                vm=self._vm,
-                host_path=request.host_path,
-                remedy="what was begun is undone in the background; ask again later",
-            ) from None
+            try:
+                await self._until_settled(claim)
+            except BaseException:
+                self._give_up(claim)  # its caller does not get it, whatever the reason, and so leaves it to nobody
+                raise
         return claim.reservation()
 
     async def release(
@@ -177,52 +176,24 @@ class ScsiManager:
     ) -> None:
         """Give a reservation back. The last one of a mount unmounts it; the last one of a disk ejects and detaches it.
 
-        Returns when that is done. If it fails the reservation is still there to be released, and the next release goes
-        on from the step that failed. If the guest still uses it, and nothing was done yet, it is held as before.
-        `force` unmounts and ejects what the guest still uses.
+        Returns when that is done. If it fails and nothing was done, it is held as before. If something was done, it is
+        there to be released, and the next release goes on from the step that failed.
+
+        `force` unmounts and ejects what the guest still uses, and what can no longer be written out. It belongs to this
+        call: a step by which others leave as well is forced only if they asked for it too.
 
         Raises:
             AlreadyReleased: it was given back before, or is being given back.
             NotAttached: there is no such reservation.
-            GuestBusy, GuestRefused, HostRefused, OutcomeUnknown: a step failed; the disk is as `slots` shows it.
+            NotSupported: `force`, which this guest does not know; nothing changed.
+            GuestBusy, GuestRefused, HostRefused, OutcomeUnknown, StoreError: a step failed; the disk is as `slots`
+                shows it.
             DeadlineExceeded: not done within `timeout_s` seconds; it goes on in the background.
         """
-        self._check_not_migrating()
-        id = reservation if isinstance(reservation, str) else reservation.id
-        claim = self._book.claims.get(id)
-        if claim is None:
-            if self._workers.released.get(id) is False:
-                self._workers.released[id] = (
-                    True  # the release that failed before was finished since, and now its caller knows
-                )
-                return
-            if id in self._workers.released:
-                raise AlreadyReleased(f"reservation {id} was released before", vm=self._vm)
-            raise NotAttached(
-                f"there is no reservation {id}", vm=self._vm, remedy="`uvm ls` shows those that there are"
-            )
-        if claim.waiter is not None and not claim.waiter.done():
-            raise AlreadyReleased(f"reservation {id} is being released", vm=self._vm)
-        if force:
-            claim.disk.force = True
-        limit = asyncio.timeout(timeout_s)
-        try:
-            async with limit:
-                self._begin_release(claim)
-                if claim.id in self._book.claims:
-                    await self._until_settled(claim)
-                else:  # others hold on to all of it
-                    await self._ledger.flush()
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise DeadlineExceeded(
-                f"{claim.disk.request.host_path} was not released within {timeout_s:g} s",
-                vm=self._vm,
-                slot=claim.disk.slot,
-                host_path=claim.disk.request.host_path,
-                remedy="it goes on in the background; release it again to wait for it",
-            ) from None
+        self._enter()
+        claim = self._begin_release(reservation, force=force)
+        if claim is not None:
+            await self._until_released(claim, timeout_s)
 
     async def remove(
         self,
@@ -235,18 +206,22 @@ class ScsiManager:
     ) -> None:
         """Drop one reference of the disk: the newest of `holder`, or the newest of all without one.
 
+        One that is being released is no longer among them, so that two calls at once drop two.
+
         Raises:
             NotAttached: the disk, or that holder's reservation, is not there.
             others: as `release`.
         """
+        self._enter()
         self._check_not_migrating()
         disk = self._book.find(host_path, identity)
         candidates = [
             claim
             for claim in (*disk.claims.values(), *disk.leaving.values())
-            if holder is None or claim.holder.name == holder
+            if (holder is None or claim.holder.name == holder)
+            and claim.state is not ReservationState.PENDING
+            and not claim.is_awaited
         ]
-        candidates = [claim for claim in candidates if claim.state is not ReservationState.PENDING]
         if not candidates:
             whose = f" of {holder}" if holder else ""
             raise NotAttached(f"{host_path}: there is no reservation{whose}", vm=self._vm, host_path=host_path)
@@ -265,30 +240,48 @@ class ScsiManager:
         """Add several disks at the same time.
 
         `each`: every result stands for itself, errors among them. `all`: if one fails, those that came are given back
-        and its error is raised.
+        and its error is raised. Cancelled: all of them are given back, in the background.
         """
-        results = await asyncio.gather(
-            *(
+        self._enter()
+        adding = [
+            asyncio.ensure_future(
                 self.add(item.disk, mount=item.mount, guest_path=item.guest_path, holder=holder, timeout_s=timeout_s)
-                for item in requests
-            ),
-            return_exceptions=True,
-        )
-        failures = [result for result in results if isinstance(result, BaseException)]
+            )
+            for item in requests
+        ]
+        try:
+            if adding:
+                await asyncio.wait(adding)
+        except BaseException:
+            for one in adding:
+                one.cancel()
+                one.add_done_callback(self._give_up_result)  # also what was there before, or came all the same
+            raise
+        failures = [error for one in adding if (error := _failure(one)) is not None]
         unexpected = [failure for failure in failures if not isinstance(failure, UtilityVMError)]
         if failures and (which == "all" or unexpected):
-            done = [result for result in results if isinstance(result, Reservation)]
-            await asyncio.gather(*(self.release(one, timeout_s=timeout_s) for one in done), return_exceptions=True)
+            await self._give_up_all([one.result() for one in adding if _failure(one) is None], timeout_s)
             raise (unexpected or failures)[0]
+        results = [_failure(one) or one.result() for one in adding]
         return [result for result in results if isinstance(result, (Reservation, UtilityVMError))]
 
     async def remove_many(
         self, reservations: Iterable[Reservation | str], *, timeout_s: float = DEFAULT_TIMEOUT_S, force: bool = False
     ) -> list[UtilityVMError | None]:
-        """Release several reservations at the same time; what became of each, in order."""
-        results = await asyncio.gather(
-            *(self.release(one, timeout_s=timeout_s, force=force) for one in reservations), return_exceptions=True
-        )
+        """Release several reservations at the same time; what became of each, in order.
+
+        All of them are being released when this first waits: cancelled, it leaves that to go on in the background.
+        """
+        self._enter()
+        claims: list[Claim | UtilityVMError | None] = []
+        for one in reservations:
+            try:
+                claims.append(self._begin_release(one, force=force))
+            except UtilityVMError as error:
+                claims.append(error)
+        waiting = [self._until_released(claim, timeout_s) for claim in claims if isinstance(claim, Claim)]
+        ends = iter(await asyncio.gather(*waiting, return_exceptions=True))
+        results = [next(ends) if isinstance(claim, Claim) else claim for claim in claims]
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, UtilityVMError):
                 raise result
@@ -299,42 +292,38 @@ class ScsiManager:
     ) -> None:
         """Grow the disk, its image, and the file systems that are mounted from all of it.
 
-        `timeout_s`: None: as the manager's timeouts say.
+        Requests for one disk are met one after the other, in the order of asking; it never shrinks. `timeout_s`: None:
+        as the manager's timeouts say.
 
         Raises:
             NotAttached: it is not attached now.
-            InvalidRequest: it is larger than that, or no disk can have that size.
+            InvalidRequest: it is larger than that, or is just getting larger; or no disk can have that size.
             HostRefused, NotSupported: the host cannot; nothing changed.
             GuestRefused: the disk is larger now, a file system is not; ask again with the same size.
-            DeadlineExceeded, OutcomeUnknown: no answer in time; ask again with the same size.
+            DeadlineExceeded: no answer in time; what was begun goes on in the background. Ask again with the same size.
+            OutcomeUnknown: no answer; ask again with the same size.
         """
+        self._enter()
         self._check_open()
         disk = self._book.find(host_path, identity)
-        if disk.state is not DiskState.ATTACHED or disk.request.read_only:
-            state = "read-only" if disk.request.read_only else disk.state
+        if not disk.is_on_bus or not disk.is_wanted or disk.request.read_only:
+            state = "read-only" if disk.request.read_only else disk.state if disk.is_wanted else "being released"
             raise NotAttached(f"{host_path} is {state}: it cannot be resized", vm=self._vm, slot=disk.slot)
-        if size_bytes < disk.size_bytes:
-            raise InvalidRequest(
-                f"{host_path} has {disk.size_bytes} bytes; shrinking it to {size_bytes} would lose data",
-                slot=disk.slot,
-                host_path=host_path,
-                remedy="give a larger size",
-            )
+        if size_bytes < disk.wanted_bytes:
+            raise would_shrink(disk, size_bytes, disk.wanted_bytes)
         if size_bytes % 512 or size_bytes > _MAX_BYTES:
             remedy = f"give a multiple of 512, of {_MAX_BYTES} at the most"
             raise InvalidRequest(f"{host_path} cannot have {size_bytes} bytes", slot=disk.slot, remedy=remedy)
-        ends = time.monotonic() + (self._timeouts.resize if timeout_s is None else timeout_s)
-        self._resizing += 1
+        resize = Resize(size_bytes, asyncio.get_running_loop().create_future())
+        disk.resizes.append(resize)
+        self._workers.kick(disk)
+        seconds = self._timeouts.resize if timeout_s is None else timeout_s
         try:
-            if size_bytes > disk.size_bytes:
-                await self._host.resize(disk.slot, attachment=disk.id, size_bytes=size_bytes, timeout_s=_left(ends))
-                disk.size_bytes = size_bytes
-                self._ledger.note([disk.record()])
-                await self._ledger.flush()
-            mounted = [(m.config, m.guest_path) for m in disk.mounts.values() if m.state is MountState.MOUNTED]
-            await self._guest.grow(disk.slot, mounts=mounted, timeout_s=_left(ends))
+            async with self._deadline(f"{host_path} was not resized", seconds, "ask again with the same size", disk):
+                await resize.waiter
         finally:
-            self._resizing -= 1
+            if resize in disk.resizes:  # nothing was sent, and nothing will be
+                disk.resizes.remove(resize)
 
     def guest_path(self, host_path: str, *, identity: str | None = None) -> PurePosixPath | None:
         """Where the disk is mounted first; None if it is attached only.
@@ -366,8 +355,8 @@ class ScsiManager:
         """Every reservation that is held, the oldest first."""
         return [claim.reservation() for claim in self._book.claims.values() if claim.state is ReservationState.HELD]
 
-    def events(self) -> AsyncIterator[ScsiEvent]:
-        """What happens from now on. A listener that is slower than that is told how many it lost."""
+    def events(self) -> ScsiEvents:
+        """What happens from this call on, until the VM's end. A listener that is too slow is told how many it lost."""
         return self._events.listen()
 
     async def restore(self, *, is_alive: Callable[[Holder], bool], sizes: Mapping[str, int] | None = None) -> list[str]:
@@ -409,25 +398,23 @@ class ScsiManager:
         this fails, the manager goes on as before. Another owner that opens the VM meanwhile knows nothing of it.
 
         Raises:
-            WrongState: a disk or a mount is half-way, or is being resized; names it.
+            WrongState: a disk or a mount is half-way; names it.
             DeadlineExceeded: what was under way did not end within `timeout_s` seconds.
         """
+        self._enter()
         self._check_open()
         self._exported = True
-        limit = asyncio.timeout(timeout_s)
+        self._workers.hold_still(True)
         try:
-            async with limit:
+            async with self._deadline("the disks were not settled", timeout_s, "ask again"):
                 await self.settle()
             if self._gone is not None:
                 raise self._gone
-            if self._resizing:
-                raise WrongState("a disk is being resized", vm=self._vm, remedy="export when that is done")
             state = ScsiState.of(self._book.in_order(), controllers=self._book.free.controllers)
             await self._ledger.flush()
-        except BaseException as error:
+        except BaseException:
             self._exported = False
-            if isinstance(error, TimeoutError) and limit.expired():
-                raise DeadlineExceeded(f"not settled within {timeout_s:g} s", vm=self._vm, remedy="ask again") from None
+            self._workers.hold_still(False)
             raise
         return state
 
@@ -464,17 +451,20 @@ class ScsiManager:
             StoreError: the journal did not take it.
             others: as `add`, for a disk that cannot be opened here.
         """
+        self._enter()
         if self._gone is not None:
             raise self._gone
-        if not self._exported and self._imported is None:
-            raise WrongState("nothing was exported or imported", vm=self._vm)
-        self._exported = False
+        if self._is_resuming or not (self._exported or self._imported):
+            why = "it is being resumed" if self._is_resuming else "nothing was exported or imported"
+            raise WrongState(why, vm=self._vm)
         if self._imported is None:
+            self._exported = False
+            self._workers.hold_still(False)
             return []
         state, holder = self._imported
-        limit = asyncio.timeout(timeout_s)
+        self._is_resuming = True
         try:
-            async with limit:
+            async with self._deadline("not everything was looked at", timeout_s, "resume again"):
                 records = await locate(
                     state,
                     self._host,
@@ -483,15 +473,13 @@ class ScsiManager:
                     new_id=self._new_id,
                     timeout_s=self._timeouts.probe,
                 )
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise DeadlineExceeded(
-                f"not everything was looked at within {timeout_s:g} s", vm=self._vm, remedy="resume again"
-            ) from None
-        if self._imported is None or self._gone is not None:
-            raise self._gone or WrongState("it was resumed meanwhile", vm=self._vm)
-        await self._journal.write(records)
+                if self._gone is not None:
+                    raise self._gone
+                await self._journal.write(records)
+        finally:
+            self._is_resuming = False
+        if self._gone is not None:
+            raise self._gone
         self._imported = None
         return await self._take_up(records, lambda _: True, {})
 
@@ -505,6 +493,7 @@ class ScsiManager:
         Raises:
             Migrating: the state was exported, and not resumed.
         """
+        self._enter()
         self._check_not_migrating()
         for disk in list(self._book.disks.values()):
             self._workers.kick(disk)
@@ -521,6 +510,7 @@ class ScsiManager:
         if self._gone is not None:
             return
         self._gone = error
+        self._events.end()
         for worker in self._workers.tasks:
             worker.cancel()
         dropped: list[Record] = []
@@ -528,10 +518,12 @@ class ScsiManager:
             dropped += [disk.record(), *(mount.record() for mount in disk.mounts.values())]
             disk.close_opened()
             self._book.free.give_back(disk.slot)
+            for waiter in disk.take_resizes():
+                resolve(waiter, error)
         for claim in self._book.claims.values():
             dropped.append(claim.record())
             # What a release was to let go of is gone.
-            tell(claim, None if claim.state is ReservationState.RELEASING else error)
+            resolve(claim.waiter, None if claim.state is ReservationState.RELEASING else error)
             self._workers.remember_released(claim)
         self._book.disks.clear()
         self._book.paths.clear()
@@ -539,20 +531,42 @@ class ScsiManager:
         self._ledger.note([], dropped)
         self._workers.write_soon()
 
-    def _check_open(self) -> None:
-        if self._gone is not None:
-            raise self._gone
-        self._check_not_migrating()
-
     @contextmanager
     def held_still(self, why: str) -> Iterator[None]:
-        """Whoever asks for a change until the block ends is refused, with these words. What had begun goes on."""
+        """Whoever asks for a change until the block ends is refused, with these words. What had begun goes on.
+
+        Once `settle` has returned nothing more is sent, also to undo what a caller gives up: that waits for the end.
+        """
+        self._enter()
         self._check_open()
         self._still = why
+        self._workers.hold_still(True)
         try:
             yield
         finally:
             self._still = None
+            self._workers.hold_still(False)
+
+    def close(self) -> None:
+        """Nobody will ask any more: subscriptions end. Work that is under way goes on."""
+        self._events.end()
+
+    def _enter(self) -> None:
+        """The first call decides which event loop the manager is for.
+
+        Raises:
+            WrongLoop: it is for another.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif loop is not self._loop:
+            raise wrong_loop(self._vm)
+
+    def _check_open(self) -> None:
+        if self._gone is not None:
+            raise self._gone
+        self._check_not_migrating()
 
     def _check_not_migrating(self) -> None:
         if self._still is not None:
@@ -561,38 +575,101 @@ class ScsiManager:
             what = "exported" if self._exported else "imported, and not resumed"
             raise Migrating(f"the manager's state was {what}", vm=self._vm, remedy="resume it first")
 
+    @asynccontextmanager
+    async def _deadline(
+        self, what: str, seconds: float, remedy: str, about: Disk | DiskRequest | None = None
+    ) -> AsyncIterator[None]:
+        """Raises:
+        DeadlineExceeded: the block did not end within that time; says what was not done, and what to do.
+        """
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            request = about.request if isinstance(about, Disk) else about
+            raise DeadlineExceeded(
+                f"{what} within {seconds:g} s",
+                vm=self._vm,
+                slot=about.slot if isinstance(about, Disk) else None,
+                host_path=None if request is None else request.host_path,
+                remedy=remedy,
+            ) from None
+
     async def _until_settled(self, claim: Claim) -> None:
-        """Wait until the claim is held, or gone. Who stops waiting for one that is not held gives it up."""
-        disk = claim.disk
-        if claim.waiter is None and disk.worker is None and self._workers.try_settle(claim):
+        """Return when the claim is held."""
+        if self._workers.try_settle(claim):
             await self._ledger.flush()
             return
         claim.waiter = asyncio.get_running_loop().create_future()
-        self._workers.kick(disk)
-        try:
-            await claim.waiter
-        except asyncio.CancelledError:
-            if claim.state is not ReservationState.RELEASING and claim.id in self._book.claims:
-                self._begin_release(claim)
-                self._workers.kick(disk)
-            raise
+        self._workers.kick(claim.disk)
+        await claim.waiter
 
-    def _begin_release(self, claim: Claim) -> None:
-        """From here on the claim wants nothing."""
-        disk, mount = claim.disk, claim.mount
+    def _begin_release(self, reservation: Reservation | str, *, force: bool) -> Claim | None:
+        """Everything that can be refused is refused here. None: it is gone, and nobody had been told so."""
+        self._check_not_migrating()
+        id = reservation if isinstance(reservation, str) else reservation.id
+        claim = self._book.claims.get(id)
+        if claim is None:
+            if self._workers.released.get(id) is False:
+                self._workers.released[id] = True
+                return None
+            if id in self._workers.released:
+                raise AlreadyReleased(f"reservation {id} was released before", vm=self._vm)
+            raise NotAttached(
+                f"there is no reservation {id}", vm=self._vm, remedy="`uvm ls` shows those that there are"
+            )
+        if claim.is_awaited:
+            doing = "made" if claim.state is ReservationState.PENDING else "released"
+            raise AlreadyReleased(f"reservation {id} is being {doing}", vm=self._vm)
+        if force:
+            self._guest.check_force(claim.disk.slot)
+        self._book.give_back(claim, force=force)
         claim.waiter = None
-        if claim.state is not ReservationState.RELEASING:
-            disk.claims.pop(claim.id, None)
-            if mount is not None:
-                mount.claims.pop(claim.id, None)
-            claim.was_held = claim.state is ReservationState.HELD
-            claim.state = ReservationState.RELEASING
-            disk.leaving[claim.id] = claim
-            self._ledger.note([claim.record()])
-            if disk.worker is None:
-                self._workers.try_settle(claim)
+        if not self._workers.try_settle(claim):
+            claim.waiter = asyncio.get_running_loop().create_future()
+            self._workers.kick(claim.disk)
+        return claim
+
+    async def _until_released(self, claim: Claim, timeout_s: float) -> None:
+        path, remedy = claim.disk.request.host_path, "it goes on in the background; release it again to wait for it"
+        async with self._deadline(f"{path} was not released", timeout_s, remedy, claim.disk):
+            if claim.waiter is not None:
+                await claim.waiter
+            else:  # others hold on to all of it
+                await self._ledger.flush()
+        self._workers.released[claim.id] = True
+
+    def _give_up(self, claim: Claim) -> None:
+        """A claim of which nobody knows: it is undone in the background."""
+        if self._book.claims.get(claim.id) is claim and claim.state is not ReservationState.RELEASING:
+            self._book.give_back(claim, force=False)
+            claim.was_held, claim.waiter = False, None
+            self._workers.try_settle(claim)
+            self._workers.kick(claim.disk)
+
+    def _give_up_result(self, adding: asyncio.Future[Reservation]) -> None:
+        if _failure(adding) is None and (claim := self._book.claims.get(adding.result().id)) is not None:
+            self._give_up(claim)
+
+    async def _give_up_all(self, held: Sequence[Reservation], timeout_s: float) -> None:
+        """Give back what a batch had, and wait until that is done or has failed."""
+        claims = [claim for one in held if (claim := self._book.claims.get(one.id)) is not None]
+        for claim in claims:
+            self._give_up(claim)
+        if workers := [claim.disk.worker for claim in claims if claim.disk.worker is not None]:
+            await asyncio.wait(workers, timeout=timeout_s)
 
 
-def _left(ends: float) -> float:
-    """The seconds until then; what is late gets no time, and is not left out."""
-    return max(ends - time.monotonic(), 0.001)
+def wrong_loop(vm: str | None) -> WrongLoop:
+    return WrongLoop(
+        "the VM belongs to another event loop: the one that started or opened it",
+        vm=vm,
+        remedy="do all of it in one asyncio.run; or start the VM with keep, and open it in this loop",
+    )
+
+
+def _failure(adding: asyncio.Future[Reservation]) -> BaseException | None:
+    return asyncio.CancelledError() if adding.cancelled() else adding.exception()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from utilityvm.bridge.guest_path import mountable
 from utilityvm.errors import ConfigDiffers, InvalidRequest, UtilityVMError
 from utilityvm.scsi.ports import CallerKey, MountConfig, MountRecord, ScratchKey
+from utilityvm.scsi.reservation import are_forced
 from utilityvm.scsi.transitions import Event, MountState, next_mount_state
 
 if TYPE_CHECKING:
@@ -123,6 +124,11 @@ class Mount:
     @property
     def is_wanted(self) -> bool:
         return bool(self.claims)
+
+    @property
+    def is_forced(self) -> bool:
+        """May its unmount be forced?"""
+        return are_forced(claim for claim in self.disk.leaving.values() if claim.mount is self)
 
     def after(self, event: Event) -> MountState:
         return next_mount_state(self.state, event)

@@ -189,13 +189,25 @@ class HostBackend(Protocol):
         """
         ...
 
-    async def resize(self, slot: Slot, *, attachment: str, size_bytes: int, timeout_s: float) -> None:
-        """Grow the image and tell the guest's device. The size was checked to be larger than before.
+    async def resize(self, slot: Slot, *, attachment: str, size_bytes: int, timeout_s: float) -> int:
+        """Grow the image and tell the guest's device. Returns the size in bytes that the disk has then.
+
+        Never shrinks: the size that the disk really has is compared first, and if it is as large or larger, nothing is
+        sent.
 
         Raises:
             InvalidRequest: not whole sectors.
             NotAttached: there is no such attachment.
             NotSupported: a read-only disk, or one that this host cannot grow.
+        """
+        ...
+
+    async def size(self, slot: Slot, *, attachment: str, timeout_s: float) -> int:
+        """The size in bytes that the guest's device has. Asked after a resize that got no answer.
+
+        Raises:
+            NotAttached: there is no such attachment.
+            NotSupported: this host grows no disks, and so need not be asked.
         """
         ...
 
@@ -220,6 +232,17 @@ class GuestBackend(Protocol):
         """
         ...
 
+    def check_force(self, slot: Slot) -> None:
+        """Refuse a forced release that this guest can never do, whatever is mounted and whoever uses it.
+
+        Asked before the reservation is touched. A guest whose agent knows no force raises here, and need not be asked
+        again: `unmount` and `eject` come with `force` only after this has returned. Sends nothing.
+
+        Raises:
+            NotSupported: says what to do instead.
+        """
+        ...
+
     async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
         """Mount the partition at `guest_path`; a refusal changes nothing there.
 
@@ -231,7 +254,9 @@ class GuestBackend(Protocol):
     async def unmount(
         self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float, force: bool
     ) -> None:
-        """Unmount and flush. Nothing mounted there is done. `force` detaches lazily what is still in use.
+        """Unmount and flush. Nothing mounted there is done.
+
+        `force` detaches lazily what is still in use, and unmounts what cannot be flushed any more.
 
         Raises:
             InvalidRequest: another disk is mounted there; it stays.
@@ -240,7 +265,7 @@ class GuestBackend(Protocol):
         ...
 
     async def eject(self, slot: Slot, *, timeout_s: float, force: bool) -> None:
-        """Flush, and make the guest forget the device. No such device is done.
+        """Flush, and make the guest forget the device. No such device is done. `force`: also if it cannot be flushed.
 
         Raises:
             GuestBusy: a mount, a mapping or an open file uses it, and not `force`.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from utilityvm.scsi.ports import Holder, ReservationRecord
 from utilityvm.scsi.slot import Slot
-from utilityvm.scsi.transitions import ReservationState
+from utilityvm.scsi.transitions import MountState, ReservationState
 
 if TYPE_CHECKING:
     import asyncio
@@ -40,7 +41,17 @@ class Claim:
     since: float
     state: ReservationState = ReservationState.PENDING
     was_held: bool = False  # before it was given back; not so if its caller gave up waiting for it
-    waiter: asyncio.Future[None] | None = None  # who waits for it to be held, or to be gone
+    force: bool = False  # its release asked for force
+    waiter: asyncio.Future[None] | None = None  # of the call that waits for it to be held, or to be gone
+
+    @property
+    def is_awaited(self) -> bool:
+        return self.waiter is not None and not self.waiter.done()
+
+    @property
+    def is_met(self) -> bool:
+        """Is there what it asks for: its disk on the bus, its mount mounted?"""
+        return self.disk.is_on_bus and (self.mount is None or self.mount.state is MountState.MOUNTED)
 
     def record(self) -> ReservationRecord:
         return ReservationRecord(
@@ -61,3 +72,12 @@ class Claim:
             read_only=self.mount.config.read_only if self.mount else self.disk.request.read_only,
             holder=self.holder,
         )
+
+
+def are_forced(leaving: Iterable[Claim]) -> bool:
+    """May the step be forced by which these claims leave? Only if each release asked for it.
+
+    The undoing of an add that failed has no say: nobody ever had what it undoes.
+    """
+    asked = [claim.force for claim in leaving if claim.was_held]
+    return bool(asked) and all(asked)

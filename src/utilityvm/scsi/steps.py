@@ -10,6 +10,7 @@ from utilityvm.errors import (
     DeadlineExceeded,
     GuestRefused,
     HostRefused,
+    NotSupported,
     OutcomeUnknown,
     RequestError,
     StoreError,
@@ -40,10 +41,11 @@ class StepTimeouts:
 class StepFailed(Exception):
     """A step did not do what it should. The state says how far it came."""
 
-    def __init__(self, error: UtilityVMError, mount: Mount | None = None) -> None:
+    def __init__(self, error: UtilityVMError, mount: Mount | None = None, *, of_resize: bool = False) -> None:
         super().__init__(error)
         self.error = error
         self.mount = mount
+        self.of_resize = of_resize  # the disk is as it was, for all but the caller who asked for another size
 
 
 class Steps:
@@ -98,7 +100,7 @@ class Steps:
         await self._disk_step(
             disk,
             "eject",
-            lambda: self._guest.eject(disk.slot, timeout_s=self._timeouts.eject, force=disk.force),
+            lambda: self._guest.eject(disk.slot, timeout_s=self._timeouts.eject, force=disk.is_forced),
             still=lambda: not disk.is_wanted,
         )
 
@@ -113,6 +115,9 @@ class Steps:
 
     async def probe_disk(self, disk: Disk) -> None:
         """Look whether the step that got no answer was done."""
+        if disk.state is DiskState.RESIZE_UNKNOWN:
+            await self._probe_size(disk)
+            return
         asks_guest = disk.state is DiskState.EJECT_UNKNOWN
         try:
             if asks_guest:
@@ -126,6 +131,43 @@ class Steps:
         self.enter_disk(disk, Event.FOUND if found else Event.ABSENT)
         if doubt is not None and found is not was_adding:
             raise StepFailed(doubt)
+
+    async def resize(self, disk: Disk, size_bytes: int) -> None:
+        """Have the host grow the disk."""
+
+        async def send() -> None:
+            disk.size_bytes = await self._host.resize(
+                disk.slot, attachment=disk.id, size_bytes=size_bytes, timeout_s=self._timeouts.resize
+            )
+
+        try:
+            await self._disk_step(disk, "resize", send, still=lambda: disk.is_wanted, begin=Event.RESIZE)
+        except StepFailed as failure:
+            raise StepFailed(failure.error, of_resize=True) from failure.__cause__
+
+    async def _probe_size(self, disk: Disk) -> None:
+        try:
+            size_bytes = await self._host.size(disk.slot, attachment=disk.id, timeout_s=self._timeouts.probe)
+        except NotSupported:  # this host grows no disk, and so did not grow this one
+            size_bytes = disk.size_bytes
+        except Exception as error:
+            raise StepFailed(self._undecided(disk, disk, error)) from error
+        doubt, disk.doubt = disk.doubt, None
+        has_grown = size_bytes != disk.size_bytes
+        disk.size_bytes = size_bytes
+        self.enter_disk(disk, Event.FOUND if has_grown else Event.ABSENT)
+        if doubt is not None and not has_grown:
+            raise StepFailed(doubt, of_resize=True)
+
+    async def grow(self, disk: Disk) -> None:
+        """Have the guest see the disk's size, and grow what is mounted. It changes no state, and can be asked anew."""
+        mounted = [(m.config, m.guest_path) for m in disk.mounts.values() if m.state is MountState.MOUNTED]
+        begun = time.perf_counter()
+        try:
+            await self._guest.grow(disk.slot, mounts=mounted, timeout_s=self._timeouts.resize)
+        except Exception as error:
+            raise StepFailed(as_ours(error, f"grow {disk.request.host_path}"), of_resize=True) from error
+        disk.phases["grow"] = time.perf_counter() - begun
 
     async def mount(self, mount: Mount) -> None:
         """Have the guest mount it."""
@@ -149,7 +191,7 @@ class Steps:
                 mount.config,
                 guest_path=mount.guest_path,
                 timeout_s=self._timeouts.unmount,
-                force=disk.force,
+                force=mount.is_forced,
             ),
             still=lambda: not mount.is_wanted,
         )
@@ -181,14 +223,20 @@ class Steps:
         self._events.emit(mount.disk, mount, mount.state, seconds=seconds)
 
     async def _disk_step(
-        self, disk: Disk, phase: str, send: Callable[[], Awaitable[None]], *, still: Callable[[], bool]
+        self,
+        disk: Disk,
+        phase: str,
+        send: Callable[[], Awaitable[None]],
+        *,
+        still: Callable[[], bool],
+        begin: Event = Event.BEGIN,
     ) -> None:
         """`still`: is the step wanted, now that its intent is written? That may have taken a while."""
-        await self._intend_disk(disk)
+        await self._intend_disk(disk, begin)
         if not still():
             self._ledger.note([disk.record()])
             return
-        self.enter_disk(disk, Event.BEGIN, write=False)
+        self.enter_disk(disk, begin, write=False)
         begun = time.perf_counter()
         try:
             await send()
@@ -239,9 +287,9 @@ class Steps:
             remedy="the slot stays taken until the VM answers; ask again",
         )
 
-    async def _intend_disk(self, disk: Disk) -> None:
+    async def _intend_disk(self, disk: Disk, begin: Event) -> None:
         """Write down that the next step of the disk is about to be sent, and for whom it is attached."""
-        state = disk.after(Event.BEGIN)
+        state = disk.after(begin)
         if state is DiskState.ATTACHING:
             self._ledger.note([mount.record() for mount in disk.mounts.values()])
             self._ledger.note(

@@ -20,6 +20,8 @@ class DiskState(StrEnum):
     ATTACHING = "attaching"  # sent to the host
     ATTACH_UNKNOWN = "attach unknown"  # no answer: it may be on the bus
     ATTACHED = "attached"  # on the bus; mounts may come and go
+    RESIZING = "resizing"  # sent to the host; on the bus all the while, and so are its mounts
+    RESIZE_UNKNOWN = "resize unknown"  # no answer: it may have grown
     EJECTING = "ejecting"  # sent to the guest
     EJECT_UNKNOWN = "eject unknown"  # no answer: the guest may still have it
     EJECTED = "ejected"  # the guest let go; it is still on the bus
@@ -39,12 +41,13 @@ class MountState(StrEnum):
 
 
 class Event(StrEnum):
-    BEGIN = "begin"  # the next step is about to be sent
+    BEGIN = "begin"  # the next step on its way in or out is about to be sent
+    RESIZE = "resize"  # a resize is about to be sent
     DONE = "done"  # the peer says that it happened
     REFUSED = "refused"  # the peer says that it did not
     NO_ANSWER = "no answer"  # the connection or the deadline went first
-    FOUND = "found"  # a probe saw it there
-    ABSENT = "absent"  # a probe saw that it is not there
+    FOUND = "found"  # a probe saw it there; of a resize: that it grew
+    ABSENT = "absent"  # a probe saw that it is not there; that it did not grow
     UNUSED = "unused"  # nobody holds it, and nothing was ever sent
     WANTED = "wanted"  # somebody asked for it anew while it was on its way out
 
@@ -65,6 +68,12 @@ DISK_TABLE: Final[Mapping[tuple[DiskState, Event], DiskState]] = {
     (_D.ATTACHING,      _E.NO_ANSWER): _D.ATTACH_UNKNOWN,
     (_D.ATTACH_UNKNOWN, _E.FOUND):     _D.ATTACHED,
     (_D.ATTACH_UNKNOWN, _E.ABSENT):    _D.RESERVED,
+    (_D.ATTACHED,       _E.RESIZE):    _D.RESIZING,
+    (_D.RESIZING,       _E.DONE):      _D.ATTACHED,
+    (_D.RESIZING,       _E.REFUSED):   _D.ATTACHED,
+    (_D.RESIZING,       _E.NO_ANSWER): _D.RESIZE_UNKNOWN,
+    (_D.RESIZE_UNKNOWN, _E.FOUND):     _D.ATTACHED,
+    (_D.RESIZE_UNKNOWN, _E.ABSENT):    _D.ATTACHED,
     (_D.ATTACHED,       _E.BEGIN):     _D.EJECTING,
     (_D.EJECTING,       _E.DONE):      _D.EJECTED,
     (_D.EJECTING,       _E.REFUSED):   _D.ATTACHED,
@@ -96,6 +105,11 @@ MOUNT_TABLE: Final[Mapping[tuple[MountState, Event], MountState]] = {
     (_M.UNMOUNT_UNKNOWN, _E.ABSENT):    _M.UNMOUNTED,
     (_M.UNMOUNTED,       _E.WANTED):    _M.RESERVED,
 }  # fmt: skip
+
+# In these states the disk is on the bus and the guest may use it.
+ON_BUS: Final = frozenset({_D.ATTACHED, _D.RESIZING, _D.RESIZE_UNKNOWN})
+# The answer is out. Found at a restart, or after a mistake of ours, it counts as none.
+WAITING: Final = frozenset({_D.ATTACHING, _D.RESIZING, _D.EJECTING, _D.DETACHING})
 
 _S = TypeVar("_S", DiskState, MountState)
 

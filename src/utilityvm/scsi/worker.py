@@ -1,17 +1,18 @@
 """The workers: a task for each disk that is not as its claims want it, which takes step after step until it is.
 
-So there is one place that sends steps for a disk. Whoever changes a claim kicks the worker; whoever waits for a claim
-is told by it.
+So there is one place that sends steps for a disk. Whoever changes a claim kicks the worker; a caller that waits for a
+claim is told by it. A worker never ends while somebody waits for its disk.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
 
-from utilityvm.errors import GuestBusy, UtilityVMError
+from utilityvm.errors import InvalidRequest, NotAttached, OutcomeUnknown, UtilityVMError
 from utilityvm.log import BoundLogger
 from utilityvm.scsi.book import Book
 from utilityvm.scsi.disk import Disk
@@ -20,9 +21,22 @@ from utilityvm.scsi.ledger import Ledger
 from utilityvm.scsi.mount import Mount
 from utilityvm.scsi.reservation import Claim
 from utilityvm.scsi.steps import StepFailed, Steps, as_ours
-from utilityvm.scsi.transitions import DiskState, Event, MountState, ReservationState
+from utilityvm.scsi.transitions import WAITING, DiskState, Event, MountState, ReservationState
 
 _REMEMBERED: Final = 4096  # released reservations whose second release gets its own error
+_MISTAKES: Final = 3  # of ours in one run, and the disk stays as it is until somebody asks again
+
+Waiter: TypeAlias = "asyncio.Future[None] | None"
+
+
+@dataclass(slots=True)
+class _Run:
+    """What one run of a worker has to tell. `undone`: callers of adds that failed, told when all is undone."""
+
+    told: list[tuple[Waiter, UtilityVMError | None]] = field(default_factory=list)
+    undone: list[tuple[Waiter, UtilityVMError]] = field(default_factory=list)
+    last: UtilityVMError | None = None  # the failure that came last
+    mistakes: int = 0
 
 
 class Workers:
@@ -34,87 +48,123 @@ class Workers:
         self._ledger = ledger
         self._events = events
         self._log = log
-        self.released: OrderedDict[str, bool] = OrderedDict()  # False: its caller was told that it failed
+        self.released: OrderedDict[str, bool] = OrderedDict()  # True: the caller of its release knows
         self.tasks: set[asyncio.Task[None]] = set()
+        self._is_still = False
+        self._kicked_meanwhile: set[Disk] = set()
 
     def kick(self, disk: Disk) -> None:
-        """See to it that the disk becomes as its claims want it."""
+        """See to it that the disk becomes as its claims want it; when all is held still, afterwards."""
         disk.stuck.clear()
         disk.halted = False
         disk.is_kicked = True
-        if disk.worker is None:
-            disk.worker = asyncio.get_running_loop().create_task(self._work(disk))
-            self.tasks.add(disk.worker)
-            disk.worker.add_done_callback(self.tasks.discard)
+        if disk.worker is not None:
+            return
+        if self._is_still:
+            self._kicked_meanwhile.add(disk)
+            return
+        disk.worker = self._spawn(self._work(disk))
+
+    def hold_still(self, is_still: bool) -> None:
+        """Begin no work while this is so. What is under way goes on to its end."""
+        self._is_still = is_still
+        while self._kicked_meanwhile and not is_still:
+            disk = self._kicked_meanwhile.pop()
+            if self._book.has(disk):
+                self.kick(disk)
 
     def write_soon(self) -> None:
         """Have the journal take what was noted, in the background."""
-        task = asyncio.get_running_loop().create_task(self._ledger.flush())
+        self._spawn(self._ledger.flush())
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+        return task
 
     async def _work(self, disk: Disk) -> None:
-        failed: list[tuple[Claim, UtilityVMError]] = []
+        run = _Run()
         try:
             goes_on = True
-            while goes_on or (disk.is_kicked and disk.identity in self._book.disks):
+            while goes_on or (disk.is_kicked and self._book.has(disk)):
                 disk.is_kicked = False
                 try:
-                    goes_on = await self._advance(disk)
+                    goes_on = await self._advance(disk, run)
                 except StepFailed as failure:
-                    self._note_failure(disk, failure, failed)
+                    self._note_failure(disk, failure, run)
                     goes_on = not disk.halted
-                await self._settle_claims(disk)
-        except Exception as error:  # a mistake of ours: nobody may wait for ever because of it
+                except Exception as error:  # a mistake of ours goes the way of every failure
+                    self._log.error("a step of %s failed: %r", disk.slot, error, host_path=disk.request.host_path)
+                    ours = as_ours(error, f"{disk.request.host_path} at {disk.slot}")
+                    self._note_failure(disk, StepFailed(ours), run)
+                    run.mistakes += 1
+                    disk.halted = run.mistakes == _MISTAKES
+                    goes_on = not disk.halted
+                await self._tell(disk, run)
+        except Exception as error:
             self._log.error("the worker of %s failed: %r", disk.slot, error, host_path=disk.request.host_path)
-            ours = as_ours(error, f"{disk.request.host_path} at {disk.slot}")
-            for claim in (*disk.claims.values(), *disk.leaving.values()):
-                tell(claim, ours)
+            run.last = as_ours(error, f"{disk.request.host_path} at {disk.slot}")
         finally:
             disk.worker = None
-            disk.force = False
             if disk.state is DiskState.ATTACHED:
                 disk.close_opened()
+            self._leave_nobody_waiting(disk, run)
             try:
                 await self._ledger.flush()
             finally:
-                for claim, why in failed:
-                    tell(claim, why)
+                for waiter, outcome in (*run.told, *run.undone):
+                    resolve(waiter, outcome)
 
-    async def _settle_claims(self, disk: Disk) -> None:
-        settled = [
-            claim
-            for claim in (*disk.claims.values(), *disk.leaving.values())
-            if claim.state is not ReservationState.HELD and self.try_settle(claim)
-        ]
-        if not settled:
-            return
-        waiters = [claim.waiter for claim in settled]  # those of now: a claim that is held can be given back meanwhile
-        try:
+    async def _tell(self, disk: Disk, run: _Run) -> None:
+        """Tell those whose claim is settled, or was refused, once the journal has it."""
+        for claim in (*disk.claims.values(), *disk.leaving.values()):
+            if claim.state is not ReservationState.HELD:
+                waiter = claim.waiter  # that of now: what is held can be given back while the journal is written
+                if self.try_settle(claim):
+                    run.told.append((waiter, None))
+        if run.told:
             await self._ledger.flush()
-        finally:
-            for waiter in waiters:
-                if waiter is not None and not waiter.done():
-                    waiter.set_result(None)
+            for waiter, error in run.told:
+                resolve(waiter, error)
+            run.told.clear()
 
-    def _note_failure(self, disk: Disk, failure: StepFailed, failed: list[tuple[Claim, UtilityVMError]]) -> None:
-        """Tell those who waited for the step. New claims fail, once it is undone; released ones stay to be retried."""
+    def _leave_nobody_waiting(self, disk: Disk, run: _Run) -> None:
+        """Nobody may wait for a worker that has ended."""
+        error = run.last or OutcomeUnknown(f"{disk.request.host_path} at {disk.slot} is left {disk.state}")
+        for claim in (*disk.claims.values(), *disk.leaving.values()):
+            if claim.is_awaited and not any(claim.waiter is waiter for waiter, _ in run.told):
+                if _is_whole(claim):
+                    self._book.take_back(claim)
+                run.told.append((claim.waiter, error))
+        run.told += [(waiter, error) for waiter in disk.take_resizes()]
+
+    def _note_failure(self, disk: Disk, failure: StepFailed, run: _Run) -> None:
+        """A step failed. Adds that need it fail, once they are undone; of releases, those that changed nothing are as
+        if they had never been asked for, and the others stay to be retried."""
         mount, error = failure.mount, failure.error
+        run.last = error
         self._events.emit(disk, mount, "failed", error=str(error))
+        if failure.of_resize:
+            self._end_resize(disk, error, run)
+            return
+        before = len(run.told) + len(run.undone)
         for claim in list(disk.claims.values()):
-            if claim.state is ReservationState.PENDING and mount in (None, claim.mount):
+            if claim.state is ReservationState.PENDING and mount in (None, claim.mount) and not claim.is_met:
                 self._book.drop_claim(claim)
                 self._ledger.note([], [claim.record()])
-                failed.append((claim, error))
-        leaving = list(disk.leaving.values())
-        held = [claim for claim in leaving if _is_whole(claim, mount)] if isinstance(error, GuestBusy) else []
-        for claim in held:
+                run.undone.append((claim.waiter, error))
+        blocked = [c for c in disk.leaving.values() if mount is None or c.mount is mount or not disk.is_wanted]
+        whole = [claim for claim in blocked if claim.is_awaited and _is_whole(claim)]
+        whole = [claim for claim in whole if claim.mount is mount] or whole
+        # What is held again is wanted, and so lets go those who asked for force; nobody else need wait any more.
+        back = [claim for claim in whole if not claim.force] or whole
+        for claim in back:
             self._book.take_back(claim)
-            tell(claim, error)
-        for claim in leaving if not held else []:  # what is held again is wanted, so that the others need wait no more
-            if mount is None or claim.mount is mount or not disk.is_wanted:
-                tell(claim, error)
-        if not any(claim.waiter is not None for claim, _ in failed) and not disk.leaving:
+        run.told += [(claim.waiter, error) for claim in back or blocked]
+        if mount is None:
+            run.told += [(waiter, error) for waiter in disk.take_resizes()]
+        if len(run.told) + len(run.undone) == before:
             self._log.warning("%s", error, slot=disk.slot, host_path=disk.request.host_path)
         # Who still wants it now, held it in another VM: it is tried again when somebody asks, and not for ever.
         if mount is not None:
@@ -125,20 +175,22 @@ class Workers:
         elif disk.state is not DiskState.ATTACHED or not disk.is_wanted:
             disk.halted = True
 
-    async def _advance(self, disk: Disk) -> bool:
+    async def _advance(self, disk: Disk, run: _Run) -> bool:
         """Take the next step. False: there is none."""
+        if disk.state in WAITING:  # a worker before this one failed by a mistake of ours
+            self._steps.enter_disk(disk, Event.NO_ANSWER)
         match disk.state:
             case DiskState.RESERVED:
                 if not disk.is_wanted:
                     self._steps.enter_disk(disk, Event.UNUSED)
                     return True
                 await self._steps.attach(disk)
-            case DiskState.ATTACH_UNKNOWN | DiskState.EJECT_UNKNOWN | DiskState.DETACH_UNKNOWN:
-                await self._steps.probe_disk(disk)
             case DiskState.ATTACHED:
                 todo = [mount for mount in disk.mounts.values() if self._has_work(mount)]
                 if todo:
-                    await self._advance_mounts(disk, todo)
+                    await self._advance_mounts(disk, todo, run)
+                elif disk.resizing or disk.resizes:
+                    await self._advance_resize(disk, run)
                 elif disk.is_wanted or disk.mounts:
                     return False
                 else:
@@ -150,25 +202,23 @@ class Workers:
                     self._book.forget_disk(disk)
                     return False
                 self._book.renew(disk)
-            case DiskState.ATTACHING | DiskState.EJECTING | DiskState.DETACHING:
-                raise AssertionError(f"{disk.slot} is {disk.state}, and nobody waits for the answer")
+            case _:
+                await self._steps.probe_disk(disk)
         return True
 
     def _has_work(self, mount: Mount) -> bool:
         return mount.id not in mount.disk.stuck and not (mount.state is MountState.MOUNTED and mount.is_wanted)
 
-    async def _advance_mounts(self, disk: Disk, mounts: Sequence[Mount]) -> None:
+    async def _advance_mounts(self, disk: Disk, mounts: Sequence[Mount], run: _Run) -> None:
         if len(mounts) == 1:
             await self._advance_mount(mounts[0])
             return
         results = await asyncio.gather(*map(self._advance_mount, mounts), return_exceptions=True)
         failures = [result for result in results if isinstance(result, BaseException)]
-        for failure in failures[1:]:
-            if isinstance(failure, StepFailed) and failure.mount is not None:
-                # One failure is told at a time; the others' mounts show theirs when they are tried next.
-                disk.stuck.discard(failure.mount.id)
-        if failures:
-            raise failures[0]
+        for failure in failures:
+            if not isinstance(failure, StepFailed):
+                raise failure
+            self._note_failure(disk, failure, run)
 
     async def _advance_mount(self, mount: Mount) -> None:
         match mount.state:
@@ -184,14 +234,34 @@ class Workers:
                 self._steps.enter_mount(mount, Event.WANTED)
             case MountState.UNMOUNTED:
                 self._book.forget_mount(mount)
-            case MountState.MOUNTING | MountState.UNMOUNTING:
-                raise AssertionError(f"{mount.guest_path} is {mount.state}, and nobody waits for the answer")
+            case MountState.MOUNTING | MountState.UNMOUNTING:  # as `WAITING`
+                self._steps.enter_mount(mount, Event.NO_ANSWER)
+
+    async def _advance_resize(self, disk: Disk, run: _Run) -> None:
+        """One request after the other, in the order of asking."""
+        if disk.resizing is None:
+            disk.resizing = disk.resizes.popleft()
+        wanted = disk.resizing.size_bytes
+        if not disk.is_wanted:
+            raise StepFailed(_released(disk), of_resize=True)
+        if wanted < disk.size_bytes:
+            raise StepFailed(would_shrink(disk, wanted, disk.size_bytes), of_resize=True)
+        if wanted > disk.size_bytes:
+            await self._steps.resize(disk, wanted)
+        else:
+            await self._steps.grow(disk)
+            self._end_resize(disk, None, run)
+
+    def _end_resize(self, disk: Disk, error: UtilityVMError | None, run: _Run) -> None:
+        if disk.resizing is not None:
+            run.told.append((disk.resizing.waiter, error))
+            disk.resizing = None
 
     def try_settle(self, claim: Claim) -> bool:
         """Is what the claim waits for true? Then it is held, or gone, from now on."""
         disk, mount = claim.disk, claim.mount
         if claim.state is ReservationState.PENDING:
-            if disk.state is not DiskState.ATTACHED or (mount is not None and mount.state is not MountState.MOUNTED):
+            if not claim.is_met:
                 return False
             claim.state = ReservationState.HELD
             self._ledger.note([claim.record()])
@@ -209,24 +279,37 @@ class Workers:
         return True
 
     def remember_released(self, claim: Claim) -> None:
-        self.released[claim.id] = claim.waiter is None or not claim.waiter.done()
+        """It is released; its caller does not know yet."""
+        self.released[claim.id] = False
         if len(self.released) > _REMEMBERED:
             self.released.popitem(last=False)
 
 
-def _is_whole(claim: Claim, refused: Mount | None) -> bool:
-    """Was it given back, does its caller wait for that, and is all of it still as it was?"""
-    mount, waiter = claim.mount, claim.waiter
-    if not claim.was_held or waiter is None or waiter.done() or claim.disk.state is not DiskState.ATTACHED:
-        return False
-    return mount is refused and (mount is None or mount.state is MountState.MOUNTED)
+def _is_whole(claim: Claim) -> bool:
+    """Is it being given back, and is all of it still as it was?"""
+    return claim.state is ReservationState.RELEASING and claim.was_held and claim.is_met
 
 
-def tell(claim: Claim, error: UtilityVMError | None) -> None:
-    """End the wait of the claim's caller, if it still waits."""
-    if claim.waiter is None or claim.waiter.done():
+def _released(disk: Disk) -> NotAttached:
+    return NotAttached(f"{disk.request.host_path} is being released", slot=disk.slot, host_path=disk.request.host_path)
+
+
+def would_shrink(disk: Disk, size_bytes: int, has_bytes: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"{disk.request.host_path} has {has_bytes} bytes, or is just getting them; "
+        f"shrinking it to {size_bytes} would lose data",
+        slot=disk.slot,
+        host_path=disk.request.host_path,
+        remedy="give a larger size",
+    )
+
+
+def resolve(waiter: Waiter, error: UtilityVMError | None) -> None:
+    """End a caller's wait, if it still waits."""
+    if waiter is None or waiter.done():
         return
     if error is None:
-        claim.waiter.set_result(None)
+        waiter.set_result(None)
     else:
-        claim.waiter.set_exception(error)
+        waiter.set_exception(error)
+        waiter.exception()  # its caller may be gone, and that is nothing to complain about

@@ -90,6 +90,8 @@ class FakeWorld:
     physical: set[str] = field(default_factory=set)  # paths of block devices; all others are image files
     blank: set[str] = field(default_factory=set)  # paths of disks without a file system
     in_use_elsewhere: set[str] = field(default_factory=set)
+    dead: set[str] = field(default_factory=set)  # identities of disks whose storage answers with I/O errors
+    knows_force: bool = True
     neighbours: list[FakeWorld] = field(default_factory=list)  # other VMs on the same machine
     bus: dict[Slot, Attached] = field(default_factory=dict)
     guest_devices: dict[Slot, str] = field(default_factory=dict)  # the attachment that the guest knows
@@ -238,20 +240,33 @@ class FakeHost:
         there = self.world.bus.get(slot)
         return there is not None and there.attachment == attachment
 
-    async def resize(self, slot: Slot, *, attachment: str, size_bytes: int, timeout_s: float) -> None:
+    async def resize(self, slot: Slot, *, attachment: str, size_bytes: int, timeout_s: float) -> int:
         def act() -> None:
-            there = self.world.bus.get(slot)
-            if there is None or there.attachment != attachment:
-                raise NotAttached(f"there is no {attachment} at {slot}", slot=slot)
+            there = self._there(slot, attachment)
             if there.read_only:
                 raise NotSupported("a read-only disk cannot grow", slot=slot)
             if there.format not in GROWING:
                 raise NotSupported(f"a {there.format} disk cannot grow", slot=slot)
-            there.size_bytes = self.world.sizes[there.identity] = size_bytes
+            if size_bytes < there.size_bytes:
+                # A real host compares, and so does this one; but the manager has no business asking.
+                self.world.harm.append(f"{there.identity} was to shrink from {there.size_bytes} to {size_bytes}")
+            elif size_bytes > there.size_bytes:
+                there.size_bytes = self.world.sizes[there.identity] = size_bytes
 
         if size_bytes % 512:
             raise InvalidRequest(f"{size_bytes} bytes are not whole sectors", slot=slot)
-        await self.world.step("resize", str(slot), act, HostRefused, timeout_s)
+        await self.world.step("resize", f"{slot} {size_bytes}", act, HostRefused, timeout_s)
+        return self._there(slot, attachment).size_bytes
+
+    async def size(self, slot: Slot, *, attachment: str, timeout_s: float) -> int:
+        await self.world.step("size", str(slot), lambda: None, HostRefused, timeout_s)
+        return self._there(slot, attachment).size_bytes
+
+    def _there(self, slot: Slot, attachment: str) -> Attached:
+        there = self.world.bus.get(slot)
+        if there is None or there.attachment != attachment:
+            raise NotAttached(f"there is no {attachment} at {slot}", slot=slot)
+        return there
 
     def _check_slot(self, slot: Slot) -> None:
         Slot.checked(*slot)
@@ -271,6 +286,10 @@ class FakeGuest:
 
     def checked_path(self, guest_path: PurePosixPath) -> PurePosixPath:
         return checked_guest_path(guest_path)
+
+    def check_force(self, slot: Slot) -> None:
+        if not self.world.knows_force:
+            raise NotSupported("this guest's agent knows no force", slot=slot)
 
     async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
         world = self.world
@@ -305,9 +324,11 @@ class FakeGuest:
                 raise InvalidRequest(f"{guest_path} holds the disk at {there[0]}, which is another", slot=slot)
             if (user := world.busy.get(guest_path)) and not force:
                 raise GuestBusy(f"{guest_path} is in use", holders=[user])
+            if self._is_dead(slot) and not force:
+                raise GuestRefused(f"what was written to {guest_path} does not reach the disk", slot=slot)
             del world.mounts[guest_path]
 
-        await world.step("unmount", f"{slot} {guest_path}", act, GuestRefused, timeout_s)
+        await world.step("unmount", f"{slot} {guest_path}{' by force' if force else ''}", act, GuestRefused, timeout_s)
 
     async def eject(self, slot: Slot, *, timeout_s: float, force: bool) -> None:
         world = self.world
@@ -316,11 +337,17 @@ class FakeGuest:
             users = [str(path) for path, (where, _) in world.mounts.items() if where == slot]
             if users and not force:
                 raise GuestBusy(f"the disk at {slot} is mounted", holders=users)
+            if self._is_dead(slot) and not force:
+                raise GuestRefused(f"what was written to the disk at {slot} does not reach it", slot=slot)
             for path in users:
                 del world.mounts[PurePosixPath(path)]
             world.guest_devices.pop(slot, None)
 
-        await world.step("eject", str(slot), act, GuestRefused, timeout_s)
+        await world.step("eject", f"{slot}{' by force' if force else ''}", act, GuestRefused, timeout_s)
+
+    def _is_dead(self, slot: Slot) -> bool:
+        there = self.world.bus.get(slot)
+        return there is not None and there.identity in self.world.dead
 
     async def probe_mount(self, slot: Slot, *, guest_path: PurePosixPath, timeout_s: float) -> bool:
         await self.world.step("probe_mount", f"{slot} {guest_path}", lambda: None, GuestRefused, timeout_s)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias
 
-from utilityvm.errors import UtilityVMError, VMGone, VMNotRunning
-from utilityvm.log import logger
+from utilityvm.errors import AlreadyReleased, GuestBusy, NotAttached, UtilityVMError, VMGone, VMNotRunning
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S
 from utilityvm.scsi.reservation import Reservation
 from utilityvm.scsi.slot import Slot
@@ -15,20 +14,22 @@ from utilityvm.scsi.slot import Slot
 if TYPE_CHECKING:
     from utilityvm.vm.utility_vm import UtilityVM
 
-_log = logger(__name__)
+OnBusy: TypeAlias = Literal["raise", "force"]  # what leaving `async with` does if the guest still uses the disk
 
 
 class SCSIMount:
     """One reservation of a disk of a VM, mounted in its guest unless it was asked for without a guest path.
 
-    Leaving `async with` gives it back, unless that was done inside.
+    Leaving `async with` gives it back, unless that was done inside, by whatever call. If the guest still uses it then,
+    `GuestBusy` is raised, or it is released by force, as `on_busy` of the call that made it says. If the block failed,
+    its error is raised, and has a note that says what is still attached.
     """
 
-    def __init__(self, vm: UtilityVM, reservation: Reservation) -> None:
+    def __init__(self, vm: UtilityVM, reservation: Reservation, *, on_busy: OnBusy = "raise") -> None:
         """Use `UtilityVM.add_scsi`."""
         self._vm = vm
         self._reservation = reservation
-        self._released = False
+        self._on_busy: OnBusy = on_busy
 
     @property
     def id(self) -> str:
@@ -72,17 +73,18 @@ class SCSIMount:
     async def release(self, *, force: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Give it back. The last one of a mount unmounts it; the last one of a disk ejects and detaches it.
 
-        After a failure it is still there; release it again, and that goes on with the step that failed. If the guest
-        still uses it nothing was done, and it is held as before; `force` unmounts and ejects it all the same.
+        If it fails and nothing was done, as when the guest still uses it, it is held as before. If something was done,
+        release it again, and that goes on with the step that failed. `force` unmounts and ejects what is in use, and
+        what can no longer be written out; a step by which others leave too is forced only if they asked for it as well.
 
         Raises:
             AlreadyReleased: it was given back before.
-            GuestBusy, GuestRefused, HostRefused, OutcomeUnknown: a step failed; nothing after it was done.
+            NotSupported: `force`, which this guest does not know; nothing changed.
+            GuestBusy, GuestRefused, HostRefused, OutcomeUnknown, StoreError: a step failed; nothing after it was done.
             DeadlineExceeded: not done within `timeout_s` seconds; it goes on in the background.
             VMGone, VMNotRunning: the VM died, or was stopped; the disk is free by that.
         """
         await self._vm.release(self._reservation, force=force, timeout_s=timeout_s)
-        self._released = True
 
     async def __aenter__(self) -> Self:
         return self
@@ -90,17 +92,23 @@ class SCSIMount:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._released:
-            return
         try:
-            await self.release()
+            try:
+                await self.release()
+            except GuestBusy:
+                if self._on_busy == "raise":
+                    raise
+                await self.release(force=True)
+        except (AlreadyReleased, NotAttached):
+            return  # by another call: of the VM, or of another owner
         except (VMGone, VMNotRunning):
             return  # the disk is free by that
         except UtilityVMError as failure:
             if error is None:
                 raise
-            # The block's own error is the one to tell; the disk stays visible in scsi_slots.
-            _log.warning("not released: %s", failure, host_path=self.host_path, slot=self.slot)
+            # The block's own error is the one to raise, and this is what it left behind.
+            remedy = f" ({failure.remedy})" if failure.remedy else ""
+            error.add_note(f"{self.host_path} at {self.slot} was not released: {failure}{remedy}")
 
     def __repr__(self) -> str:
         at = f" at {self.guest_path}" if self.guest_path else ""

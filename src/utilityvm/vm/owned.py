@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from utilityvm.hosts.qemu.incoming import Incoming
 from utilityvm.log import logger
 from utilityvm.machine import paths
 from utilityvm.machine.processes import is_running, own_start
-from utilityvm.scsi.manager import ScsiManager
+from utilityvm.scsi.manager import ScsiManager, wrong_loop
 from utilityvm.scsi.ports import Holder
 from utilityvm.scsi.slot import Slot
 from utilityvm.store import SqliteJournal, Store, StoredVM
@@ -125,6 +126,7 @@ class OwnedVM:
         self.ending = asyncio.Lock()  # one of save, stop and close at a time
         self.resuming: asyncio.Task[None] | None = None  # in state `resuming`
         self._reason: UtilityVMError | None = None  # why calls are refused
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         self.log = _log.bind(vm=config.name)
         self.scsi = ScsiManager(
             host,
@@ -147,11 +149,28 @@ class OwnedVM:
         if self.state is State.ENDED:
             assert self._reason is not None
             self.scsi.mark_gone(self._reason)  # whoever waits for something of the VM is told now
+        elif self.state is State.CLOSED:
+            self.scsi.close()
+
+    def check_here(self) -> None:
+        """Refuse a call from another event loop or thread, before it waits for something of ours and hangs.
+
+        Raises:
+            WrongLoop: it is one.
+        """
+        try:
+            is_ours = asyncio.get_running_loop() is self._loop
+        except RuntimeError:  # a view, asked for while no loop runs
+            is_ours = threading.get_ident() == self._thread
+        if not is_ours:
+            raise wrong_loop(self.name)
 
     def check(self) -> None:
         """Raises:
         VMNotRunning, VMGone: it takes no calls, and why.
+        WrongLoop: as `check_here`.
         """
+        self.check_here()
         if self._reason is not None:
             raise self._reason
 

@@ -16,7 +16,7 @@ from utilityvm.guestimage.build import GuestImage
 from utilityvm.guests.bridge_guest import BridgeGuest, CommandResult, OutputSink
 from utilityvm.hosts.qemu import QemuHost, QemuProcess
 from utilityvm.machine.hostpath import HostPath, absolute, identity_of
-from utilityvm.scsi.events import ScsiEvent
+from utilityvm.scsi.events import ScsiEvents
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S, ScsiManager
 from utilityvm.scsi.migration import ScsiState
 from utilityvm.scsi.ports import CallerKey, DiskFormat, MountConfig, ScratchKey, Verity, VMAccess
@@ -32,7 +32,7 @@ from utilityvm.vm import save as saving
 from utilityvm.vm import start as starting
 from utilityvm.vm.config import GENERATED, DiskSpec, GuestPath, VMConfig
 from utilityvm.vm.lifecycle import BOOT_S, SHUTDOWN_S
-from utilityvm.vm.mount import SCSIMount
+from utilityvm.vm.mount import OnBusy, SCSIMount
 from utilityvm.vm.owned import OwnedVM, holder_of
 
 CLONE_S: Final = 60.0
@@ -190,6 +190,7 @@ class UtilityVM:
         encryption: ScratchKey | CallerKey | None = None,
         verity: Verity | None = None,
         holder: str | None = None,
+        on_busy: OnBusy = "raise",
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> SCSIMount:
         """Reserve a disk image: it is attached, and mounted at `guest_path`.
@@ -200,7 +201,8 @@ class UtilityVM:
 
         `holder` names the reservation's holder, and makes it outlive this process; otherwise it is this process, and a
         later owner of the VM gives the reservation back when this process is dead. `partition` counts from 1; 0 is the
-        whole disk. `options` are those of mount(8).
+        whole disk. `options` are those of mount(8). `on_busy`: what leaving `async with` does if the guest still uses
+        the disk: raise `GuestBusy`, or release it by force.
 
         `format` None: what was decided when the image was first opened, by its header; a format that is given is
         remembered in its place. `sector_size_bytes` is 512, or 4096 for a copy of a disk with such sectors.
@@ -230,7 +232,7 @@ class UtilityVM:
             encryption=encryption,
             verity=verity,
         )
-        return await self.add(spec, holder=holder, timeout_s=timeout_s)
+        return await self.add(spec, holder=holder, on_busy=on_busy, timeout_s=timeout_s)
 
     async def add_scsi_physical_disk(
         self,
@@ -247,6 +249,7 @@ class UtilityVM:
         encryption: ScratchKey | CallerKey | None = None,
         verity: Verity | None = None,
         holder: str | None = None,
+        on_busy: OnBusy = "raise",
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> SCSIMount:
         """Reserve a physical disk, a block device of the host, for this VM alone. Otherwise as `add_scsi`.
@@ -269,10 +272,15 @@ class UtilityVM:
             verity=verity,
             physical=True,
         )
-        return await self.add(spec, holder=holder, timeout_s=timeout_s)
+        return await self.add(spec, holder=holder, on_busy=on_busy, timeout_s=timeout_s)
 
     async def add(
-        self, disk: DiskSpec, *, holder: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
+        self,
+        disk: DiskSpec,
+        *,
+        holder: str | None = None,
+        on_busy: OnBusy = "raise",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> SCSIMount:
         """`add_scsi` and `add_scsi_physical_disk` in one, for a disk that is described by a value."""
         self._vm.check()
@@ -280,7 +288,7 @@ class UtilityVM:
         reservation = await self._vm.scsi.add(
             item.disk, mount=item.mount, guest_path=item.guest_path, holder=holder_of(holder), timeout_s=timeout_s
         )
-        return SCSIMount(self, reservation)
+        return SCSIMount(self, reservation, on_busy=on_busy)
 
     async def add_scsi_many(
         self,
@@ -383,18 +391,22 @@ class UtilityVM:
 
     def scsi_slots(self) -> list[SlotView]:
         """Every slot that a disk has, in order; the VM's own root disk is not among them."""
+        self._vm.check_here()
         return self._vm.scsi.slots()
 
     def scsi_mounts(self) -> list[MountView]:
         """Every mount in the guest, in the order of slots."""
+        self._vm.check_here()
         return self._vm.scsi.mounts()
 
     def scsi_reservations(self) -> list[SCSIMount]:
         """Every reservation that is held, whoever made it; the oldest first."""
+        self._vm.check_here()
         return [SCSIMount(self, reservation) for reservation in self._vm.scsi.reservations()]
 
-    def scsi_events(self) -> AsyncIterator[ScsiEvent]:
-        """What happens to disks and mounts from now on."""
+    def scsi_events(self) -> ScsiEvents:
+        """What happens to disks and mounts from this call on. The iteration ends when the VM ends, or is closed."""
+        self._vm.check_here()
         return self._vm.scsi.events()
 
     async def export_scsi_state(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ScsiState:
@@ -509,12 +521,14 @@ class UtilityVM:
             SetupError: no space, or no right to read the VM's memory.
             HostRefused, OutcomeUnknown, VMGone: QEMU did not save its state.
         """
+        self._vm.check_here()
         return await saving.save(self._vm, name, timeout_s=timeout_s)
 
     # Its end.
 
     async def wait(self) -> UtilityVMError:
         """Return when the VM has ended, with the reason; `console` has its last words then."""
+        self._vm.check_here()
         reason = await asyncio.shield(self._host.gone)
         await self._host.logged()
         return reason
@@ -528,6 +542,7 @@ class UtilityVM:
             OutcomeUnknown: the kernel does not let QEMU go; call again.
             StoreError: it has ended, and the store keeps its record; call again.
         """
+        self._vm.check_here()
         await end.stop(self._vm, timeout_s=timeout_s)
 
     async def close(self, *, timeout_s: float = SHUTDOWN_S) -> None:
@@ -536,6 +551,7 @@ class UtilityVM:
         Work that goes on in the background is waited for, for some seconds; the next owner goes on with the rest of it.
         Closed before is done.
         """
+        self._vm.check_here()
         await end.close(self._vm, timeout_s=timeout_s)
 
     async def __aenter__(self) -> Self:

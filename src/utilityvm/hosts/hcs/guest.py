@@ -180,6 +180,19 @@ class HcsGuest:
             raise self._refused(error, f"mount {guest_path}", slot) from error
         mount.state = _State.MOUNTED
 
+    def check_force(self, slot: Slot) -> None:
+        """See `GuestBackend.check_force`.
+
+        Raises:
+            NotSupported: always: gcs has no word for it.
+        """
+        raise NotSupported(
+            "this guest's agent knows no force",
+            vm=self._system.id,
+            slot=slot,
+            remedy="end what uses the disk in the guest, and release it without force; or end the VM",
+        )
+
     async def unmount(
         self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float, force: bool
     ) -> None:
@@ -190,7 +203,7 @@ class HcsGuest:
             NotSupported: `force`, which these guests do not know; nothing was sent.
             NotSupported, GuestPathInUse: it is not known to be mounted, and as `mount`; nothing was sent.
         """
-        self._check_force(slot, force=force)
+        self._refuse_force(slot, force=force)
         deadline, key = time.monotonic() + timeout_s, self._key(guest_path)
         if self._is_ejected(slot):
             self._mounts.pop(key, None)
@@ -223,7 +236,7 @@ class HcsGuest:
             GuestBusy: it is mounted; nothing was sent.
             NotSupported: `force`, which these guests do not know; nothing was sent.
         """
-        self._check_force(slot, force=force)
+        self._refuse_force(slot, force=force)
         if users := [str(mount.guest_path) for mount in self._mounts.values() if mount.slot == slot]:
             raise GuestBusy(
                 f"the disk at {slot} is mounted at {', '.join(users)}", holders=users, vm=self._system.id, slot=slot
@@ -345,9 +358,9 @@ class HcsGuest:
         path = self._path(guest_path)
         return path if self._os is GuestOS.LINUX else winpath.same_file_key(path)
 
-    def _check_force(self, slot: Slot, *, force: bool) -> None:
+    def _refuse_force(self, slot: Slot, *, force: bool) -> None:
         if force:
-            raise NotSupported("this guest's agent knows no force", vm=self._system.id, slot=slot)
+            self.check_force(slot)
 
     def _refused(self, error: HostRefused, what: str, slot: Slot) -> UtilityVMError:
         reason = error.reason if isinstance(error, HcsRefused) else str(error)

@@ -264,13 +264,24 @@ class HcsHost:
         await self._remove(attachment, deadline)
         return False
 
-    async def resize(self, slot: Slot, *, attachment: str, size_bytes: int, timeout_s: float) -> None:
+    async def resize(self, slot: Slot, *, attachment: str, size_bytes: int, timeout_s: float) -> int:
         """HCS has no modification for this.
 
         Raises:
             NotSupported: always.
         """
-        raise NotSupported(
+        raise self._no_resize(slot)
+
+    async def size(self, slot: Slot, *, attachment: str, timeout_s: float) -> int:
+        """See `HostBackend.size`.
+
+        Raises:
+            NotSupported: always, as for `resize`.
+        """
+        raise self._no_resize(slot)
+
+    def _no_resize(self, slot: Slot) -> NotSupported:
+        return NotSupported(
             "HCS does not grow a disk of a running VM",
             vm=self._system.id,
             slot=slot,

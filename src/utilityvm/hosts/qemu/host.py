@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self, cast
+from typing import Any, Final, Self, cast
 
 from utilityvm.errors import (
     AlreadyAttached,
@@ -282,8 +282,11 @@ class QemuHost:
         await self.detach(slot, attachment=attachment, timeout_s=timeout_s)
         return False
 
-    async def resize(self, slot: Slot, *, attachment: str, size_bytes: int, timeout_s: float) -> None:
-        """Grow the image; the guest's device says at once that its capacity changed.
+    async def resize(self, slot: Slot, *, attachment: str, size_bytes: int, timeout_s: float) -> int:
+        """Grow the image; the guest's device says at once that its capacity changed. Returns the size that it has then.
+
+        The size that it has is asked for first, in this connection, which is answered in order: what was sent before is
+        done by then, also if nobody heard its answer. Nothing is sent that would not make it larger.
 
         Raises:
             NotSupported: a format that QEMU cannot grow, a physical disk, or a read-only attachment.
@@ -298,11 +301,7 @@ class QemuHost:
             raise InvalidRequest(
                 f"{size_bytes} bytes are not whole sectors", slot=slot, remedy=f"use a multiple of {sector}"
             )
-        name = blockdev.node_name(number)
-        nodes = await self._qmp.execute("query-named-block-nodes", {"flat": True}, timeout_s=timeout_s)
-        node = next((node for node in nodes if node["node-name"] == name), None)
-        if node is None:
-            raise NotAttached(f"attachment {attachment} is not on the bus", vm=self.process.name, slot=slot)
+        node = await self._node(slot, attachment, timeout_s=timeout_s)
         if node["drv"] not in _RESIZABLE:
             kind = "fixed vpc" if node["drv"] == "raw" else node["drv"]  # see `driver_options`
             raise NotSupported(
@@ -313,10 +312,32 @@ class QemuHost:
             )
         if node["ro"]:
             raise NotSupported("a read-only disk cannot grow", slot=slot, remedy="attach it writable")
+        has_bytes = int(node["image"]["virtual-size"])
+        if size_bytes <= has_bytes:
+            return has_bytes
+        arguments = {"node-name": node["node-name"], "size": size_bytes}
         try:
-            await self._qmp.execute("block_resize", {"node-name": name, "size": size_bytes}, timeout_s=timeout_s)
+            await self._qmp.execute("block_resize", arguments, timeout_s=timeout_s)
         except QmpRefused as error:
             raise self._refused(error, slot) from error
+        return size_bytes
+
+    async def size(self, slot: Slot, *, attachment: str, timeout_s: float) -> int:
+        """The bytes that QEMU says the guest's device has.
+
+        Raises:
+            NotAttached: it is not on the bus.
+        """
+        node = await self._node(slot, attachment, timeout_s=timeout_s)
+        return int(node["image"]["virtual-size"])
+
+    async def _node(self, slot: Slot, attachment: str, *, timeout_s: float) -> dict[str, Any]:
+        if (number := self._numbers.get(attachment)) is not None:
+            nodes = await self._qmp.execute("query-named-block-nodes", {"flat": True}, timeout_s=timeout_s)
+            for node in cast(list[dict[str, Any]], nodes):
+                if node["node-name"] == blockdev.node_name(number):
+                    return node
+        raise NotAttached(f"attachment {attachment} is not on the bus", vm=self.process.name, slot=slot)
 
     async def _sector_bytes(self, number: int, *, timeout_s: float) -> int:
         question = {"path": f"/machine/peripheral/{blockdev.device_id(number)}", "property": "logical_block_size"}
