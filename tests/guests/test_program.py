@@ -10,7 +10,8 @@ import pytest
 
 from utilityvm.bridge import messages
 from utilityvm.errors import ProtocolError
-from utilityvm.guests.program import GuestProgram
+from utilityvm.guests import program as program_module
+from utilityvm.guests.program import GuestProgram, heard
 
 WINDOW = messages.OUTPUT_WINDOW_BYTES
 
@@ -25,20 +26,23 @@ class Program(GuestProgram):
             1, lambda kind, body: self.said.append((kind, body)), stdout=self.got.extend, stderr=self.got.extend
         )
 
+    def hear(self, kind: int, **body: Any) -> None:
+        self.take(heard(kind, {"Process": 1, **body}))
+
     def output(self, data: bytes, stream: str = "out") -> None:
-        body = {"Process": 1, "Stream": stream, "Data": base64.b64encode(data).decode()}
-        self.take(messages.RUN_OUTPUT, body)
+        self.hear(messages.RUN_OUTPUT, Stream=stream, Data=base64.b64encode(data).decode())
 
 
 async def test_output_is_taken_and_credit_given_back() -> None:
     program = Program()
     program.output(b"ab")
     program.output(b"cd", "err")
-    program.take(messages.RUN_EXIT, {"ExitCode": -9})
+    program.hear(messages.RUN_EXIT, ExitCode=-9)
     assert program.has_ended
     assert await program.deliver() == -9
     assert program.got == b"abcd"
     assert program.said == [(messages.RUN_CREDIT, {"Process": 1, "Bytes": 2})] * 2
+    assert not program.is_held_back
 
 
 async def test_a_whole_window_is_kept_and_not_a_byte_more() -> None:
@@ -62,7 +66,20 @@ async def test_a_whole_window_is_kept_and_not_a_byte_more() -> None:
 )
 async def test_what_makes_no_sense_is_a_broken_protocol(kind: int, body: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError, match="makes no sense"):
-        Program().take(kind, body)
+        Program().hear(kind, **body)
+
+
+async def test_pieces_that_pile_up_are_joined_and_each_stream_keeps_its_order() -> None:
+    program = Program()
+    for number in range(1000):
+        program.output(b"%d " % number)
+        program.output(b"%d " % number, "err")
+    assert len(program._output) == program_module._MAX_PIECES
+    program.hear(messages.RUN_EXIT, ExitCode=0)
+    await program.deliver()
+    numbers = [int(word) for word in program.got.split()]
+    assert sorted(numbers) == sorted([*range(1000)] * 2)
+    assert numbers[:255] == [number for number in range(128) for _ in range(2)][:255]
 
 
 async def test_no_more_input_is_sent_than_the_guest_allows() -> None:
@@ -79,10 +96,11 @@ async def test_no_more_input_is_sent_than_the_guest_allows() -> None:
         return sum(len(base64.b64decode(body["Data"])) for _, body in program.said)
 
     assert sent() == messages.INPUT_WINDOW_BYTES
-    program.take(messages.RUN_CREDIT, {"Bytes": 10})
+    program.hear(messages.RUN_CREDIT, Bytes=10)
     await asyncio.sleep(0)
     assert sent() == messages.INPUT_WINDOW_BYTES + 10
-    program.take(messages.RUN_CREDIT, {"Bytes": 1 << 40})  # never more than the window, whatever it says
+    program.hear(messages.RUN_CREDIT, Bytes=WINDOW)
+    program.hear(messages.RUN_CREDIT, Bytes=WINDOW)  # never more than the window, whatever it says
     await asyncio.sleep(0)
     assert sent() == 2 * messages.INPUT_WINDOW_BYTES + 10
     feeding.cancel()

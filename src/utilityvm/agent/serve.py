@@ -31,7 +31,7 @@ DEFAULT_DEADLINE_S: Final = 60.0
 DEFAULT_HOLD_S: Final = 60.0
 MAX_DEADLINE_S: Final = 3600.0
 MAX_REQUESTS: Final = 512  # under way at once
-_GRACE_S: Final = 0.5  # after its deadline a request is answered for its handler, which seems stuck
+_GRACE_S: Final = 0.2  # after its deadline a request is answered for its handler, which seems stuck
 _MAX_HOLDERS: Final = 50
 _MOUNTS_BYTES: Final = 32768  # of the list of mounts in one answer
 

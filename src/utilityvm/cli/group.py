@@ -12,6 +12,7 @@ import click
 
 from utilityvm.cli import exitcodes
 from utilityvm.errors import UtilityVMError
+from utilityvm.text import clean
 
 
 class Failed(Exception):
@@ -66,7 +67,8 @@ class LazyGroup(click.Group):
 
 
 def _tell(kind: str, message: str, hint: str | None, code: int, *, as_json: bool) -> None:
-    text = " ".join(message.split())
+    # A guest's words are clean already; those of a file's name, or of QEMU, may not be.
+    text, hint = " ".join(clean(message).split()), hint and " ".join(clean(hint).split())
     if as_json:
         import json
 
@@ -75,4 +77,4 @@ def _tell(kind: str, message: str, hint: str | None, code: int, *, as_json: bool
     label = click.style("error:", fg="red", bold=True)
     click.echo(f"{label} {text}", err=True)
     if hint:
-        click.echo(f"{click.style('hint:', fg='cyan')} {' '.join(hint.split())}", err=True)
+        click.echo(f"{click.style('hint:', fg='cyan')} {hint}", err=True)

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from utilityvm.text import clean
+
 
 def print_json(document: object) -> None:
     click.echo(json.dumps(document, indent=2 if sys.stdout.isatty() else None, default=str))
@@ -75,7 +77,7 @@ def log_to_stderr(*, debug: bool) -> None:
 
 class _Short(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {record.getMessage()}"
+        return f"{record.levelname.lower()}: {clean(record.getMessage())}"
 
 
 def _field(value: Any) -> str:

@@ -36,8 +36,10 @@ from utilityvm.errors import (
     UtilityVMError,
     VMGone,
 )
+from utilityvm.guests import answers
 from utilityvm.guests.connection import Streams
 from utilityvm.log import logger
+from utilityvm.text import clean
 
 _log = logger(__name__)
 
@@ -78,7 +80,7 @@ class BridgeClient:
         self._first: tuple[int, dict[str, Any]] | None = None
         self._proof = (-1, "")  # number and activity of the request whose answer shows that we are in step
         self.first_answer: dict[str, Any] | None = None
-        self.capabilities: dict[str, Any] = {}
+        self.about: answers.About | None = None  # what our agent said of itself; another guest says nothing
         self.was_negotiated_before = False  # by somebody, with a guest that takes only one negotiate
         self.is_watched = False  # something is waited for that is no request: look whether the agent is still there
         # Resolves with the reason when the connection is over; every request that waits ends with it.
@@ -123,7 +125,7 @@ class BridgeClient:
     @property
     def is_ours(self) -> bool:
         """Does our own agent answer, and not another guest of the same protocol?"""
-        return messages.EXTENSION in self.capabilities
+        return self.about is not None
 
     async def request(self, kind: int, body: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
         """Send a request and give the body of its response, whatever its Result.
@@ -132,6 +134,7 @@ class BridgeClient:
             InvalidRequest: it does not fit a frame, or is no text; nothing was sent.
             GuestRefused: the guest has stopped taking what we send; nothing was sent.
             DeadlineExceeded: no answer came in time. The connection lives on; the answer is dropped when it comes.
+            ProtocolError: the answer is no answer; the connection ended with it.
             VMGone, ProtocolError, OutcomeUnknown: the connection ended first; `gone` has the reason.
             NotNegotiated: the agent is a new one, and did not look at this request; negotiate and send it again.
         """
@@ -153,7 +156,7 @@ class BridgeClient:
         if not answer.done():
             raise again(self.gone.result())
         body = answer.result()
-        if self.is_ours and _kind_of(body) == messages.NOT_NEGOTIATED:
+        if self.is_ours and self._kind_of(body) == messages.NOT_NEGOTIATED:
             raise NotNegotiated("the guest's agent was started again", vm=self._vm)
         return body
 
@@ -226,6 +229,7 @@ class BridgeClient:
         strange = b""
         again_s = _FIRST_AGAIN_S if self._first else _NEGOTIATE_AGAIN_S
         pauses = itertools.chain(again_s, itertools.repeat(again_s[-1]))
+        restarts = itertools.chain(_NEGOTIATE_AGAIN_S, itertools.repeat(_NEGOTIATE_AGAIN_S[-1]))
         while (left := deadline - time.monotonic()) > 0:
             frame = None
             self._negotiates.add(self._send(messages.NEGOTIATE, messages.negotiate_request()))
@@ -248,6 +252,8 @@ class BridgeClient:
                         if await self._is_in_step(bytes(pending)):
                             return
                 pending.clear()
+                # A new agent, which was just started. One that says so again and again is not asked as fast as it can.
+                await asyncio.sleep(min(next(restarts), max(deadline - time.monotonic(), 0.0)))
         if strange:
             raise ProtocolError(
                 f"what the guest sent in {timeout_s:g} s holds no answer to a negotiate", message=strange, vm=self._vm
@@ -282,7 +288,7 @@ class BridgeClient:
                         self.first_answer = body
                         return True
                     return not body.get("Result")
-                if frame.id == id and _kind_of(body) == messages.NOT_NEGOTIATED:
+                if frame.id == id and self._kind_of(body) == messages.NOT_NEGOTIATED:
                     return False
             data = await self._receive()
 
@@ -314,18 +320,14 @@ class BridgeClient:
             # goes, the first one may have been that of a host before us; there is only the one version.
             self.was_negotiated_before = True
             return
-        if body.get("Result", 0):
-            raise ProtocolError(
-                f"the guest refused to negotiate: {body.get('ErrorMessage')}", message=body, vm=self._vm
-            )
-        if body.get("Version") != messages.PROTOCOL_VERSION:
-            raise ProtocolError(
-                f"the guest speaks protocol version {body.get('Version')}, we {messages.PROTOCOL_VERSION}",
-                message=body,
-                vm=self._vm,
-            )
-        capabilities = body.get("Capabilities")
-        self.capabilities = capabilities if isinstance(capabilities, dict) else {}
+        answer = answers.read(answers.Negotiated, body, what="answer to a negotiate", vm=self._vm)
+        if answer.result:
+            text = f"the guest refused to negotiate: {answer.error_message}"
+            raise ProtocolError(text, message=body, vm=self._vm)
+        if answer.version != messages.PROTOCOL_VERSION:
+            text = f"the guest speaks protocol version {answer.version}, we {messages.PROTOCOL_VERSION}"
+            raise ProtocolError(text, message=body, vm=self._vm)
+        self.about = answer.capabilities.utilityvm if answer.capabilities else None
         self.was_negotiated_before = False
 
     # What comes in.
@@ -347,7 +349,7 @@ class BridgeClient:
         except UtilityVMError as error:
             self.end(error)
         except Exception as error:  # a message that our own code did not foresee
-            text = f"the guest sent what cannot be dealt with: {type(error).__name__}: {error}"
+            text = f"the guest sent what cannot be dealt with: {type(error).__name__}: {clean(str(error))}"
             self.end(ProtocolError(text, vm=self._vm))
 
     async def _doubt(self) -> None:
@@ -377,12 +379,13 @@ class BridgeClient:
             raise ProtocolError(f"the guest sent {frame.kind:#010x}, which nobody waits for", message=body, vm=self._vm)
 
     def _take_response(self, frame: Frame, body: dict[str, Any]) -> None:
-        if self.is_ours and _kind_of(body) == messages.NOT_NEGOTIATED:
+        if self.is_ours and self._kind_of(body) == messages.NOT_NEGOTIATED:
             # What the others had asked may have been done by the agent before: only this one knows that it was not.
             self.end(OutcomeUnknown("the guest's agent was started again before it answered", vm=self._vm))
         if frame.kind == _NEGOTIATED and frame.id in self._negotiates:
             self._take_late_negotiated(body)
             return
+        answers.read(answers.Response, body, vm=self._vm)
         is_expected = frame.kind != _NEGOTIATED or frame.id in self._renegotiates
         answer = self._waiting.get(frame.id) if is_expected else None
         if answer is not None and not answer.done():
@@ -403,10 +406,8 @@ class BridgeClient:
         if self.is_ours:  # it is another agent than before, and we are not in step with it
             self.end(OutcomeUnknown("the guest's agent was started again", vm=self._vm))
 
-
-def _kind_of(body: dict[str, Any]) -> object:
-    extension = body.get(messages.EXTENSION)
-    return extension.get("Kind") if isinstance(extension, dict) else None
+    def _kind_of(self, body: dict[str, Any]) -> str | None:
+        return answers.read(answers.Response, body, vm=self._vm).kind
 
 
 def again(reason: UtilityVMError) -> UtilityVMError:

@@ -25,12 +25,12 @@ from utilityvm.errors import (
     GuestRefused,
     InvalidRequest,
     NotSupported,
-    OutcomeUnknown,
     ProtocolError,
     RequestError,
     UtilityVMError,
     VMGone,
 )
+from utilityvm.guests import answers
 from utilityvm.guests.bridge_client import BridgeClient, NotNegotiated, again
 from utilityvm.guests.connection import Address, Dial, Given, Listen, Source
 from utilityvm.guests.ledger import Ledger
@@ -42,7 +42,8 @@ from utilityvm.guests.mount_settings import (
     disk_settings,
     nonzero,
 )
-from utilityvm.guests.program import GuestProgram, OutputSink
+from utilityvm.guests.program import GuestProgram, OutputSink, heard, run_request
+from utilityvm.guests.refusals import Where, refusal
 from utilityvm.log import logger
 from utilityvm.scsi.mount import checked_guest_path
 from utilityvm.scsi.ports import MountConfig, Record
@@ -52,15 +53,20 @@ __all__ = ["BridgeGuest", "CommandResult", "OutputSink"]
 
 _log = logger(__name__)
 
-_ANSWER_S: Final = 2.0  # our agent keeps the caller's deadline itself; this long we wait for it to say so
+_ANSWER_S: Final = 0.4  # our agent keeps the caller's deadline itself; this long we wait for it to say so
+_AHEAD: Final = 0.05  # of the time that the caller gives, which the agent gets less, so that its words come in time
+_MAX_AHEAD_S: Final = 0.25
 _RENEGOTIATE_TIMES: Final = 3  # for one request; who then still is not negotiated with never will be
 _START_S: Final = 30.0  # for a program to be started
 _MAX_OUTPUT_BYTES: Final = 64 << 20
+_MAX_PAGES: Final = 256  # of the list of mounts; the agent puts some hundred in each
+_MAX_RESTARTS: Final = 8  # of the agent, right when a program was to be started
+_SHORT_LIVED_S: Final = 5.0  # a connection that ended sooner is not followed by the next at once
+_PAUSES_S: Final = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 _TEMPLATES_SINCE: Final = 2  # of the agent's versions
 _SEED_BYTES: Final = range(32, 513)
 _HOSTNAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _MACHINE_ID: Final = re.compile(r"[0-9a-f]{32}")
-_BUSY: Final = "device or resource busy"  # Go's text of EBUSY, which is all that gcs says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +90,8 @@ class BridgeGuest:
         self._client: BridgeClient | None = None
         self._first: tuple[int, dict[str, Any]] | None = None  # what is asked with the negotiate
         self._connecting = asyncio.Lock()
+        self._connected_at = float("-inf")
+        self._short_lived = 0  # connections in a row
         self._closed = False
         self._ledger = Ledger()
         self._numbers = itertools.count(1)
@@ -127,7 +135,7 @@ class BridgeGuest:
             guest._first = None
             guest._need_templates("be made unique")
             answer = guest._checked(client.first_answer or {}, None)
-            client.capabilities[messages.EXTENSION]["BootId"] = answer.get("BootId")
+            guest._learn_boot_id(answer)
         except BaseException:
             await guest.close()
             raise
@@ -196,8 +204,8 @@ class BridgeGuest:
     @property
     def boot_id(self) -> str | None:
         """The kernel's id of this boot of the guest, as it was when we connected; None if it is not our agent."""
-        about = self._client.capabilities.get(messages.EXTENSION) if self._client else None
-        return about.get("BootId") if isinstance(about, dict) else None
+        about = self._client.about if self._client else None
+        return about.boot_id if about else None
 
     # The GuestBackend protocol.
 
@@ -238,14 +246,14 @@ class BridgeGuest:
         if self.has_our_agent:
             settings |= disk_extension(config)
             try:
-                await self._modify("Add", "MappedVirtualDisk", settings, _Where(slot, guest_path), timeout_s)
+                await self._modify("Add", "MappedVirtualDisk", settings, Where(slot, guest_path), timeout_s)
             except GuestBusy as error:  # the path is: the disk may be mounted as often as one likes
                 remedy = "choose another path, or unmount what is there"
                 raise GuestPathInUse(str(error), vm=self._vm, slot=slot, remedy=remedy) from error
             return
         self._ledger.before_mount(slot, guest_path)
         with self._ledger.mounting(slot, guest_path):
-            await self._modify("Add", "MappedVirtualDisk", settings, _Where(slot, guest_path), timeout_s)
+            await self._modify("Add", "MappedVirtualDisk", settings, Where(slot, guest_path), timeout_s)
 
     async def unmount(
         self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float, force: bool
@@ -254,7 +262,7 @@ class BridgeGuest:
         self.check(slot, None)
         check_path(guest_path, to_mount=False)
         settings = disk_settings(slot, config, guest_path)
-        where = _Where(slot, guest_path)
+        where = Where(slot, guest_path)
         if self.has_our_agent:
             await self._modify("Remove", "MappedVirtualDisk", settings, where, timeout_s, force=force)
             return
@@ -268,12 +276,12 @@ class BridgeGuest:
         self.check(slot, None)
         settings = nonzero(Controller=slot.controller, Lun=slot.lun)
         if self.has_our_agent:
-            await self._modify("Remove", "SCSIDevice", settings, _Where(slot), timeout_s, force=force)
+            await self._modify("Remove", "SCSIDevice", settings, Where(slot), timeout_s, force=force)
             return
         self._refuse_force(slot, force)
         self._ledger.before_eject(slot)
         try:
-            await self._modify("Remove", "SCSIDevice", settings, _Where(slot), timeout_s)
+            await self._modify("Remove", "SCSIDevice", settings, Where(slot), timeout_s)
         except (GuestRefused, RequestError):
             self._ledger.learn_not_ejected(slot)
             raise
@@ -283,7 +291,7 @@ class BridgeGuest:
         """See `GuestBackend.probe_mount`."""
         if not self.has_our_agent:
             return self._ledger.is_mounted(slot, guest_path)
-        return str(guest_path) in (await self._probe(slot, timeout_s)).get("MountPaths", ())
+        return str(guest_path) in (await self._probe(slot, timeout_s)).mount_paths
 
     async def probe_device(self, slot: Slot, *, timeout_s: float) -> bool:
         """See `GuestBackend.probe_device`. A guest that did not answer an eject, and cannot be asked, is told again."""
@@ -291,13 +299,13 @@ class BridgeGuest:
             if self._ledger.may_be_ejected(slot):  # the same once more is no harm, and leaves no doubt
                 await self.eject(slot, timeout_s=timeout_s, force=False)
             return self._ledger.is_present(slot)
-        return (await self._probe(slot, timeout_s)).get("Present") is True
+        return (await self._probe(slot, timeout_s)).present
 
     async def grow(self, slot: Slot, *, mounts: Sequence[tuple[MountConfig, PurePosixPath]], timeout_s: float) -> None:
         """See `GuestBackend.grow`. Our agent knows its mounts itself."""
         self._need_our_agent("grow a file system", slot)
         body = messages.request(Controller=slot.controller, Lun=slot.lun)
-        await self._ask(messages.GROW, body, timeout_s, _Where(slot))
+        await self._ask(messages.GROW, body, timeout_s, Where(slot))
 
     # What else our agent does.
 
@@ -314,23 +322,32 @@ class BridgeGuest:
         """What the agent says of itself and its kernel: `Agent` (a number), `Kernel`, `BootId`, `UptimeMs`."""
         self._need_our_agent("tell about itself")
         answer = await self._ask(messages.INFO, messages.request(), timeout_s)
-        return {name: answer.get(name) for name in ("Agent", "Kernel", "BootId", "UptimeMs")}
+        about = answers.read(answers.About, answer, vm=self._vm)
+        return {"Agent": about.agent, "Kernel": about.kernel, "BootId": about.boot_id, "UptimeMs": about.uptime_ms}
 
     async def mounts(self, *, timeout_s: float = 10.0) -> list[dict[str, Any]]:
-        """What the agent has mounted, as it tells it, in the order of guest paths."""
+        """What the agent has mounted, as it tells it, in the order of guest paths.
+
+        Raises:
+            ProtocolError: its list has no end, or makes no sense.
+            DeadlineExceeded: it did not tell all within `timeout_s` seconds.
+        """
         self._need_our_agent("list its mounts")
         deadline = time.monotonic() + timeout_s
-        mounts: list[dict[str, Any]] = []
-        while True:
-            after = nonzero(After=mounts[-1]["MountPath"] if mounts else "")
-            left = max(deadline - time.monotonic(), 0.0)
-            answer = await self._ask(messages.MOUNTS, messages.request(**after), left)
-            try:
-                mounts += answer["Mounts"]
-                if not answer["More"] or not answer["Mounts"]:
-                    return mounts
-            except (KeyError, TypeError):
-                raise ProtocolError("the guest's list of mounts makes no sense", message=answer, vm=self._vm) from None
+        mounts: list[answers.Mount] = []
+        for _ in range(_MAX_PAGES):
+            left = deadline - time.monotonic()
+            if left <= 0 and mounts:
+                raise DeadlineExceeded(f"the guest did not list all of its mounts within {timeout_s:g} s", vm=self._vm)
+            after = mounts[-1].mount_path if mounts else ""
+            answer = await self._ask(messages.MOUNTS, messages.request(**nonzero(After=after)), max(left, 0.0))
+            page = answers.read(answers.Mounts, answer, what="list of mounts", vm=self._vm)
+            if page.mounts and page.mounts[-1].mount_path <= after:
+                raise ProtocolError(f"the guest's list of mounts does not go on after {after!r}", vm=self._vm)
+            mounts += page.mounts
+            if not page.more or not page.mounts:
+                return [mount.told() for mount in mounts]
+        raise ProtocolError(f"the guest's list of mounts has no end: {len(mounts)} so far", vm=self._vm)
 
     async def quiesce(self, *, timeout_s: float, hold_s: float = 60.0) -> None:
         """Freeze the guest, so that it can be stopped and saved as a template.
@@ -350,7 +367,7 @@ class BridgeGuest:
         answer = await self._ask(messages.QUIESCE, messages.request(HoldMs=int(hold_s * 1000)), timeout_s)
         # The agent's thread that answered has to come to rest, or each clone would begin by doing so.
         await self.ping(timeout_s=max(deadline - time.monotonic(), _ANSWER_S))
-        for path in answer.get("Flushed") or ():
+        for path in answers.read(answers.Quiesced, answer, vm=self._vm).flushed or ():
             _log.warning("%s cannot be frozen, and was only written out", path, vm=self._vm)
 
     async def thaw(self, *, timeout_s: float) -> None:
@@ -379,8 +396,12 @@ class BridgeGuest:
         body = self._unique_request(seed, hostname, machine_id, time.time_ns() if clock_ns is None else clock_ns)
         self._need_templates("be made unique")
         answer = await self._ask(messages.UNIQUE, body, timeout_s)
-        if self._client:
-            self._client.capabilities[messages.EXTENSION]["BootId"] = answer.get("BootId")
+        self._learn_boot_id(answer)
+
+    def _learn_boot_id(self, answer: dict[str, Any]) -> None:
+        boot_id = answers.read(answers.Unique, answer, vm=self._vm).boot_id
+        if self._client and self._client.about:
+            self._client.about.boot_id = boot_id
 
     def _unique_request(self, seed: bytes, hostname: str, machine_id: str, clock_ns: int) -> dict[str, Any]:
         if len(seed) not in _SEED_BYTES:
@@ -465,37 +486,38 @@ class BridgeGuest:
         Output that a sink does not take holds the program back; so does a sink that gives something to await, until
         that is done. What a sink or `stdin` raises kills the program and is raised here.
         """
-        if not command:
-            raise InvalidRequest("a command without words", vm=self._vm)
+        body = run_request(command, env=env, cwd=cwd, takes_input=stdin is not None, vm=self._vm)
         self._need_our_agent(f"run {command[0]}")
-        body = messages.request(Argv=list(command), Env=dict(env or {}), Cwd=str(cwd or ""), Stdin=stdin is not None)
         limit = asyncio.timeout(timeout_s)
+        program = None
         try:
             async with limit:
-                while True:
+                for attempt in itertools.count(1):
                     client = await self._connected(time.monotonic() + (_START_S if timeout_s is None else timeout_s))
                     body["Process"] = self._new_number()
+                    program = GuestProgram(body["Process"], client.notify, stdout=stdout, stderr=stderr)
                     try:
-                        return await self._follow(client, body, stdin, stdout=stdout, stderr=stderr)
-                    except NotNegotiated:
-                        continue  # it was not started: a new agent does not know us yet
+                        return await self._follow(client, program, body, stdin)
+                    except NotNegotiated:  # it was not started: a new agent does not know us yet
+                        if attempt == _MAX_RESTARTS:
+                            raise
         except TimeoutError:
             if not limit.expired():
                 raise  # it is the caller's own
-            raise DeadlineExceeded(
-                f"{command[0]} did not end within {timeout_s:g} s and was killed", vm=self._vm
-            ) from None
+            if program and program.is_held_back:
+                text = f"{command[0]} {program.progress} its output was not taken within {timeout_s:g} s"
+            else:
+                text = f"{command[0]} did not end within {timeout_s:g} s and was killed"
+            raise DeadlineExceeded(text, vm=self._vm) from None
+        raise AssertionError("the attempts ended without a result")
 
     async def _follow(
         self,
         client: BridgeClient,
+        program: GuestProgram,
         body: dict[str, Any],
         stdin: AsyncIterator[bytes] | None,
-        *,
-        stdout: OutputSink,
-        stderr: OutputSink,
     ) -> int:
-        program = GuestProgram(body["Process"], client.notify, stdout=stdout, stderr=stderr)
         self._programs[program.number] = program
         tasks: set[asyncio.Task[Any]] = set()
         has_ended = False
@@ -509,7 +531,7 @@ class BridgeGuest:
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for task in done & tasks:
                     task.result()  # what a sink or `stdin` raised
-                if client.gone in done and not program.has_ended:
+                if client.gone in done and (isinstance(client.gone.result(), ProtocolError) or not program.has_ended):
                     raise again(client.gone.result())
             has_ended = True
             return ending.result()
@@ -530,13 +552,11 @@ class BridgeGuest:
     def _take_notification(self, kind: int, body: dict[str, Any]) -> None:
         if kind == messages.CONTAINER_NOTIFICATION:
             return  # hcsshim's gcs tells of its containers; we have none
-        number = body.get("Process")
-        if kind not in (messages.RUN_OUTPUT, messages.RUN_CREDIT, messages.RUN_EXIT) or not isinstance(number, int):
-            raise ProtocolError(f"the guest sent {kind:#010x}, which we do not know", message=body, vm=self._vm)
-        if program := self._programs.get(number):
-            program.take(kind, body)
-        elif not 0 < number <= self._last_number:
-            raise ProtocolError(f"the guest speaks of process {number}, which we never started", vm=self._vm)
+        said = heard(kind, body, vm=self._vm)
+        if program := self._programs.get(said.process):
+            program.take(said)
+        elif said.process > self._last_number:
+            raise ProtocolError(f"the guest speaks of process {said.process}, which we never started", vm=self._vm)
 
     # One request.
 
@@ -562,6 +582,8 @@ class BridgeGuest:
             raise VMGone("the connection was closed", vm=self._vm)
         if self._client:
             await self._client.close()
+            await self._pause(deadline)
+        self._connected_at = time.monotonic()
         streams = await self._source.open(timeout_s=max(deadline - time.monotonic(), 0.0), vm=self._vm)
         self._client = await BridgeClient.over(
             streams,
@@ -572,12 +594,19 @@ class BridgeGuest:
         )
         return self._client
 
+    async def _pause(self, deadline: float) -> None:
+        """Before a new connection: an agent that ends one after the other is not dialled as fast as it can."""
+        is_short_lived = time.monotonic() - self._connected_at < _SHORT_LIVED_S
+        self._short_lived = self._short_lived + 1 if is_short_lived else 0
+        pause_s = _PAUSES_S[min(max(self._short_lived - 1, 0), len(_PAUSES_S) - 1)]
+        await asyncio.sleep(max(min(pause_s, deadline - time.monotonic()), 0.0))
+
     async def _modify(
         self,
         request_type: str,
         resource_type: str,
         settings: dict[str, Any],
-        where: _Where,
+        where: Where,
         timeout_s: float,
         *,
         force: bool = False,
@@ -585,16 +614,17 @@ class BridgeGuest:
         body = messages.modify_request(request_type, resource_type, settings)
         await self._ask(messages.MODIFY, body, timeout_s, where, force=force)
 
-    async def _probe(self, slot: Slot, timeout_s: float) -> dict[str, Any]:
+    async def _probe(self, slot: Slot, timeout_s: float) -> answers.Probed:
         body = messages.request(Controller=slot.controller, Lun=slot.lun)
-        return await self._ask(messages.PROBE, body, timeout_s, _Where(slot))
+        answer = await self._ask(messages.PROBE, body, timeout_s, Where(slot))
+        return answers.read(answers.Probed, answer, vm=self._vm)
 
     async def _ask(
         self,
         kind: int,
         body: dict[str, Any],
         timeout_s: float,
-        where: _Where | None = None,
+        where: Where | None = None,
         *,
         force: bool = False,
     ) -> dict[str, Any]:
@@ -606,7 +636,8 @@ class BridgeGuest:
             client = await self._connected(deadline)
             left = max(deadline - time.monotonic(), 0.0)
             if client.is_ours:
-                body[messages.EXTENSION] = {"TimeoutMs": int(left * 1000), **nonzero(Force=force)}
+                agents = left - min(left * _AHEAD, _MAX_AHEAD_S)
+                body[messages.EXTENSION] = {"TimeoutMs": int(agents * 1000), **nonzero(Force=force)}
             elif was_ours:
                 raise GuestRefused("another agent answers than before", vm=self._vm, remedy="close, and connect again")
             try:
@@ -636,46 +667,12 @@ class BridgeGuest:
             raise GuestRefused(f"the guest's agent was started again: {error}", vm=self._vm) from error
         _log.info("the guest's agent was started again, and negotiated with", vm=self._vm)
 
-    def _checked(self, answer: dict[str, Any], where: _Where | None) -> dict[str, Any]:
-        """The answer, if it is a yes.
-
-        Raises:
-            InvalidRequest, GuestBusy, GuestRefused: it is a no, and nothing was changed.
-            DeadlineExceeded, OutcomeUnknown: the guest itself does not know how it ended.
-        """
-        result = answer.get("Result", 0)
-        if result == 0:
-            return answer
-        if not isinstance(result, int):
-            raise ProtocolError(f"an answer whose Result is {result!r}", message=answer, vm=self._vm)
-        said = str(answer.get("ErrorMessage") or f"HRESULT {result & 0xFFFFFFFF:#010x}")
-        text = f"{where}: {said}" if where else said
-        slot = where.slot if where else None
-        extension = answer.get(messages.EXTENSION)
-        extension = extension if isinstance(extension, dict) else {}
-        holders = extension.get("Holders")
-        holders = [str(holder) for holder in holders] if isinstance(holders, list) else []
-        advice = extension.get("Remedy")
-        advice = advice if isinstance(advice, str) else None
-        match extension.get("Kind"):
-            case "busy":
-                remedy = "end what uses it, or force it"
-                raise GuestBusy(text, holders=holders, vm=self._vm, slot=slot, remedy=remedy)
-            case "invalid":
-                raise InvalidRequest(text, vm=self._vm, slot=slot, remedy=advice)
-            case "no_filesystem":
-                remedy = "have one made, if the disk is blank: ensure_filesystem; or mount one of its partitions"
-                raise GuestRefused(text, vm=self._vm, slot=slot, remedy=advice or remedy)
-            case "timeout":
-                raise DeadlineExceeded(text, vm=self._vm, slot=slot)
-            case "unknown":
-                raise OutcomeUnknown(text, vm=self._vm, slot=slot)
-            case None if said.endswith(_BUSY):
-                raise GuestBusy(text, vm=self._vm, slot=slot, remedy="end what uses it")
-            case None if "context deadline exceeded" in said:
-                # Go's text: gcs gave up in the middle, and does not say where.
-                raise DeadlineExceeded(text, vm=self._vm, slot=slot)
-        raise GuestRefused(text, vm=self._vm, slot=slot, remedy=advice)
+    def _checked(self, answer: dict[str, Any], where: Where | None) -> dict[str, Any]:
+        """The answer, if it is a yes; else the error of `refusals`."""
+        response = answers.read(answers.Response, answer, vm=self._vm)
+        if response.result:
+            raise refusal(response, where, vm=self._vm)
+        return answer
 
     # A guest that is not ours.
 
@@ -685,8 +682,8 @@ class BridgeGuest:
 
     def _need_templates(self, what: str) -> None:
         self._need_our_agent(what)
-        about = self._client.capabilities[messages.EXTENSION] if self._client else {}
-        if about.get("Agent", 0) < _TEMPLATES_SINCE:
+        about = self._client.about if self._client else None
+        if about is None or about.agent < _TEMPLATES_SINCE:
             remedy = "stop the VM, and start it anew with the guest image of this utilityvm"
             raise NotSupported(f"this guest's agent is too old to {what}", vm=self._vm, remedy=remedy)
 
@@ -695,14 +692,3 @@ class BridgeGuest:
             raise NotSupported(
                 f"this guest's agent cannot {what}", vm=self._vm, slot=slot, remedy="use utilityvm's guest image"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class _Where:
-    """What a request is about, for its error."""
-
-    slot: Slot
-    guest_path: PurePosixPath | None = None
-
-    def __str__(self) -> str:
-        return f"{self.slot} at {self.guest_path}" if self.guest_path else str(self.slot)

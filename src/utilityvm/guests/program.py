@@ -4,28 +4,85 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeAlias
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import PurePath, PurePosixPath
+from typing import Any, Final, TypeAlias
 
 from utilityvm.bridge import messages
-from utilityvm.errors import ProtocolError
+from utilityvm.errors import InvalidRequest, ProtocolError
+from utilityvm.guests import answers
 
 OutputSink: TypeAlias = Callable[[bytes], object]
 """Takes output. What it gives is awaited if it can be: until then the program is held back."""
 
 Notify: TypeAlias = Callable[[int, dict[str, Any]], None]
 
+_MAX_PIECES: Final = 256
+
+Said: TypeAlias = answers.Output | answers.Credit | answers.Exit
+
+
+def heard(kind: int, body: dict[str, Any], *, vm: str | None = None) -> Said:
+    """What a guest says about a program.
+
+    Raises:
+        ProtocolError: it is not about a program, or makes no sense.
+    """
+    what = f"message {kind:#010x} about a program"
+    match kind:
+        case messages.RUN_OUTPUT:
+            return answers.read(answers.Output, body, what=what, vm=vm)
+        case messages.RUN_CREDIT:
+            return answers.read(answers.Credit, body, what=what, vm=vm)
+        case messages.RUN_EXIT:
+            return answers.read(answers.Exit, body, what=what, vm=vm)
+    raise ProtocolError(f"the guest sent {kind:#010x}, which we do not know", message=body, vm=vm)
+
+
+def run_request(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None,
+    cwd: PurePosixPath | str | None,
+    takes_input: bool,
+    vm: str | None = None,
+) -> dict[str, Any]:
+    """The request to start a program, without its number.
+
+    Raises:
+        InvalidRequest: a word, a name or a value is none.
+    """
+    if not command:
+        raise InvalidRequest("a command without words", vm=vm)
+    words = [_text(word, f"word {number} of the command", vm) for number, word in enumerate(command, 1)]
+    variables = {
+        _text(name, "the name of a variable", vm): _text(value, name, vm) for name, value in (env or {}).items()
+    }
+    for name in variables:
+        if not name or "=" in name:
+            raise InvalidRequest(f"{name!r} cannot be the name of a variable", vm=vm)
+    return messages.request(Argv=words, Env=variables, Cwd=_text(str(cwd or ""), "the folder", vm), Stdin=takes_input)
+
+
+def _text(value: object, what: object, vm: str | None) -> str:
+    if isinstance(value, PurePath):
+        value = str(value)
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{what} is no text, but {type(value).__name__}", vm=vm, remedy="give it as str(...)")
+    if "\0" in value:
+        raise InvalidRequest(f"{what} has a NUL in it", vm=vm)
+    return value
+
 
 class GuestProgram:
-    """One program. Holds no more than a window of its output, whatever the guest sends."""
+    """One program. Holds no more than a window of its output, in few pieces, whatever the guest sends."""
 
     def __init__(self, number: int, notify: Notify, *, stdout: OutputSink, stderr: OutputSink) -> None:
         self.number = number
         self._notify = notify
         self._sinks = {"out": stdout, "err": stderr}
-        self._output: deque[tuple[str, bytes]] = deque()
+        self._output: deque[tuple[str, bytearray]] = deque()  # no two in a row are of the same stream
         self._output_size = 0
         self._input_credit = messages.INPUT_WINDOW_BYTES
         self._exit_code: int | None = None
@@ -33,32 +90,34 @@ class GuestProgram:
         self._may_feed = asyncio.Event()
         self._may_feed.set()
 
-    def take(self, kind: int, body: dict[str, Any]) -> None:
+    def take(self, said: Said) -> None:
         """What the guest says about it.
 
         Raises:
-            ProtocolError: it makes no sense, or is more output than was allowed.
+            ProtocolError: it is more output than was allowed, or comes after the end.
         """
-        try:
-            match kind:
-                case messages.RUN_OUTPUT:
-                    self._take_output(str(body["Stream"]), base64.b64decode(body["Data"], validate=True))
-                case messages.RUN_CREDIT:
-                    self._input_credit = min(self._input_credit + int(body["Bytes"]), messages.INPUT_WINDOW_BYTES)
-                    self._may_feed.set()
-                case messages.RUN_EXIT:
-                    self._exit_code = int(body["ExitCode"])
-                    self._changed.set()
-        except (KeyError, TypeError, ValueError, binascii.Error) as error:
-            raise ProtocolError(f"the guest sent {kind:#010x} that makes no sense: {error}", message=body) from None
+        if self._exit_code is not None:
+            raise ProtocolError(f"the guest speaks of process {self.number}, which has ended", message=said)
+        match said:
+            case answers.Output():
+                self._take_output(said.stream, said.data)
+            case answers.Credit():
+                self._input_credit = min(self._input_credit + said.bytes, messages.INPUT_WINDOW_BYTES)
+                self._may_feed.set()
+            case answers.Exit():
+                self._exit_code = said.exit_code
+                self._changed.set()
 
     def _take_output(self, stream: str, data: bytes) -> None:
-        if stream not in self._sinks:
-            raise ValueError(f"stream {stream!r}")
         self._output_size += len(data)
         if self._output_size > messages.OUTPUT_WINDOW_BYTES:
             raise ProtocolError(f"the guest sent more than the {messages.OUTPUT_WINDOW_BYTES} bytes it was allowed")
-        self._output.append((stream, data))
+        if self._output and self._output[-1][0] == stream:
+            self._output[-1][1].extend(data)
+        elif len(self._output) < _MAX_PIECES:
+            self._output.append((stream, bytearray(data)))
+        else:  # A byte of each in turn, say. The two streams keep their own order, and lose that between them.
+            self._output[-2][1].extend(data)
         self._changed.set()
 
     @property
@@ -66,12 +125,22 @@ class GuestProgram:
         """Has the guest said how it ended?"""
         return self._exit_code is not None
 
+    @property
+    def is_held_back(self) -> bool:
+        """Is there output that its caller has not taken?"""
+        return self._output_size > 0
+
+    @property
+    def progress(self) -> str:
+        """How far it got, as the beginning of a sentence that ends with why."""
+        return "was killed, for" if self._exit_code is None else f"ended with {self._exit_code}, but"
+
     async def deliver(self) -> int:
         """Hand on its output until it has ended; gives its exit code, negative for the signal that killed it."""
         while True:
             while self._output:
                 stream, data = self._output.popleft()
-                taken = self._sinks[stream](data)
+                taken = self._sinks[stream](bytes(data))
                 if asyncio.iscoroutine(taken) or asyncio.isfuture(taken):
                     await taken
                 self._output_size -= len(data)
