@@ -24,6 +24,7 @@ from utilityvm.scsi.ports import (
     Verity,
     VMAccess,
 )
+from utilityvm.vm import arguments
 
 
 class _Generated(Enum):
@@ -53,6 +54,7 @@ class VMConfig:
         Raises:
             InvalidRequest: names the value, and what it could be.
         """
+        arguments.check_fields(self)
         self.for_qemu(None, uuid="").check()
         if not self.controllers:
             raise InvalidRequest(
@@ -114,18 +116,12 @@ class DiskSpec:
         Raises:
             InvalidRequest: a value is wrong by itself.
         """
-        if isinstance(self.options, str):
-            raise InvalidRequest("options are a list of words", remedy=f"write [{self.options!r}]")
-        try:
-            image_format = None if self.format is None else DiskFormat(self.format)
-        except ValueError as error:
-            known = ", ".join(DiskFormat)
-            raise InvalidRequest(f"there is no image format {self.format!r}", remedy=f"there are {known}") from error
+        arguments.check_fields(self)
         disk = DiskRequest(
             host_path=absolute(self.host_path),
             read_only=self.read_only,
             kind=AttachmentType.PASS_THRU if self.physical else AttachmentType.VIRTUAL_DISK,
-            format=image_format,
+            format=None if self.format is None else DiskFormat(self.format),
             access=VMAccess(self.access),
             sector_size_bytes=self.sector_size_bytes,
         )

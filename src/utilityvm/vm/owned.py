@@ -181,6 +181,7 @@ class OwnedVM:
             DeadlineExceeded: it does not go on yet.
             VMNotRunning, VMGone: as `check`.
         """
+        self.check()
         if self.state is State.RESUMING and self.resuming is not None:
             async with deadline.limit(f"VM {self.name} did not go on after a save that failed", vm=self.name):
                 await asyncio.wait([self.resuming])

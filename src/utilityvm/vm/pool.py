@@ -18,6 +18,7 @@ from utilityvm.log import logger
 from utilityvm.tasks import Deadline, finish
 from utilityvm.templates import catalog
 from utilityvm.vm import rest as resting
+from utilityvm.vm.arguments import checked
 from utilityvm.vm.utility_vm import UtilityVM
 
 _LARGEST: Final = 1000
@@ -41,6 +42,7 @@ class ClonePool:
     Owned by the event loop, and the thread, that entered it. What was handed out is the caller's to close.
     """
 
+    @checked
     def __init__(self, template: str, size: int, *, prefix: str | None = None) -> None:
         """`prefix` begins the names of the VMs; by default it is made of the template's name and this process's id.
 
@@ -85,6 +87,7 @@ class ClonePool:
     ) -> None:
         await self.close()
 
+    @checked
     async def acquire(self, *, timeout_s: float = 60.0) -> UtilityVM:
         """A running clone, which is the caller's from now on. Waits for one if none is ready.
 
@@ -117,6 +120,7 @@ class ClonePool:
             else:
                 return vm
 
+    @checked
     async def close(self, *, timeout_s: float = 60.0) -> None:
         """End the filling and every clone that waits. Closed before is done.
 

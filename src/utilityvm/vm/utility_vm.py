@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Final, Literal, Self
 
-from utilityvm.errors import InvalidRequest, UtilityVMError
+from utilityvm.errors import UtilityVMError
 from utilityvm.guestimage.build import GuestImage
 from utilityvm.guests.bridge_guest import BridgeGuest, CommandResult, OutputSink
 from utilityvm.hosts.qemu import QemuHost, QemuProcess
@@ -24,12 +24,14 @@ from utilityvm.scsi.reservation import Reservation
 from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.views import MountView, SlotView
 from utilityvm.store import Store
+from utilityvm.tasks import Deadline
 from utilityvm.templates.catalog import Template
 from utilityvm.vm import clone as cloning
 from utilityvm.vm import end
 from utilityvm.vm import open as opening
 from utilityvm.vm import save as saving
 from utilityvm.vm import start as starting
+from utilityvm.vm.arguments import checked, timed
 from utilityvm.vm.config import GENERATED, DiskSpec, GuestPath, VMConfig
 from utilityvm.vm.lifecycle import BOOT_S, SHUTDOWN_S
 from utilityvm.vm.mount import OnBusy, SCSIMount
@@ -50,6 +52,7 @@ class UtilityVM:
         self.findings = vm.findings  # what `open` found half done, and did about it: a line each
 
     @classmethod
+    @checked
     async def start(
         cls, config: VMConfig | str, *, image: GuestImage | None = None, timeout_s: float = BOOT_S
     ) -> UtilityVM:
@@ -69,6 +72,7 @@ class UtilityVM:
         return cls(await starting.start(config, image=image, timeout_s=timeout_s))
 
     @classmethod
+    @checked
     async def clone(
         cls,
         template: str,
@@ -96,6 +100,7 @@ class UtilityVM:
         return cls(await cloning.clone(template, name, keep=keep, replace=replace, timeout_s=timeout_s))
 
     @classmethod
+    @checked
     async def open(cls, name: str, *, wait_s: float = 0.0, timeout_s: float = OPEN_S) -> UtilityVM:
         """Own a running VM whose owner let go of it, or died. What an owner left half done is finished or undone.
 
@@ -111,6 +116,7 @@ class UtilityVM:
         return cls(await opening.open_running(name, wait_s=wait_s, timeout_s=timeout_s))
 
     @classmethod
+    @checked
     async def remove(
         cls, name: str, *, wait_s: float = 0.0, force: bool = False, timeout_s: float = SHUTDOWN_S
     ) -> None:
@@ -172,6 +178,7 @@ class UtilityVM:
 
     # Disks.
 
+    @checked
     async def add_scsi(
         self,
         host_path: HostPath,
@@ -234,6 +241,7 @@ class UtilityVM:
         )
         return await self.add(spec, holder=holder, on_busy=on_busy, timeout_s=timeout_s)
 
+    @checked
     async def add_scsi_physical_disk(
         self,
         host_path: HostPath,
@@ -274,6 +282,7 @@ class UtilityVM:
         )
         return await self.add(spec, holder=holder, on_busy=on_busy, timeout_s=timeout_s)
 
+    @timed
     async def add(
         self,
         disk: DiskSpec,
@@ -290,6 +299,7 @@ class UtilityVM:
         )
         return SCSIMount(self, reservation, on_busy=on_busy)
 
+    @timed
     async def add_scsi_many(
         self,
         disks: Iterable[DiskSpec],
@@ -308,6 +318,7 @@ class UtilityVM:
         results = await self._vm.scsi.add_many(requests, which=which, holder=holder_of(holder), timeout_s=timeout_s)
         return [result if isinstance(result, UtilityVMError) else SCSIMount(self, result) for result in results]
 
+    @timed
     async def remove_scsi(
         self,
         host_path: HostPath,
@@ -326,6 +337,7 @@ class UtilityVM:
         path, identity = absolute(host_path), identity_of(host_path)
         await self._vm.scsi.remove(path, identity=identity, holder=holder, force=force, timeout_s=timeout_s)
 
+    @timed
     async def remove_scsi_many(
         self, mounts: Iterable[SCSIMount], *, force: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> list[UtilityVMError | None]:
@@ -333,6 +345,7 @@ class UtilityVM:
         self._vm.check()
         return await self._vm.scsi.remove_many([mount.id for mount in mounts], force=force, timeout_s=timeout_s)
 
+    @timed
     async def release(
         self, reservation: Reservation | str, *, force: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> None:
@@ -340,6 +353,7 @@ class UtilityVM:
         self._vm.check()
         await self._vm.scsi.release(reservation, force=force, timeout_s=timeout_s)
 
+    @timed
     async def resize_scsi(self, host_path: HostPath, size_bytes: int, *, timeout_s: float | None = None) -> None:
         """Grow the disk, its image, and the file systems that are mounted from all of it.
 
@@ -355,6 +369,7 @@ class UtilityVM:
         identity = identity_of(host_path)
         await self._vm.scsi.resize(absolute(host_path), size_bytes, identity=identity, timeout_s=timeout_s)
 
+    @timed
     async def remove_strays(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[str]:
         """Take out of the VM what no journal knows, as after the store was lost; says what, a line each.
 
@@ -380,6 +395,7 @@ class UtilityVM:
                 done.append(f"slot {one.slot} had a disk that no journal knew: detached")
         return done
 
+    @checked
     def scsi_guest_path(self, host_path: HostPath) -> PurePosixPath | None:
         """Where the disk is mounted in the guest; None if it is attached only.
 
@@ -409,6 +425,7 @@ class UtilityVM:
         self._vm.check_here()
         return self._vm.scsi.events()
 
+    @timed
     async def export_scsi_state(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ScsiState:
         """The disks, mounts and reservations as a document, for whoever owns the VM, or one like it, after a move.
 
@@ -422,6 +439,7 @@ class UtilityVM:
         self._vm.check()
         return await self._vm.scsi.export_state(timeout_s=timeout_s)
 
+    @checked
     def import_scsi_state(self, state: ScsiState) -> None:
         """Take up what another VM's owner exported; this VM has no disks yet. Nothing is sent until `resume_scsi`.
 
@@ -436,6 +454,7 @@ class UtilityVM:
         self._vm.check()
         self._vm.scsi.import_state(state, holder=holder_of(None))
 
+    @timed
     async def resume_scsi(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[str]:
         """Go on after `export_scsi_state` or `import_scsi_state`. Says what was left half-way, a line each.
 
@@ -453,6 +472,7 @@ class UtilityVM:
 
     # The guest.
 
+    @timed
     async def run(
         self,
         command: Sequence[str],
@@ -473,8 +493,9 @@ class UtilityVM:
             VMGone: the VM died.
         """
         self._vm.check()
-        return await self._guest.run(_command(command), stdin=stdin, env=env, cwd=cwd, timeout_s=timeout_s)
+        return await self._guest.run(command, stdin=stdin, env=env, cwd=cwd, timeout_s=timeout_s)
 
+    @timed
     async def run_streaming(
         self,
         command: Sequence[str],
@@ -489,9 +510,10 @@ class UtilityVM:
         """Like `run`, with input and output as they come; gives the exit code."""
         self._vm.check()
         return await self._guest.run_streaming(
-            _command(command), stdin=stdin, stdout=stdout, stderr=stderr, env=env, cwd=cwd, timeout_s=timeout_s
+            command, stdin=stdin, stdout=stdout, stderr=stderr, env=env, cwd=cwd, timeout_s=timeout_s
         )
 
+    @timed
     async def ping(self, *, timeout_s: float = 10.0) -> None:
         """Return when the guest's agent has answered.
 
@@ -503,6 +525,7 @@ class UtilityVM:
 
     # What it can become.
 
+    @checked
     async def save_as_template(self, name: str, *, timeout_s: float = SAVE_S) -> Template:
         """Make the VM a template, from which clones start in a fraction of a second: see `clone`.
 
@@ -526,13 +549,20 @@ class UtilityVM:
 
     # Its end.
 
-    async def wait(self) -> UtilityVMError:
-        """Return when the VM has ended, with the reason; `console` has its last words then."""
+    @checked
+    async def wait(self, *, timeout_s: float | None = None) -> UtilityVMError:
+        """Return when the VM has ended, with the reason; `console` has its last words then.
+
+        Raises:
+            DeadlineExceeded: it did not end within `timeout_s` seconds (None: wait for ever).
+        """
         self._vm.check_here()
-        reason = await asyncio.shield(self._host.gone)
+        async with Deadline(timeout_s).limit(f"VM {self.name} did not end", vm=self.name):
+            reason = await asyncio.shield(self._host.gone)
         await self._host.logged()
         return reason
 
+    @checked
     async def stop(self, *, timeout_s: float = SHUTDOWN_S) -> None:
         """End the VM: the guest writes out everything and powers off, or is killed after `timeout_s` seconds.
 
@@ -545,6 +575,7 @@ class UtilityVM:
         self._vm.check_here()
         await end.stop(self._vm, timeout_s=timeout_s)
 
+    @checked
     async def close(self, *, timeout_s: float = SHUTDOWN_S) -> None:
         """Let go of the VM: with `keep` it runs on, and can be opened by whoever comes next; without, it is stopped.
 
@@ -554,6 +585,9 @@ class UtilityVM:
         self._vm.check_here()
         await end.close(self._vm, timeout_s=timeout_s)
 
+    async def _ready(self, deadline: Deadline) -> None:
+        await self._vm.ready(deadline)
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -562,12 +596,6 @@ class UtilityVM:
 
     def __repr__(self) -> str:
         return f"<UtilityVM {self.name}: {'running' if self.is_running else 'ended'}>"
-
-
-def _command(command: Sequence[str]) -> Sequence[str]:
-    if isinstance(command, str) or not command:
-        raise InvalidRequest("a command is a list of words", remedy='such as ["sh", "-c", "ls /data"]')
-    return command
 
 
 __all__ = ["GENERATED", "DiskSpec", "SCSIMount", "UtilityVM", "VMConfig"]

@@ -1,0 +1,249 @@
+"""What callers may pass, by the name of the parameter: one rule for each name, for every public call and value.
+
+`checked` looks at all arguments before anything else happens, so that a wrong one is `InvalidRequest`, names the value,
+and has changed nothing. `timed` ends a call when its time is up, whatever it waits for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from enum import Enum
+from pathlib import PurePosixPath
+from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast
+
+from utilityvm.errors import InvalidRequest
+from utilityvm.scsi.ports import CallerKey, DiskFormat, ScratchKey, Verity, VMAccess
+from utilityvm.scsi.slot import Slot
+from utilityvm.tasks import Deadline
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+LONGEST_S: Final = 1e8  # three years; what has no end is None
+_LATER_S: Final = 0.2  # than the steps of a call, which say better what was not done in time
+
+
+class Rule(Protocol):
+    """Refuses a value by saying what it should be; None: it is fine."""
+
+    def __call__(self, value: Any) -> str | None: ...
+
+
+def _seconds(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST_S:
+        return f"a number of seconds, from 0 to {LONGEST_S:.0f}"
+    return None
+
+
+def _flag(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "True or False"
+
+
+def _count(value: Any) -> str | None:
+    return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
+
+
+def _text(value: Any) -> str | None:
+    return None if isinstance(value, str) else "a text"
+
+
+def _path(value: Any) -> str | None:
+    return None if isinstance(value, (str, os.PathLike)) else "a path: a text or a Path"
+
+
+def _guest_path(value: Any) -> str | None:
+    is_path = isinstance(value, (str, PurePosixPath)) or (isinstance(value, Enum) and value.name == "GENERATED")
+    return None if is_path else "a path in the guest: a text, a PurePosixPath, or GENERATED"
+
+
+def _words(value: Any) -> str | None:
+    is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+    return None if is_list and all(isinstance(word, str) for word in value) else "a list of words"
+
+
+def _command(value: Any) -> str | None:
+    is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)) and value
+    is_command = is_list and all(isinstance(word, (str, os.PathLike)) for word in value)
+    return None if is_command else 'a list of words, such as ["sh", "-c", "ls /data"]'
+
+
+def _variables(value: Any) -> str | None:
+    is_env = isinstance(value, Mapping) and all(isinstance(one, str) for pair in value.items() for one in pair)
+    return None if is_env else "a mapping of texts to texts"
+
+
+def _replacements(value: Any) -> str | None:
+    is_fine = isinstance(value, Mapping) and all(isinstance(slot, tuple) and len(slot) == 2 for slot in value)
+    return None if is_fine else "a mapping of slots to disks"
+
+
+def _called(value: Any) -> str | None:
+    return None if callable(value) else "a function that takes the output"
+
+
+def _several(value: Any) -> str | None:
+    return None if hasattr(value, "__iter__") and not isinstance(value, (str, bytes)) else "a list"
+
+
+def _reservation(value: Any) -> str | None:
+    is_one = isinstance(value, str) or isinstance(getattr(value, "id", None), str)
+    return None if is_one else "a reservation, or its id"
+
+
+def _one_of(kind: type[Enum]) -> Rule:
+    def rule(value: Any) -> str | None:
+        if isinstance(value, kind) or (isinstance(value, str) and value in {one.value for one in kind}):
+            return None
+        return f"one of {', '.join(str(one.value) for one in kind)}"
+
+    return rule
+
+
+def _word_of(*words: str) -> Rule:
+    return lambda value: None if isinstance(value, str) and value in words else f"one of {', '.join(words)}"
+
+
+def _made_of(*kinds: type, what: str) -> Rule:
+    return lambda value: None if isinstance(value, kinds) else what
+
+
+def _anything(value: Any) -> None:
+    """Its type's own methods say what is wrong with it."""
+
+
+RULES: Final[Mapping[str, Rule]] = {
+    "timeout_s": _seconds,
+    "wait_s": _seconds,
+    "name": _text,
+    "template": _text,
+    "prefix": _text,
+    "holder": _text,
+    "filesystem": _text,
+    "accelerator": _text,
+    "force": _flag,
+    "keep": _flag,
+    "read_only": _flag,
+    "ensure_filesystem": _flag,
+    "reformat": _flag,
+    "block_device": _flag,
+    "physical": _flag,
+    "partition": _count,
+    "size": _count,
+    "size_bytes": _count,
+    "memory_mib": _count,
+    "cpus": _count,
+    "controllers": _count,
+    "host_path": _path,
+    "cwd": _path,
+    "guest_path": _guest_path,
+    "options": _words,
+    "command": _command,
+    "env": _variables,
+    "replace": _replacements,
+    "access": _one_of(VMAccess),
+    "format": _one_of(DiskFormat),
+    "which": _word_of("all", "each"),
+    "on_busy": _word_of("raise", "force"),
+    "encryption": _made_of(ScratchKey, CallerKey, what="a ScratchKey or a CallerKey"),
+    "verity": _made_of(Verity, what="a Verity"),
+    "slot": _made_of(Slot, what="a Slot"),
+    "stdout": _called,
+    "stderr": _called,
+    "mounts": _several,
+    "disks": _several,
+    "reservation": _reservation,
+    "stdin": _anything,
+    "config": _anything,
+    "image": _anything,
+    "disk": _anything,
+    "state": _anything,
+}
+
+
+def check(name: str, value: object, *, optional: bool = False) -> None:
+    """Raises:
+    InvalidRequest: the value cannot be that of a parameter of this name; says what it should be.
+    """
+    if optional and value is None:
+        return
+    wanted = RULES[name](value)
+    if wanted is not None:
+        raise InvalidRequest(f"{name} {value!r} is not {wanted}", remedy=f"give {wanted}")
+
+
+def check_fields(value: Any) -> None:
+    """Every field of a dataclass, by its name; None if that is its default.
+
+    Raises:
+        InvalidRequest: as `check`.
+    """
+    for field in dataclasses.fields(value):
+        check(field.name, getattr(value, field.name), optional=field.default is None)
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which looks at its arguments first. None is taken where it is the default.
+
+    Raises:
+        InvalidRequest: as `check`.
+    """
+    signature = inspect.signature(function)
+    optional = {name for name, parameter in signature.parameters.items() if parameter.default is None}
+    looked_at = [name for name in signature.parameters if name in RULES]
+
+    def look(arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = signature.bind(*arguments, **named).arguments
+        for name in looked_at:
+            if name in given:
+                check(name, given[name], optional=name in optional)
+
+    if not inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        def plain(*arguments: P.args, **named: P.kwargs) -> R:
+            look(arguments, named)
+            return function(*arguments, **named)
+
+        return plain
+
+    @functools.wraps(function)
+    async def awaited(*arguments: P.args, **named: P.kwargs) -> Any:
+        look(arguments, named)
+        return await cast(Awaitable[Any], function(*arguments, **named))
+
+    return cast(Callable[P, R], awaited)
+
+
+class _Face(Protocol):
+    """What `timed` needs of a VM."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def _ready(self, deadline: Deadline) -> None: ...
+
+
+def timed(function: Callable[P, R]) -> Callable[P, R]:
+    """A method of a VM that is `checked`, waits until the VM takes calls, and ends when its `timeout_s` is up.
+
+    Raises:
+        DeadlineExceeded: names the call.
+        VMNotRunning, VMGone: the VM takes no calls.
+    """
+    signature = inspect.signature(function)
+    default = signature.parameters["timeout_s"].default
+
+    @functools.wraps(function)
+    async def awaited(*arguments: P.args, **named: P.kwargs) -> Any:
+        face = cast(_Face, arguments[0])
+        timeout_s = named.get("timeout_s", default)
+        deadline = Deadline(None if timeout_s is None else cast(float, timeout_s))
+        await face._ready(deadline)
+        async with deadline.limit(f"{function.__name__}: not done", vm=face.name, later_s=_LATER_S):
+            return await cast(Awaitable[Any], function(*arguments, **named))
+
+    return checked(cast(Callable[P, R], awaited))
