@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from guest_end import AgentThread, FakeDisks
 from raw_host import RawHost
-from utilityvm.agent import serve
+from utilityvm.agent import run, serve
 from utilityvm.bridge import messages
 from utilityvm.bridge.frame import Decoder, encode, host_json
 
@@ -389,3 +390,34 @@ def test_no_bytes_keep_the_next_host_out(pieces: list[bytes]) -> None:
         stream = b"".join(iter(lambda: ours.recv(65536), b""))
     *_, last = Decoder().feed(stream)
     assert (last.kind, last.id, last.body()["Result"]) == (messages.response_to(messages.NEGOTIATE), 1002, 0)
+
+
+@pytest.mark.parametrize("what", ["_run", "_work"])
+def test_a_request_that_no_thread_is_free_for_is_refused_and_the_agent_goes_on(
+    host: RawHost, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Neither one to do it, nor one to watch over it."""
+    real = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread._target.__name__ == what:  # type: ignore[attr-defined]
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for body in (None, messages.request(Process=1, Argv=["true"])):
+            kind = messages.PROBE if body is None else messages.RUN
+            assert "no thread free" in host.ask(kind, body)["ErrorMessage"]
+        assert host.ask(messages.PING)["Result"] == 0
+    assert host.run("true")["Result"] == 0  # its number is free
+    assert host.outcome()[2] == 0
+
+
+def test_whatever_is_wrong_with_what_is_told_the_agent_goes_on(host: RawHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(run.Programs, "tell", fail)
+    host.send(messages.RUN_CANCEL, {"Process": 1}, id=0)
+    assert host.ask(messages.PING)["Result"] == 0

@@ -60,3 +60,16 @@ def test_threads_with_nothing_to_do_end(monkeypatch: pytest.MonkeyPatch) -> None
     done = threading.Event()
     assert pool.do(done.set)
     assert done.wait(20)
+
+
+def test_a_system_without_threads_takes_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = Workers(at_most=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert not pool.do(lambda: None)
+    done = threading.Event()
+    assert pool.do(done.set)
+    assert done.wait(20)

@@ -152,8 +152,8 @@ def _serve() -> NoReturn:
     sys.exit("unreachable")
 
 
-def _controllers() -> list[str]:
-    with open("/proc/cmdline") as file:
+def _controllers(cmdline: str = "/proc/cmdline") -> list[str]:
+    with open(cmdline) as file:
         words = file.read().split()
     return [name for word in words if word.startswith("utilityvm.scsi=") for name in word.partition("=")[2].split(",")]
 

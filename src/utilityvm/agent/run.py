@@ -163,6 +163,10 @@ class Program:
         if self._fault:
             raise self._fault
 
+    def give_up(self) -> None:
+        """It is not going to be started: its number is free."""
+        self._forget(self._number)
+
     def feed(self, data: bytes, *, last: bool) -> None:
         """Give it input. A host that sends more than its window allows loses the program."""
         with self._lock:

@@ -234,6 +234,7 @@ class Serve:
         return Call(session, frame, body)
 
     def _hand_over(self, call: Call, handler: Handler) -> None:
+        give_up: Callable[[], object] = lambda: None  # noqa: E731
         if call.frame.kind == messages.RUN:
             # Known at once: what the host says about the program next may come before a worker has begun.
             try:
@@ -242,15 +243,24 @@ class Serve:
             except Fault as fault:
                 call.refuse(fault)
                 return
-            handler = _starter(program)
+            handler, give_up = _starter(program), program.give_up
         elif call.frame.kind in (messages.MODIFY, messages.GROW):
             self._changes = [*(change for change in self._changes if not change.has_ended.is_set()), call]
         elif call.frame.kind == messages.PROBE:
             handler = partial(self._probe, before=self._changes)
-        self._watch.add(call)
-        if not self._workers.do(lambda: self._work(call, handler)):
+        if not self._watch_over(call) or not self._workers.do(lambda: self._work(call, handler)):
             self._end(call)
-            call.refuse(Fault(f"{MAX_REQUESTS} requests are under way and none ends"))
+            give_up()
+            call.refuse(
+                Fault(f"the agent has no thread free for it: at most {MAX_REQUESTS} requests are under way at once")
+            )
+
+    def _watch_over(self, call: Call) -> bool:
+        try:
+            self._watch.add(call)
+        except RuntimeError:  # there is no thread for that either
+            return False
+        return True
 
     def _work(self, call: Call, handler: Handler) -> None:
         try:
@@ -291,8 +301,8 @@ class Serve:
         try:
             if self._session:
                 self._session.programs.tell(frame.kind, frame.body())
-        except (Fault, FrameError, TypeError):
-            pass  # it makes no sense, and nobody waits for an answer
+        except Exception:
+            pass  # it makes no sense, whatever it is: nobody waits for an answer, and others wait for the agent
 
     def _modify(self, call: Call) -> dict[str, Any]:
         with self._template.changing():

@@ -22,12 +22,15 @@ class Workers:
         self._ready = threading.Condition()
 
     def do(self, job: Callable[[], None]) -> bool:
-        """Have a thread run `job`. False: as many as may be are busy, and it was not taken."""
+        """Have a thread run `job`. False: all are busy, there can be no more of them, and it was not taken."""
         with self._ready:
             if self._idle <= len(self._jobs):
                 if self._count >= self._at_most:
                     return False
-                threading.Thread(target=self._work, daemon=True).start()
+                try:
+                    threading.Thread(target=self._work, daemon=True).start()
+                except RuntimeError:  # the system gives no more
+                    return False
                 self._count += 1
             self._jobs.append(job)
             self._ready.notify()
