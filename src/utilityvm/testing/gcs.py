@@ -136,7 +136,7 @@ class Gcs:
             if wanted not in ("ext4", "xfs"):
                 raise Failed(f"unsupported filesystem {wanted} requested for device")
             self._format(slot, wanted)
-        if content.filesystem != (wanted or found):
+        if not content.filesystem or content.filesystem != (wanted or found):
             raise Failed("mounting: invalid argument")
         if self._is_read_only(slot) and not settings.get("ReadOnly"):
             raise Failed("mounting: permission denied")
