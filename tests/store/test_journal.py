@@ -26,6 +26,7 @@ from utilityvm.scsi.ports import (
     VMAccess,
 )
 from utilityvm.scsi.slot import Slot
+from utilityvm.scsi.transitions import DiskState, MountState, ReservationState
 from utilityvm.store import SqliteJournal, Store, database
 
 DISK = DiskRecord(
@@ -216,7 +217,7 @@ disks = st.builds(
     access=st.sampled_from(VMAccess),
     read_only=st.booleans(),
     size_bytes=numbers,
-    state=names,
+    state=st.sampled_from(DiskState).map(str),
     since=times,
 )
 mounts = st.builds(
@@ -225,7 +226,7 @@ mounts = st.builds(
     attachment=names,
     guest_path=names.map(PurePosixPath),
     config=configs,
-    state=names,
+    state=st.sampled_from(MountState).map(str),
     since=times,
 )
 holders = st.builds(Holder, name=names, pid=st.none() | numbers, started=st.none() | names)
@@ -235,7 +236,7 @@ reservations = st.builds(
     attachment=names,
     mount=st.none() | names,
     holder=holders,
-    state=names,
+    state=st.sampled_from(ReservationState).map(str),
     since=times,
 )
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import os
+import shutil
+import socket
+import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from utilityvm.errors import VMOwned
+from utilityvm.errors import SetupError, VMOwned
 from utilityvm.machine.processes import own_start
 from utilityvm.store.ownership import Ownership, owner_of
 
@@ -135,3 +141,112 @@ async def test_who_waits_for_a_vm_that_ends_gets_the_next_of_its_name(folder: Pa
         await Ownership.acquire(folder, vm="one")
     second.release(remove=True)
     assert not folder.exists()
+
+
+def lock(path: Path, byte: int) -> int:
+    """Lock a byte of the file, as a process does that stands still; gives the descriptor that holds it."""
+    fd = os.open(path, os.O_RDWR)
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+    return fd
+
+
+@pytest.mark.parametrize("byte", [0, 1000])
+async def test_a_process_that_stands_still_in_the_queue_holds_up_nobody_for_longer_than_he_waits(
+    folder: Path, byte: int
+) -> None:
+    (await Ownership.acquire(folder, vm="one")).release()
+    held = lock(folder / "owner.lock", byte)
+    async with asyncio.timeout(20):
+        if byte:
+            with pytest.raises(VMOwned, match=r"still after 0\.05 s"):
+                await Ownership.acquire(folder, vm="one", wait_s=0.05)
+        else:
+            (await Ownership.acquire(folder, vm="one", wait_s=0.05)).release()
+    os.close(held)
+
+
+async def test_a_fork_of_the_owner_owns_nothing(folder: Path) -> None:
+    ownership = await Ownership.acquire(folder, vm="one")
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        theirs.send(b"forked")
+        theirs.recv(1)  # lives until the test is over
+        os._exit(0)
+    theirs.close()
+    ours.recv(6)
+    ownership.release()
+    (await Ownership.acquire(folder, vm="one")).release()
+    ours.close()
+    os.waitpid(pid, 0)
+
+
+async def test_an_owner_whose_lock_was_removed_owns_it_as_long_as_it_lives(folder: Path) -> None:
+    owner = await Ownership.acquire(folder, vm="one")
+    owner.path.unlink()
+    other = await Ownership.acquire(folder, vm="one")
+    assert other.belongs_to_other(owner.owner)
+    assert not other.belongs_to_other(other.owner), "of the same file the lock decides"
+    assert not other.belongs_to_other(replace(owner.owner, started="1@00000000")), "that process has ended"
+    assert not other.belongs_to_other(None)
+    other.release()
+    assert owner_of(folder, owner.owner.to_json()) == owner.owner
+    assert owner_of(folder, None) is None
+    owner.release(remove=True)
+    assert not folder.exists(), "what only waited there is nobody's"
+
+
+async def test_an_owner_removes_nothing_of_the_next_ones_folder(folder: Path) -> None:
+    owner = await Ownership.acquire(folder, vm="one")
+    shutil.rmtree(folder)
+    new = await Ownership.acquire(folder, vm="one")
+    (folder / "vm.json").touch()
+    owner.release(remove=True)
+    assert sorted(file.name for file in folder.iterdir()) == ["owner.lock", "vm.json"]
+    new.release()
+
+
+async def test_a_vm_that_ended_can_be_seized_from_an_owner_that_stands_still(folder: Path) -> None:
+    still = await Ownership.acquire(folder, vm="one")
+    seized = await Ownership.seize(folder, vm="one")
+    with pytest.raises(VMOwned):
+        await Ownership.acquire(folder, vm="one")
+    still.release(remove=True)
+    assert seized.path.exists(), "it goes on, and touches nothing"
+    seized.release(remove=True)
+    assert not folder.exists()
+
+
+async def test_an_owner_that_has_no_space_for_its_name_owns_it_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    ownership = await Ownership.acquire(folder, vm="one")
+    with pytest.raises(VMOwned, match="has not said its name yet"):
+        await Ownership.acquire(folder, vm="one")
+    ownership.release()
+
+
+@pytest.mark.parametrize(("number", "remedy"), [
+    (errno.ENOLCK, "local file system"),
+    (errno.EOPNOTSUPP, "local file system"),
+    (errno.ENOSPC, "make room"),
+    (errno.EMFILE, "ulimit -n"),
+    (errno.EROFS, "may write to"),
+])  # fmt: skip
+async def test_what_the_system_refuses_is_told_with_its_remedy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    def refuse(*_: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "fcntl", refuse)
+        with pytest.raises(SetupError) as caught:
+            await Ownership.acquire(folder, vm="one")
+    assert remedy in (caught.value.remedy or "")
+    (await Ownership.acquire(folder, vm="one")).release()

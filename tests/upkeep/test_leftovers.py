@@ -22,6 +22,17 @@ from utilityvm.store import Store, StoredVM
 from utilityvm.store.ownership import Ownership
 from utilityvm.upkeep import leftovers
 from utilityvm.upkeep.leftovers import Kind
+from utilityvm.vm import lifecycle
+
+REST = {
+    "uid": 0,
+    "controllers": 4,
+    "keep": True,
+    "accelerator": "tcg",
+    "accelerator_reason": "",
+    "qemu_version": "7.2.0",
+    "machine": "pc",
+}  # of a process in the store
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +192,43 @@ async def test_the_folder_of_a_vm_that_is_in_no_store(
     assert [one.name for one in left] == ["lost"] * is_left
     assert [await leftovers.remove(one, store) for one in left] == [True] * is_left
     assert folder.exists() is not is_left
+
+
+async def test_many_dead_vms_cost_no_more_each_than_few(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted, and not timed: what is done for one of them asks for nothing of the others."""
+    looks: list[str] = []
+    every = store.vms
+
+    def all_vms() -> list[StoredVM]:
+        looks.append("all")
+        return every()
+
+    monkeypatch.setattr(store, "vms", all_vms)
+    monkeypatch.setattr(lifecycle, "process_with", lambda *words: looks.append("scan"))
+    dead = {"pid": 1 << 22, "started": "1@00000000", "log_pid": 1 << 22, "log_started": "1@00000000", **REST}
+    for number in range(20):
+        name = f"dead{number}"
+        vm = store.add(name, uuid=name, config={})
+        store.set_process(vm, {**dead, "name": name, "uuid": name, "folder": str(paths.vm_dir(name))})
+        paths.vm_dir(name).mkdir(parents=True)
+        (paths.vm_dir(name) / "console.log").touch()
+    left = leftovers.leftovers(store)
+    looks.clear()
+    assert all([await leftovers.remove(one, store) for one in left])
+    assert looks == []
+    assert every() == []
+    assert not list((paths.runtime_dir() / "vms").iterdir())
+
+
+async def test_a_damaged_record_is_not_taken_for_a_dead_vm(store: Store) -> None:
+    vm = store.add("odd", uuid="odd", config={})
+    store.db.execute("UPDATE vms SET process = '{' WHERE id = ?", (vm.id,))
+    assert found(store) == []
+
+
+async def test_a_vm_whose_lock_was_removed_while_it_starts_is_not_left_over(store: Store) -> None:
+    ownership = await Ownership.acquire(paths.vm_dir("new"), vm="new")
+    store.add("new", uuid="new", config={}, owner=ownership.owner.to_json())
+    ownership.path.unlink()
+    assert found(store) == []
+    ownership.release(remove=True)

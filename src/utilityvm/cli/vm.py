@@ -17,7 +17,7 @@ from utilityvm.cli.output import age, print_fields, print_json, print_table, say
 if TYPE_CHECKING:
     import asyncio
 
-    from utilityvm.store import StoredVM
+    from utilityvm.store import Store, StoredVM
     from utilityvm.store.ownership import Owner
     from utilityvm.vm.config import VMConfig
     from utilityvm.vm.utility_vm import UtilityVM
@@ -97,15 +97,11 @@ def _description(vm: UtilityVM) -> dict[str, object]:
 @json_option
 def ps_command(as_json: bool) -> None:
     """List the VMs of this user, and the process that owns each."""
-    from utilityvm.machine import paths
-    from utilityvm.store import SqliteJournal
-    from utilityvm.store.ownership import owner_of
     from utilityvm.store.recover import open_store
-    from utilityvm.store.view import slots
 
     now = time.time()
     with open_store() as store:
-        vms = [(vm, len(slots(SqliteJournal(store, vm).read())), owner_of(paths.vm_dir(vm.name))) for vm in store.vms()]
+        vms = [(vm, _disks(store, vm), _owner(vm)) for vm in store.vms()]
     if as_json:
         print_json(
             [
@@ -145,6 +141,26 @@ def ps_command(as_json: bool) -> None:
     )
 
 
+def _disks(store: Store, vm: StoredVM) -> int | None:
+    """How many it has; None: its journal cannot be read."""
+    from utilityvm.errors import StoreError
+    from utilityvm.store import SqliteJournal
+    from utilityvm.store.view import slots
+
+    try:
+        return len(slots(SqliteJournal(store, vm).read()))
+    except StoreError:
+        return None
+
+
+def _owner(vm: StoredVM) -> Owner | None:
+    from utilityvm.machine import paths
+    from utilityvm.store.catalog import is_plain
+    from utilityvm.store.ownership import owner_of
+
+    return owner_of(paths.vm_dir(vm.name), vm.owner) if is_plain(vm.name) else None
+
+
 def _state(vm: StoredVM, owner: Owner | None) -> str:
     """The VM's state as it is: one that was being started or stopped by a process that died is dead."""
     from utilityvm.store import VMState
@@ -155,7 +171,9 @@ def _state(vm: StoredVM, owner: Owner | None) -> str:
 
 @click.command("stop")
 @vm_argument
-@click.option("--force", is_flag=True, help="Do not ask the guest to write out and power off.")
+@click.option(
+    "--force", is_flag=True, help="Kill it at once, whoever uses it. What the guest has not written out is lost."
+)
 @wait_option
 @json_option
 def stop_command(name: str, force: bool, wait_s: float, as_json: bool) -> None:
@@ -163,7 +181,8 @@ def stop_command(name: str, force: bool, wait_s: float, as_json: bool) -> None:
     from utilityvm.vm.utility_vm import UtilityVM
 
     begun = time.monotonic()
-    run(UtilityVM.remove(name, wait_s=wait_s, force=force))
+    for line in run(UtilityVM.remove(name, wait_s=wait_s, force=force)):
+        click.echo(f"warning: {line}", err=True)
     say(f"{name} is gone ({time.monotonic() - begun:.1f} s)")
     if as_json:
         print_json({"name": name, "stopped": True})

@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
-from utilityvm.errors import VMExists, VMNotFound
+from utilityvm.errors import StoreError, VMExists, VMNotFound
 from utilityvm.machine import paths
-from utilityvm.machine.processes import is_running
+from utilityvm.machine.processes import Life, life_of
 from utilityvm.store import database
 from utilityvm.store.formats import Formats
+
+_COLUMNS: Final = "id, name, uuid, state, created, config, process, owner"
 
 
 class VMState(StrEnum):
@@ -28,11 +30,16 @@ class VMState(StrEnum):
     SAVING = "saving"  # it is becoming a template: frozen and paused, or about to be
     STOPPING = "stopping"  # it is being ended, and everything of it removed
     DEAD = "dead"  # its QEMU ended by itself; its disks are free
+    DAMAGED = "damaged"  # never written: the record cannot be read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredVM:
-    """A VM as the store has it. `id` is never used for another one."""
+    """A VM as the store has it. `id` is never used for another one.
+
+    A row that cannot be read is a VM too, so that it can be named and cleared away, and the others used: `damage` says
+    what is wrong with it, and what could not be read is empty.
+    """
 
     id: int
     name: str
@@ -41,14 +48,23 @@ class StoredVM:
     created: float
     config: Mapping[str, Any]
     process: Mapping[str, Any] | None
+    owner: Mapping[str, Any] | None = None  # as `Owner.to_json`; the process may have ended
+    damage: str | None = None
 
     @property
     def pid(self) -> int | None:
         return None if self.process is None else int(self.process["pid"])
 
-    def is_alive(self) -> bool:
+    @property
+    def life(self) -> Life:
         """Does its QEMU run: that very process? Asks /proc alone."""
-        return self.process is not None and is_running(int(self.process["pid"]), str(self.process["started"]))
+        if self.process is None:
+            return Life.UNKNOWN if self.damage else Life.ENDED
+        return life_of(int(self.process["pid"]), str(self.process["started"]))
+
+    def is_alive(self) -> bool:
+        """May its QEMU run? Also true if that cannot be told: nothing may be concluded then."""
+        return self.life is not Life.ENDED
 
     @property
     def seen_state(self) -> VMState:
@@ -105,7 +121,7 @@ class Store:
 
     def vms(self) -> list[StoredVM]:
         """Every VM, by name."""
-        return [_vm(row) for row in self._ask("SELECT * FROM vms ORDER BY name")]
+        return [_vm(row) for row in self._ask(f"SELECT {_COLUMNS} FROM vms ORDER BY name")]
 
     def get(self, name: str) -> StoredVM:
         """Raises:
@@ -117,10 +133,16 @@ class Store:
         return vm
 
     def find(self, name: str) -> StoredVM | None:
-        rows = self._ask("SELECT * FROM vms WHERE name = ?", name)
+        rows = self._ask(f"SELECT {_COLUMNS} FROM vms WHERE name = ?", name)
         return _vm(rows[0]) if rows else None
 
-    def add(self, name: str, *, uuid: str, config: Mapping[str, Any]) -> StoredVM:
+    def has_uuid(self, uuid: str) -> bool:
+        """Is there a VM of that UUID?"""
+        return bool(self._ask("SELECT 1 FROM vms WHERE uuid = ?", uuid))
+
+    def add(
+        self, name: str, *, uuid: str, config: Mapping[str, Any], owner: Mapping[str, Any] | None = None
+    ) -> StoredVM:
         """A new VM, in state `starting`.
 
         Raises:
@@ -130,8 +152,8 @@ class Store:
         created = time.time()
         try:
             cursor = self.db.execute(
-                "INSERT INTO vms (name, uuid, state, created, config) VALUES (?, ?, ?, ?, ?)",
-                (name, uuid, VMState.STARTING.value, created, json.dumps(config)),
+                "INSERT INTO vms (name, uuid, state, created, config, owner) VALUES (?, ?, ?, ?, ?, ?)",
+                (name, uuid, VMState.STARTING.value, created, json.dumps(config), owner and json.dumps(owner)),
             )
         except sqlite3.IntegrityError as error:
             raise VMExists(
@@ -150,6 +172,7 @@ class Store:
             created=created,
             config=config,
             process=None,
+            owner=owner,
         )
 
     def restore(self, record: Mapping[str, Any]) -> bool:
@@ -171,8 +194,33 @@ class Store:
         self._do("UPDATE vms SET state = ? WHERE id = ?", state.value, vm.id)
 
     def set_process(self, vm: StoredVM, process: Mapping[str, Any]) -> None:
-        """Write down which process the VM is, so that a later owner knows it again."""
-        self._do("UPDATE vms SET process = ? WHERE id = ?", json.dumps(process), vm.id)
+        """Write down which process the VM is, so that a later owner knows it again.
+
+        Raises:
+            StoreError: it was not written, or the VM is not in the store any more: another process ended it.
+        """
+        if not self._do("UPDATE vms SET process = ? WHERE id = ?", json.dumps(process), vm.id):
+            raise StoreError(f"VM {vm.name} was ended by another process while it started", vm=vm.name)
+
+    def set_owner(self, vm: StoredVM, owner: Mapping[str, Any] | None) -> None:
+        """Write down which process owns the VM. See `ownership` for what that is good for."""
+        self._do("UPDATE vms SET owner = ? WHERE id = ?", None if owner is None else json.dumps(owner), vm.id)
+
+    def drop_owner(self, vm: StoredVM, owner: Mapping[str, Any]) -> None:
+        """Forget the owner, if it is still that one."""
+        self._do("UPDATE vms SET owner = NULL WHERE id = ? AND owner = ?", vm.id, json.dumps(owner))
+
+    def heal(self, vm: StoredVM, record: Mapping[str, Any]) -> None:
+        """Replace a damaged record by the copy in the VM's runtime folder."""
+        self._do(
+            "UPDATE vms SET uuid = ?, state = ?, created = ?, config = ?, process = ? WHERE id = ?",
+            record["uuid"],
+            VMState.RUNNING.value,
+            record["created"],
+            json.dumps(record["config"]),
+            json.dumps(record["process"]),
+            vm.id,
+        )
 
     def set_dead(self, vm: StoredVM) -> None:
         """Its QEMU ended: it is dead, and holds no disk any more."""
@@ -215,13 +263,42 @@ class Store:
 
 
 def _vm(row: tuple[Any, ...]) -> StoredVM:
-    id_, name, uuid, state, created, config, process = row
+    id_, name, uuid, state, created, config, process, owner = row
+    wrong: list[str] = []
+    if not (is_plain(name) and is_plain(uuid)):
+        wrong.append(f"name {name!r} or UUID {uuid!r}")
+    if state not in set(VMState) - {VMState.DAMAGED}:
+        wrong.append(f"state {state!r}")
+    read_config = _document(config)
+    if read_config is None:
+        wrong.append("config")
+    read_process = _document(process)
+    if process is not None and not (
+        read_process and type(read_process.get("pid")) is int and type(read_process.get("started")) is str
+    ):
+        read_process = None
+        wrong.append("process")
     return StoredVM(
         id=id_,
         name=name,
         uuid=uuid,
-        state=VMState(state),
+        state=VMState.DAMAGED if wrong else VMState(state),
         created=created,
-        config=json.loads(config),
-        process=None if process is None else json.loads(process),
+        config=read_config or {},
+        process=read_process,
+        owner=_document(owner),
+        damage=f"it cannot be read: {', '.join(wrong)}" if wrong else None,
     )
+
+
+def is_plain(name: str) -> bool:
+    """Does it name one file in a folder, and nothing above or below it?"""
+    return bool(name) and name not in (".", "..") and not {"/", "\0"} & set(name)
+
+
+def _document(text: str | None) -> dict[str, Any] | None:
+    try:
+        document = None if text is None else json.loads(text)
+    except ValueError:
+        return None
+    return document if isinstance(document, dict) else None

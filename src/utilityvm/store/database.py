@@ -23,9 +23,9 @@ from typing import Final
 
 from utilityvm.errors import SetupError, StoreDamaged, StoreError, StoreTooNew
 from utilityvm.log import logger
-from utilityvm.machine import paths
+from utilityvm.machine import oserrors, paths
 
-VERSION: Final = 2
+VERSION: Final = 3
 # MIGRATIONS[n] makes a store of version n + 1 out of one of version n; version 1 is the first.
 MIGRATIONS: Final[Sequence[str]] = (
     "",
@@ -41,6 +41,7 @@ MIGRATIONS: Final[Sequence[str]] = (
     ) STRICT, WITHOUT ROWID;
     ALTER TABLE disks ADD COLUMN sector_size_bytes INTEGER;
     """,
+    "ALTER TABLE vms ADD COLUMN owner TEXT;",
 )
 APPLICATION_ID: Final = 0x75766D31  # "uvm1"
 BUSY_S: Final = 2.0  # a writer holds the file for some 20 us; who holds it for longer is stuck
@@ -147,6 +148,11 @@ def failure(error: sqlite3.Error, path: Path) -> StoreError:
         return StoreBusy(f"the store {path}: {text}", remedy=f"see who has it open: fuser -v {path}")
     if "full" in text:
         remedy = f"make room in {path.parent}; nothing was lost, and nothing was begun"
+    elif "unable to open" in text and not oserrors.has_descriptors():
+        text += ": too many open files"
+        remedy = "raise the limit on open files: ulimit -n"
+    elif "locking protocol" in text or "disk I/O error" in text:
+        remedy = f"{path.parent} must be on a file system that can lock files and whose storage is in order"
     elif "readonly" in text or "unable to open" in text:
         remedy = f"{path.parent} and all in it must be writable for this user"
     elif is_damage(error):

@@ -25,6 +25,7 @@ from utilityvm.scsi.ports import (
     VMAccess,
 )
 from utilityvm.scsi.slot import Slot
+from utilityvm.scsi.transitions import DiskState, MountState, ReservationState
 from utilityvm.store import database
 from utilityvm.store.catalog import Store, StoredVM
 
@@ -124,7 +125,7 @@ class SqliteJournal:
             raise database.failure(error, self._store.path) from error
         try:
             return [*map(_disk, disks), *map(_mount, mounts), *map(_reservation, reservations)]
-        except (ValueError, KeyError, TypeError, InvalidRequest) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, InvalidRequest) as error:
             raise StoreError(
                 f"the journal of VM {self._vm.name} holds what no utilityvm wrote: {error}",
                 vm=self._vm.name,
@@ -243,7 +244,7 @@ def _disk(row: tuple[Any, ...]) -> DiskRecord:
         access=VMAccess(access),
         read_only=bool(read_only),
         size_bytes=size,
-        state=state,
+        state=DiskState(state).value,
         since=since,
         sector_size_bytes=sector,
     )
@@ -267,7 +268,7 @@ def _mount(row: tuple[Any, ...]) -> MountRecord:
             encryption=_read_encryption(encryption),
             verity=_read_verity(verity) if verity else None,
         ),
-        state=state,
+        state=MountState(state).value,
         since=since,
     )
 
@@ -303,6 +304,6 @@ def _reservation(row: tuple[Any, ...]) -> ReservationRecord:
         attachment=attachment,
         mount=mount,
         holder=Holder(name=holder, pid=pid, started=started),
-        state=state,
+        state=ReservationState(state).value,
         since=since,
     )

@@ -1,15 +1,19 @@
 """Which process a VM belongs to: a kernel lock on a file in the VM's runtime folder, which a dead owner drops.
 
-A VM has one owner at a time, and who wants it after him stands in a queue. Both are open-file-description locks on
+A VM has one owner at a time, and other processes that want it wait in a queue. Both are open-file-description locks on
 bytes of `owner.lock`; nobody has to clean up after a process that died:
 
-* byte 0 is the *door*: held for the few microseconds in which a ticket is drawn;
 * byte 1 is the *ownership*;
-* byte 1000 + n is the *ticket* n. Who waits holds one, and takes the ownership when it is free and no lower ticket is
-  held. So the queue is first come, first served, and a newcomer cannot slip in between two owners.
+* byte 1000 + n is the *ticket* n. A waiting process holds one, drawn behind the last one that is held, and takes the
+  ownership when it is free and no lower ticket is held. So the queue is first come, first served, and a newcomer cannot
+  slip in between two owners.
 
 Waiting looks every 10 ms instead of blocking in the kernel: a blocked thread could not be called back when its caller's
-time is up. The file's text says who the owner is; it is for people, and only the lock decides.
+time is up. No lock is ever waited for without a deadline: its holder may stand still.
+
+A name is not the thing: the file may be removed or replaced while its owner lives (cleaners of /tmp do that). So the
+store remembers the owner as well, and which file it locked. With the same file the lock decides; with another one, or
+none, the VM belongs to that process until it lets go or ends. Forks of an owner hold nothing (machine/forks.py).
 
 Source: fcntl(2), open file description locks.
 """
@@ -22,20 +26,23 @@ import json
 import os
 import struct
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self, cast
+from typing import Any, Final, Self
 
 from utilityvm.errors import SetupError, VMOwned
-from utilityvm.machine import paths
-from utilityvm.machine.processes import own_command, own_start
+from utilityvm.machine import forks, oserrors, paths
+from utilityvm.machine.processes import Life, life_of, own_command, own_start
 
 _FLOCK: Final = struct.Struct("hhqqi4x")
-_DOOR, _OWNER, _FIRST_TICKET = 0, 1, 1000
+_OWNER, _FIRST_TICKET = 1, 1000
 _LOOK_AGAIN_S: Final = 0.01
-_LONGEST_TEXT: Final = 4096
+_TEXT_BYTES: Final = 4096
+_SEIZE_S: Final = 1.0  # for those in the queue to see that the VM has ended
+_FOLDER_GOES: Final = 100  # times that an ending VM may take its folder away under us
+_NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +53,19 @@ class Owner:
     started: str
     command: str
     since: float
+    lock: str = ""  # device and inode of the file that it locked
 
     def __str__(self) -> str:
         return f"process {self.pid} ({self.command})"
 
     def to_json(self) -> dict[str, object]:
-        return {"pid": self.pid, "started": self.started, "command": self.command, "since": self.since}
+        return {
+            "pid": self.pid,
+            "started": self.started,
+            "command": self.command,
+            "since": self.since,
+            "lock": self.lock,
+        }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
@@ -60,16 +74,28 @@ class Owner:
             started=str(document["started"]),
             command=str(document["command"]),
             since=float(document["since"]),
+            lock=str(document.get("lock", "")),
         )
+
+    @property
+    def life(self) -> Life:
+        """Does that very process run?"""
+        return life_of(self.pid, self.started)
 
 
 class Ownership:
     """The right to be a VM's owner, until `release` or the end of this process."""
 
-    def __init__(self, fd: int, path: Path) -> None:
+    def __init__(self, fd: int, path: Path, *, is_new: bool) -> None:
         """Use `acquire`."""
         self._fd = fd
         self.path = path
+        self.is_new = is_new  # the lock's file was not there before
+        self.on_release: Callable[[], object] | None = None  # called before the lock is dropped
+        self.owner = Owner(
+            pid=os.getpid(), started=own_start(), command=own_command(), since=time.time(), lock=_identity(fd)
+        )
+        _introduce(fd, self.owner)
 
     @classmethod
     async def acquire(cls, folder: Path, *, vm: str, wait_s: float = 0.0) -> Self:
@@ -79,81 +105,148 @@ class Ownership:
 
         Raises:
             VMOwned: another process owns it, or others wait for it; `owner` is that process.
-            SetupError: the folder cannot be used.
+            SetupError: the folder cannot be used, or its file system cannot lock files.
         """
         until = time.monotonic() + wait_s
         path = folder / paths.LOCK_FILE
         while True:
-            fd = _open(path, vm=vm)
+            fd, is_new = _open(path, vm=vm)
             try:
                 if not await _queue(fd, until=until):
                     raise _owned(path, vm, wait_s=wait_s)
                 if _is_same_file(fd, path):
-                    _introduce(fd)
-                    return cls(fd, path)
+                    return cls(fd, path, is_new=is_new)
+            except OSError as error:
+                os.close(fd)
+                raise _unlockable(path, error, vm=vm) from error
             except BaseException:
                 os.close(fd)
                 raise
             os.close(fd)  # the VM ended while we waited, and its folder went with it
 
+    @classmethod
+    async def seize(cls, folder: Path, *, vm: str) -> Self:
+        """Own a VM that has ended, whoever owned it: that process may stand still for ever.
+
+        When it goes on it finds its VM gone, and removes nothing of a later VM of that name.
+        """
+        (folder / paths.LOCK_FILE).unlink(missing_ok=True)
+        return await cls.acquire(folder, vm=vm, wait_s=_SEIZE_S)
+
+    def belongs_to_other(self, recorded: Owner | None) -> bool:
+        """Has the VM an owner that locked another file than ours: `recorded`, as the store has it?"""
+        if recorded is None or recorded.lock == self.owner.lock:
+            return False  # of the same file the lock decides, and we have it
+        return recorded.life is not Life.ENDED
+
     def release(self, *, remove: bool = False) -> None:
         """Let the next in the queue have it. `remove`: the VM is gone, and so are its lock and its (empty) folder.
 
-        Twice is once.
+        Nothing is removed of a folder that another VM or owner has by now. Twice is once.
         """
-        fd, self._fd = self._fd, -1
-        if fd < 0:
+        if self._fd < 0:
             return
-        if remove:
-            self.path.unlink(missing_ok=True)
-            try:
+        if self.on_release is not None:
+            self.on_release()
+        try:
+            if remove:
+                self._remove()
+        finally:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def _remove(self) -> None:
+        try:
+            if _is_same_file(self._fd, self.path) or self._is_left_over():
+                self.path.unlink(missing_ok=True)
                 self.path.parent.rmdir()
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.ENOENT, errno.ENOTDIR):
-                    raise
-        else:
-            os.ftruncate(fd, 0)
-        os.close(fd)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT, errno.ENOTDIR):
+                raise
+
+    def _is_left_over(self) -> bool:
+        """Our file was removed. Is what is in its place, if anything, nobody's: somebody only waited for us there?"""
+        try:
+            fd = forks.keep_from(os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
+        except FileNotFoundError:
+            return True
+        try:
+            is_free = _set(fd, fcntl.F_WRLCK, _OWNER) and _is_same_file(fd, self.path)
+            return is_free and [each.name for each in self.path.parent.iterdir()] == [self.path.name]
+        finally:
+            os.close(fd)
 
 
-def owner_of(folder: Path) -> Owner | None:
-    """Who owns the VM right now; None: nobody."""
+def owner_of(folder: Path, recorded: Mapping[str, Any] | None = None) -> Owner | None:
+    """Who owns the VM right now; None: nobody. `recorded`: the owner as the store has it."""
+    named = read_owner(recorded)
     try:
         fd = os.open(folder / paths.LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return None
+    except (FileNotFoundError, NotADirectoryError):
+        return named if named and named.life is not Life.ENDED else None
     try:
-        return _read(fd) if _highest(fd, _OWNER, before=_OWNER + 1) is not None else None
+        if _highest(fd, _OWNER, before=_OWNER + 1) is not None:
+            return named if named and named.lock == _identity(fd) else _read(fd)
+        if named and named.lock != _identity(fd) and named.life is not Life.ENDED:
+            return named
+        return None
     finally:
         os.close(fd)
 
 
+def read_owner(document: Mapping[str, Any] | None) -> Owner | None:
+    """The owner that `to_json` wrote; None for another document."""
+    try:
+        return Owner.from_json(document) if document else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def _read(fd: int) -> Owner:
     try:
-        document = json.loads(os.pread(fd, _LONGEST_TEXT, 0))
-        return Owner.from_json(cast(dict[str, Any], document))
-    except (ValueError, KeyError, TypeError):
-        return Owner(pid=0, started="", command="has not said its name yet", since=0.0)
+        document = json.loads(os.pread(fd, _TEXT_BYTES, 0))
+    except ValueError:
+        document = None
+    return read_owner(document) or Owner(pid=0, started="", command="has not said its name yet", since=0.0)
 
 
-def _introduce(fd: int) -> None:
-    owner = Owner(pid=os.getpid(), started=own_start(), command=own_command(), since=time.time())
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, json.dumps(owner.to_json(), ensure_ascii=True).encode(), 0)
+def _introduce(fd: int, owner: Owner) -> None:
+    """For people; only the lock decides. In place of what the last one wrote, which takes no new space."""
+    text = json.dumps(owner.to_json(), ensure_ascii=True).encode().ljust(_TEXT_BYTES)
+    with suppress(OSError):
+        os.pwrite(fd, text[:_TEXT_BYTES], 0)
 
 
-def _open(path: Path, *, vm: str) -> int:
+def _open(path: Path, *, vm: str) -> tuple[int, bool]:
+    """A descriptor of the lock's file, and whether it was made just now."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        paths.make_folder(path.parent)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except FileNotFoundError:
-        return _open(path, vm=vm)  # the VM's last owner removed the folder in between
+        for _ in range(_FOLDER_GOES):
+            with suppress(FileNotFoundError):  # the VM's last owner removed the folder in between
+                paths.make_folder(path.parent)
+                with suppress(FileExistsError):
+                    return forks.keep_from(os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)), True
+                return forks.keep_from(os.open(path, flags)), False
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     except OSError as error:
-        raise SetupError(
-            f"cannot lock the VM in {path.parent}: {error.strerror}",
+        raise _unlockable(path, error, vm=vm) from error
+
+
+def _unlockable(path: Path, error: OSError, *, vm: str) -> SetupError:
+    if error.errno in _NO_LOCKS:
+        return SetupError(
+            f"the file system of {path.parent} cannot lock files ({error.strerror}), so nothing would keep two "
+            "processes from owning the VM",
             vm=vm,
-            remedy="set UTILITYVM_RUNTIME_DIR to a folder that you may write to",
-        ) from error
+            remedy="set UTILITYVM_RUNTIME_DIR to a folder on a local file system, such as a tmpfs",
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE):
+        return oserrors.as_ours(error, f"cannot lock the VM in {path.parent}", vm=vm)
+    return SetupError(
+        f"cannot lock the VM in {path.parent}: {error.strerror}",
+        vm=vm,
+        remedy="set UTILITYVM_RUNTIME_DIR to a folder that you may write to",
+    )
 
 
 async def _queue(fd: int, *, until: float) -> bool:
@@ -173,13 +266,11 @@ async def _queue(fd: int, *, until: float) -> bool:
 @contextmanager
 def _ticket(fd: int) -> Iterator[int]:
     """Hold the ticket behind the last one that is held; gives its byte."""
-    while not _set(fd, fcntl.F_WRLCK, _DOOR):
-        time.sleep(0.0001)  # who holds it is a few system calls from letting go, or dead and lets go by that
-    last = _highest(fd, _FIRST_TICKET)
-    number = _FIRST_TICKET if last is None else last + 1
-    taken = _set(fd, fcntl.F_WRLCK, number)
-    assert taken, "a ticket was drawn behind the door"
-    _set(fd, fcntl.F_UNLCK, _DOOR)
+    while True:
+        last = _highest(fd, _FIRST_TICKET)
+        number = _FIRST_TICKET if last is None else last + 1
+        if _set(fd, fcntl.F_WRLCK, number):
+            break  # else another process has just drawn it: look again, and draw the one behind
     try:
         yield number
     finally:
@@ -210,22 +301,31 @@ def _highest(fd: int, first: int, *, before: int | None = None) -> int | None:
     return found
 
 
+def _identity(fd: int) -> str:
+    status = os.fstat(fd)
+    return f"{status.st_dev}:{status.st_ino}"
+
+
 def _is_same_file(fd: int, path: Path) -> bool:
     try:
-        now = path.stat()
-    except FileNotFoundError:
+        return os.path.samestat(path.stat(follow_symlinks=False), os.fstat(fd))
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    ours = os.fstat(fd)
-    return (now.st_dev, now.st_ino) == (ours.st_dev, ours.st_ino)
 
 
 def _owned(path: Path, vm: str, *, wait_s: float) -> VMOwned:
     owner = owner_of(path.parent)
+    return owned_by(owner, path, vm, wait_s=wait_s)
+
+
+def owned_by(owner: Owner | None, path: Path, vm: str, *, wait_s: float) -> VMOwned:
+    """The error for a VM that has another owner; None: one that waited for it before us."""
     who = str(owner) if owner else "another process, which waited for it before us"
     waited = f", still after {wait_s:g} s" if wait_s else ""
     return VMOwned(
         f"VM {vm} belongs to {who}{waited}",
         owner=str(owner) if owner else "",
         vm=vm,
-        remedy="wait until it is done, give more time to wait, or end that process",
+        remedy=f"wait until it is done, give more time to wait, or end that process (fuser -v {path} shows it); "
+        f"to end the VM whoever has it: uvm stop --force {vm}",
     )

@@ -10,7 +10,7 @@ from typing import Any, cast
 from utilityvm.errors import StoreDamaged
 from utilityvm.log import logger
 from utilityvm.machine import paths
-from utilityvm.machine.processes import is_running
+from utilityvm.machine.processes import Life, life_of
 from utilityvm.store.catalog import Store
 
 _log = logger(__name__)
@@ -54,17 +54,26 @@ def copy_of(folder: Path, store: Path) -> Mapping[str, Any] | None:
 
 
 def is_running_copy(record: Mapping[str, Any]) -> bool:
-    """Does the QEMU run that the copy names?"""
+    """May the QEMU run that the copy names? Also true if that cannot be told."""
     try:
-        return is_running(int(record["process"]["pid"]), str(record["process"]["started"]))
+        return life_of(int(record["process"]["pid"]), str(record["process"]["started"])) is not Life.ENDED
     except (ValueError, KeyError, TypeError):
         return False
 
 
 def _restore(store: Store) -> None:
+    known = {vm.name: vm for vm in store.vms()}
     for path in sorted((paths.runtime_dir() / "vms").glob(f"*/{paths.RECORD_FILE}")):
-        if store.find(path.parent.name) is not None:
+        vm = known.get(path.parent.name)
+        if vm is not None and vm.damage is None:
             continue
         record = copy_of(path.parent, store.path)
-        if record is not None and is_running_copy(record) and store.restore(record):
+        if record is None or not is_running_copy(record):
+            continue
+        if vm is not None:
+            store.heal(vm, record)
+            _log.warning(
+                "the store's record of VM %s was damaged, and was replaced by its copy: %s", vm.name, vm.damage
+            )
+        elif store.restore(record):
             _log.warning("VM %s was found running", record["name"])

@@ -1,4 +1,4 @@
--- The store, version 2: what this host knows of its VMs, and each VM's journal.
+-- The store, version 3: what this host knows of its VMs, and each VM's journal.
 --
 -- A VM's rows go with it. Its `id` is never used again, so a process that still writes for a VM that was removed is
 -- refused and does not write into the next VM of that name. The journal's tables have no rowid and no second index: a
@@ -13,7 +13,8 @@ CREATE TABLE vms (
     state    TEXT NOT NULL,                        -- a VMState
     created  REAL NOT NULL,                        -- seconds since the epoch
     config   TEXT NOT NULL,                        -- JSON, as VMConfig.to_json
-    process  TEXT                                  -- JSON, as QemuProcess.to_json; NULL before QEMU runs
+    process  TEXT,                                 -- JSON, as QemuProcess.to_json; NULL before QEMU runs
+    owner    TEXT                                  -- JSON, as Owner.to_json; NULL: nobody owns it
 ) STRICT;
 
 CREATE TABLE disks (

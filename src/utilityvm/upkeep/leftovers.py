@@ -15,7 +15,8 @@ from utilityvm.errors import UtilityVMError, VMNotFound, VMOwned
 from utilityvm.guestimage import build, cache, recipe
 from utilityvm.log import logger
 from utilityvm.machine import paths
-from utilityvm.machine.processes import process_with
+from utilityvm.machine.processes import values_of
+from utilityvm.machine.threads import in_thread
 from utilityvm.store import Store, StoredVM, recover
 from utilityvm.store.ownership import owner_of
 from utilityvm.templates import catalog
@@ -48,13 +49,15 @@ def leftovers(store: Store) -> list[Leftover]:
     # The folders first: those of a VM that starts meanwhile are not looked at then.
     folders, overlays = _entries(paths.runtime_dir() / "vms"), _entries(paths.overlays_dir("-").parent)
     vms = store.vms()
-    folders = [one for one in folders if one.name not in {vm.name for vm in vms} and _is_nobodys(one, store)]
+    names, uuids = {vm.name for vm in vms}, {vm.uuid for vm in vms}
+    folders = [one for one in folders if one.name not in names and _is_nobodys(one, store)]
+    overlays = [one for one in overlays if one.name not in uuids]
     # One that is in no store may run all the same: the store was lost, and the copy of its record too.
-    overlays = [one for one in overlays if one.name not in {vm.uuid for vm in vms} and not _runs(one.name)]
+    running = values_of("-uuid") if overlays else set()
     return [
         *(_leftover(Kind.VM, vm.name, paths.vm_dir(vm.name)) for vm in vms if _is_left(vm)),
         *(_leftover(Kind.FOLDER, one.name, one) for one in folders),
-        *(_leftover(Kind.OVERLAYS, one.name, one) for one in overlays),
+        *(_leftover(Kind.OVERLAYS, one.name, one) for one in overlays if one.name not in running),
         *(_leftover(Kind.TEMPLATE, path.name, path) for path in catalog.leftovers()),
         *_images(vms),
     ]
@@ -66,10 +69,10 @@ async def remove(leftover: Leftover, store: Store) -> bool:
     Raises:
         UtilityVMError: it cannot be removed; says why.
     """
-    if leftover not in leftovers(store):
-        return False
     match leftover.kind:
         case Kind.VM:
+            if (found := store.find(leftover.name)) is None or not _is_left(found):
+                return False
             try:
                 record, ownership = await lifecycle.own(store, leftover.name, wait_s=0.0)
             except (VMOwned, VMNotFound):
@@ -82,27 +85,43 @@ async def remove(leftover: Leftover, store: Store) -> bool:
             finally:
                 ownership.release()
         case Kind.FOLDER:
+            if not leftover.path.is_dir() or not _is_nobodys(leftover.path, store):
+                return False
             await lifecycle.sweep(store, leftover.name)
         case Kind.TEMPLATE:
+            if leftover.path not in catalog.leftovers():
+                return False
             catalog.remove_leftover(leftover.path)
         case Kind.OVERLAYS:
-            shutil.rmtree(leftover.path, ignore_errors=True)
+            # A new clone has a new UUID, so this cannot be taken up; only a lost store could have found its VM again.
+            if store.has_uuid(leftover.name) or leftover.name in values_of("-uuid"):
+                return False
+            await in_thread(_remove_tree, leftover.path)
         case Kind.IMAGE | Kind.BUILD:
+            if leftover not in _images(store.vms()):
+                return False
             with cache.no_builder(_builders_lock()) as is_held:
                 if not is_held:
                     return False
-                shutil.rmtree(leftover.path, ignore_errors=True)
+                await in_thread(_remove_tree, leftover.path)
     _log.info("removed the %s %s", leftover.kind, leftover.name)
     return not leftover.path.exists()
 
 
 def _is_left(vm: StoredVM) -> bool:
-    return _is_dead(vm) and owner_of(paths.vm_dir(vm.name)) is None
+    return _is_dead(vm) and owner_of(paths.vm_dir(vm.name), vm.owner) is None
 
 
 def _is_dead(vm: StoredVM) -> bool:
-    """Also of one whose starter died before its QEMU was written down: `clear` looks for that one by its UUID."""
-    return not vm.is_alive()
+    """Also of one whose starter died before its QEMU was written down: `clear` looks for that one by its UUID.
+
+    A damaged record says nothing about its VM: that one is left for `uvm stop`.
+    """
+    return vm.damage is None and not vm.is_alive()
+
+
+def _remove_tree(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_nobodys(folder: Path, store: Store) -> bool:
@@ -113,10 +132,6 @@ def _is_nobodys(folder: Path, store: Store) -> bool:
         return True
     copy = recover.copy_of(folder, store.path)
     return copy is not None and not recover.is_running_copy(copy)
-
-
-def _runs(uuid: str) -> bool:
-    return process_with("-uuid", uuid) is not None
 
 
 def _images(vms: list[StoredVM]) -> list[Leftover]:

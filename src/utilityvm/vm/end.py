@@ -56,7 +56,7 @@ async def clear_away(vm: OwnedVM, *, quit_s: float = _QUIT_S) -> None:
     await vm.guest.close()
     await vm.host.stop(timeout_s=quit_s)
     lifecycle.remove_overlays(vm.record)
-    lifecycle.remove_copy(vm.host.process.folder)
+    lifecycle.remove_copy(vm.host.process.folder, vm.record.uuid)
     vm.store.remove(vm.record)
     vm.ownership.release(remove=True)
     vm.store.close()
@@ -100,24 +100,29 @@ async def hang_up(vm: OwnedVM) -> None:
             await vm.scsi.settle()
 
 
-async def remove(name: str, *, wait_s: float, force: bool, timeout_s: float) -> None:
+async def remove(name: str, *, wait_s: float, force: bool, timeout_s: float) -> list[str]:
     """See `UtilityVM.remove`."""
     async with Undo() as undo:
         try:
-            claim = await Claim.existing(undo, name, wait_s=wait_s)
+            if force:
+                claim = await Claim.seized(undo, name, wait_s=wait_s)
+            else:
+                claim = await Claim.existing(undo, name, wait_s=wait_s)
         except VMNotFound:
             with open_store() as store:
                 await lifecycle.sweep(store, name)
             raise
-        await finish(_remove(claim, force=force, timeout_s=timeout_s))
+        return [] if claim is None else await finish(_remove(claim, force=force, timeout_s=timeout_s))
 
 
-async def _remove(claim: Claim, *, force: bool, timeout_s: float) -> None:
+async def _remove(claim: Claim, *, force: bool, timeout_s: float) -> list[str]:
+    told = []
     try:
         if claim.record.is_alive() and not force:
-            await lifecycle.shut_down(claim.record, timeout_s=timeout_s)
+            told += await lifecycle.shut_down(claim.record, timeout_s=timeout_s)
         await lifecycle.clear(claim.record, claim.store)
         claim.ownership.release(remove=True)
     finally:
         claim.ownership.release()
         claim.store.close()
+    return told

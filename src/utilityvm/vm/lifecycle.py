@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,17 +33,21 @@ from utilityvm.hosts.qemu import QemuHost, QemuProcess, launch
 from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.log import logger
 from utilityvm.machine import paths
-from utilityvm.machine.processes import process_with
+from utilityvm.machine.processes import Life, process_with
+from utilityvm.machine.threads import in_thread
 from utilityvm.scsi.ports import DiskRecord
 from utilityvm.scsi.slot import Slot
-from utilityvm.store import SqliteJournal, Store, StoredVM, VMState
-from utilityvm.store.ownership import Ownership, owner_of
+from utilityvm.store import SqliteJournal, Store, StoredVM, VMState, database, recover
+from utilityvm.store.catalog import is_plain
+from utilityvm.store.ownership import Ownership, owned_by, owner_of, read_owner
 from utilityvm.tasks import Deadline, Undo
 from utilityvm.templates import catalog
 
 BOOT_S: Final = 120.0  # KVM needs one second, an emulated processor on a busy machine a good part of a minute
 SHUTDOWN_S: Final = 15.0
 CONNECT_S: Final = 10.0
+_LOOK_AGAIN_S: Final = 0.02
+_SEIZE_S: Final = 1.0  # for the owner of a VM that was killed to clear it away
 _LATER_S: Final = 0.1  # than the steps of a start, which say better why they are out of time
 _CONSOLE_LINES: Final = 20
 _SEED_BYTES: Final = 64
@@ -62,13 +67,40 @@ async def claim_name(
     """
     folder = paths.vm_dir(name)
     refuse_running(store, name)
-    ownership = await Ownership.acquire(folder, vm=name)
+    dead, ownership = await _acquire(store, name, wait_s=0.0)
     undo.add(_give_back, ownership, folder)
     refuse_running(store, name)
-    launch.check_unused(folder, vm=name)  # another store's VM may run there: nothing in the folder is ours then
-    if (dead := store.find(name)) is not None:
+    await in_thread(launch.check_unused, folder, name)  # another store's VM may run there: nothing is ours then
+    if dead is not None:
         await clear(dead, store)
-    return store.add(name, uuid=vm_uuid, config=document), ownership, folder
+    record = store.add(name, uuid=vm_uuid, config=document, owner=ownership.owner.to_json())
+    ownership.on_release = partial(_drop_owner, store, record, ownership)
+    return record, ownership, folder
+
+
+async def _acquire(store: Store, name: str, *, wait_s: float) -> tuple[StoredVM | None, Ownership]:
+    """Own the name; gives the record of the VM that has it. See `ownership` for why the lock alone does not decide.
+
+    Raises:
+        VMOwned: another process owns the VM, also after `wait_s` seconds.
+        SetupError: its runtime folder cannot be used.
+    """
+    until = time.monotonic() + wait_s
+    folder = paths.vm_dir(name)
+    while True:
+        ownership = await Ownership.acquire(folder, vm=name, wait_s=max(until - time.monotonic(), 0.0))
+        try:
+            record = store.find(name)
+            owner = read_owner(record.owner) if record else None
+            if not ownership.belongs_to_other(owner):
+                return record, ownership
+            if time.monotonic() >= until:
+                raise owned_by(owner, ownership.path, name, wait_s=wait_s)
+        except BaseException:
+            ownership.release(remove=ownership.is_new)
+            raise
+        ownership.release(remove=ownership.is_new)
+        await asyncio.sleep(_LOOK_AGAIN_S)
 
 
 def _give_back(ownership: Ownership, folder: Path) -> None:
@@ -155,15 +187,24 @@ async def own(store: Store, name: str, *, wait_s: float, must_run: bool = False)
         SetupError: it lives in another runtime folder than ours.
     """
     folder = paths.vm_dir(name)
-    record = store.get(name)
-    _check_folder(record, folder)
-    if must_run and owner_of(folder) is None:
-        check_running(record, store)  # before a lock is made for it
-    ownership = await Ownership.acquire(folder, vm=name, wait_s=wait_s)
+    found = store.get(name)
+    _check_folder(found, folder)
+    if must_run and owner_of(folder, found.owner) is None:
+        check_running(found, store)  # before a lock is made for it
+    record, ownership = await _acquire(store, name, wait_s=wait_s)
     try:
-        record = store.get(name)
+        if record is None:
+            store.get(name)  # says which there are
+            raise VMNotFound(f"VM {name} ended meanwhile", vm=name)
         if must_run:
             check_running(record, store)
+        try:
+            store.set_owner(record, ownership.owner.to_json())
+        except database.StoreBusy:
+            raise
+        except StoreError as error:  # a full disk must not keep a VM running
+            _log.warning("not written down: %s", error)
+        ownership.on_release = partial(_drop_owner, store, record, ownership)
     except VMNotFound:
         ownership.release(remove=True)
         raise
@@ -171,6 +212,37 @@ async def own(store: Store, name: str, *, wait_s: float, must_run: bool = False)
         ownership.release()
         raise
     return record, ownership
+
+
+def _drop_owner(store: Store, record: StoredVM, ownership: Ownership) -> None:
+    try:
+        store.drop_owner(record, ownership.owner.to_json())
+    except StoreError as error:
+        _log.warning("not written down: %s", error)
+
+
+async def seize(store: Store, name: str, *, wait_s: float) -> tuple[StoredVM, Ownership] | None:
+    """Kill the VM's QEMU and own what is left of it, whoever had it. None: its owner has cleared it away meanwhile.
+
+    The owner is waited for, for a moment: it hears that its VM is gone, and clears it away itself. One that stands
+    still does not; it touches nothing of what comes later under that name.
+
+    Raises:
+        VMNotFound: there is no VM of that name.
+        OutcomeUnknown: the kernel does not let its QEMU go; call again.
+    """
+    record = store.get(name)
+    _check_folder(record, paths.vm_dir(name))
+    await _end_process(record, store)
+    try:
+        return await own(store, name, wait_s=min(wait_s, _SEIZE_S))
+    except VMNotFound:
+        return None
+    except VMOwned as error:
+        if (now := store.find(name)) is None or now.id != record.id:
+            return None
+        _log.warning("%s; its lock was broken", error)
+        return record, await Ownership.seize(paths.vm_dir(name), vm=name)
 
 
 async def sweep(store: Store, name: str) -> None:
@@ -183,10 +255,11 @@ async def sweep(store: Store, name: str) -> None:
         launch.QemuConfig(name=name).check()
         if not folder.is_dir():
             return
-        ownership = await Ownership.acquire(folder, vm=name)
+        record, ownership = await _acquire(store, name, wait_s=0.0)
         try:
             launch.check_unused(folder, vm=name)
-            if store.find(name) is None:
+            copy = recover.copy_of(folder, store.path)
+            if record is None and (copy is None or not recover.is_running_copy(copy)):
                 launch.clean(folder)
                 remove_copy(folder)
                 ownership.release(remove=True)
@@ -210,7 +283,10 @@ def refuse_running(store: Store, name: str) -> None:
 def check_running(record: StoredVM, store: Store) -> None:
     """Raises:
     VMNotRunning: its QEMU has ended, and the store says so now.
+    StoreError: its record is damaged, and no copy of it is left.
     """
+    if record.damage:
+        raise damaged(record)
     if record.is_alive():
         return
     if record.state is not VMState.STARTING:
@@ -240,6 +316,14 @@ def not_running(record: StoredVM) -> VMNotRunning:
     )
 
 
+def damaged(record: StoredVM, why: object = None) -> StoreError:
+    return StoreError(
+        f"the store's record of VM {record.name} is not one that utilityvm wrote: {record.damage or why}",
+        vm=record.name,
+        remedy=f"end that VM, which does not need the record: uvm stop {record.name}",
+    )
+
+
 def process_of(record: StoredVM) -> QemuProcess:
     """Raises:
     StoreError: the record is not one that we wrote.
@@ -249,11 +333,7 @@ def process_of(record: StoredVM) -> QemuProcess:
         if (process.name, process.uuid) != (record.name, record.uuid):
             raise ValueError(f"it is of VM {process.name}, {process.uuid}")
     except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(
-            f"the store's record of VM {record.name} is not one that utilityvm wrote: {error!r}",
-            vm=record.name,
-            remedy=f"end that VM, which does not need the record: uvm stop {record.name}",
-        ) from error
+        raise damaged(record, repr(error)) from error
     return process
 
 
@@ -263,17 +343,31 @@ async def strays(host: QemuHost, journal: SqliteJournal) -> dict[Slot, str]:
     return {one.slot: "a disk that is in no journal" for one in await host.attachments() if one.attachment not in known}
 
 
-async def shut_down(record: StoredVM, *, timeout_s: float) -> None:
-    """Have the guest power off within `timeout_s` seconds; one that does not, or does not answer, is to be killed."""
-    with suppress(UtilityVMError, TimeoutError):
+async def shut_down(record: StoredVM, *, timeout_s: float) -> list[str]:
+    """Have the guest write out and power off within `timeout_s` seconds. Says what is not so, a line each.
+
+    The VM may run on then, and is to be killed.
+    """
+    told = []
+    why = f"it did not power off within {timeout_s:g} s"
+    try:
         process = process_of(record)
         async with asyncio.timeout(timeout_s), AsyncExitStack() as closing:
             host = await QemuHost.connect(process, timeout_s=CONNECT_S)
             closing.push_async_callback(host.close)
+            if launch.was_restored(process):
+                told.append(f"the runtime folder {process.folder} was removed while the VM ran, and was made again")
             guest = await BridgeGuest.connect(process.agent_socket, timeout_s=CONNECT_S, vm=record.name)
             closing.push_async_callback(guest.close)
             await guest.shutdown(timeout_s=SHUTDOWN_S)
             await asyncio.wait([host.gone], timeout=SHUTDOWN_S)
+            if host.gone.done():
+                return told
+    except TimeoutError:
+        pass
+    except UtilityVMError as error:
+        why = str(error)
+    return [*told, f"VM {record.name} was killed, and what its guest had not written out is lost: {why}"]
 
 
 async def clear(record: StoredVM, store: Store) -> None:
@@ -282,24 +376,36 @@ async def clear(record: StoredVM, store: Store) -> None:
     Raises:
         OutcomeUnknown: the kernel does not let its QEMU go; call again.
     """
-    if record.process is not None:
-        try:
-            await launch.destroy(process_of(record))
-        except StoreError as error:
-            _log.warning("%s", error)
-    if (found := process_with("-uuid", record.uuid)) is not None:
-        # Its starter died before it could write down the process, or the record lies. No other QEMU has this UUID.
-        await _kill(*found)
-    folder = paths.vm_dir(record.name)
-    launch.clean(folder)
-    remove_overlays(record)
-    remove_copy(folder)
+    await _end_process(record, store)
+    if is_plain(record.name):
+        folder = paths.vm_dir(record.name)
+        await in_thread(launch.clean, folder)
+        remove_copy(folder, record.uuid)
+    await in_thread(remove_overlays, record)
     store.remove(record)
+
+
+async def _end_process(record: StoredVM, store: Store) -> None:
+    """Kill the VM's QEMU, by whatever of the record can be read. Ended before is done."""
+    try:
+        process = process_of(record)
+        await launch.end(process)
+        if record.life is Life.ENDED:
+            return  # proven: the process that the VM's starter wrote down, and no other QEMU has this UUID
+    except StoreError as error:
+        if record.process is not None or record.damage:
+            _log.warning("%s", error)
+    # Its starter died before it could write down the process, or the record is damaged.
+    copy = recover.copy_of(paths.vm_dir(record.name), store.path) if is_plain(record.name) else None
+    for vm_uuid in {record.uuid, str(copy["uuid"]) if copy and record.damage else record.uuid}:
+        if vm_uuid and (found := await in_thread(process_with, "-uuid", vm_uuid)) is not None:
+            await _kill(record.name, *found)
 
 
 def remove_overlays(record: StoredVM) -> None:
     """Remove what a clone wrote to its disks. Its QEMU must have ended. Removed before is done."""
-    shutil.rmtree(paths.overlays_dir(record.uuid), ignore_errors=True)
+    if is_plain(record.uuid):
+        shutil.rmtree(paths.overlays_dir(record.uuid), ignore_errors=True)
 
 
 def write_copy(folder: Path, record: StoredVM, process: Mapping[str, object]) -> None:
@@ -316,14 +422,19 @@ def write_copy(folder: Path, record: StoredVM, process: Mapping[str, object]) ->
         temporary.unlink(missing_ok=True)
 
 
-def remove_copy(folder: Path) -> None:
-    """Removed before is done."""
-    (folder / paths.RECORD_FILE).unlink(missing_ok=True)
+def remove_copy(folder: Path, vm_uuid: str | None = None) -> None:
+    """Remove the copy of the record, unless it is of another VM than that of `vm_uuid`. Removed before is done."""
+    path = folder / paths.RECORD_FILE
+    if vm_uuid is not None:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads(path.read_text())["uuid"] != vm_uuid:
+                return
+    path.unlink(missing_ok=True)
 
 
 def _check_folder(record: StoredVM, folder: Path) -> None:
     """The lock lies in the runtime folder: processes that differ in it would both think that they own the VM."""
-    theirs = (record.process or {}).get("folder", str(folder))
+    theirs = str((record.process or {}).get("folder", folder))
     if theirs != str(folder):
         raise SetupError(
             f"VM {record.name} lives in {theirs}, and the runtime folder here is {folder.parent.parent}",
@@ -332,11 +443,14 @@ def _check_folder(record: StoredVM, folder: Path) -> None:
         )
 
 
-async def _kill(pid: int, started: str) -> None:
+async def _kill(name: str, pid: int, started: str) -> None:
     try:
         watch = Watch(pid, started)
     except VMGone:
         return
-    watch.kill()
-    await watch.wait(timeout_s=CONNECT_S)
-    watch.close()
+    try:
+        watch.kill()
+        if not await watch.wait(timeout_s=CONNECT_S):
+            raise launch.does_not_end(name, pid)
+    finally:
+        watch.close()

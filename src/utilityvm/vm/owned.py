@@ -66,6 +66,17 @@ class Claim:
         undo.add(ownership.release)
         return cls(store, record, ownership, paths.vm_dir(name))
 
+    @classmethod
+    async def seized(cls, undo: Undo, name: str, *, wait_s: float) -> Claim | None:
+        """Kill a VM and own what is left of it, whoever has it. See `lifecycle.seize`; None: nothing is left."""
+        store = open_store()
+        undo.add(store.close)
+        if (seized := await lifecycle.seize(store, name, wait_s=wait_s)) is None:
+            return None
+        record, ownership = seized
+        undo.add(ownership.release)
+        return cls(store, record, ownership, paths.vm_dir(name))
+
     async def start_qemu(
         self, undo: Undo, config: QemuConfig, *, deadline: Deadline, saved: Incoming | None = None
     ) -> QemuHost:

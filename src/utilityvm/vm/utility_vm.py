@@ -119,17 +119,21 @@ class UtilityVM:
     @checked
     async def remove(
         cls, name: str, *, wait_s: float = 0.0, force: bool = False, timeout_s: float = SHUTDOWN_S
-    ) -> None:
-        """End a VM, whatever state it is in, and remove all that is left of it. `force` does not ask its guest.
+    ) -> list[str]:
+        """End a VM, whatever state it is in, and remove all that is left of it.
 
-        The guest has `timeout_s` seconds to power off; then the VM is killed.
+        Its guest is asked to write out everything and to power off, within `timeout_s` seconds. If it cannot be asked,
+        or does not, it is killed; the result says so, a line each, and is empty otherwise.
+
+        `force` asks nobody: the VM is killed at once, whoever owns it. Its owner gets VMGone; one that stands still
+        gets it when it goes on.
 
         Raises:
             VMNotFound: there is no VM of that name.
-            VMOwned: another process owns it, also after waiting in the queue for `wait_s` seconds.
+            VMOwned: another process owns it, also after waiting in the queue for `wait_s` seconds. Not with `force`.
             OutcomeUnknown: the kernel does not let QEMU go; call again.
         """
-        await end.remove(name, wait_s=wait_s, force=force, timeout_s=timeout_s)
+        return await end.remove(name, wait_s=wait_s, force=force, timeout_s=timeout_s)
 
     # What it is.
 

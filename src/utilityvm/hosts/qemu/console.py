@@ -9,6 +9,7 @@ docs/decisions/0002-console-log.md says what else was weighed.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -24,8 +25,10 @@ exec cat >/dev/null
 """
 
 
-def start_writer(folder: Path) -> tuple[int, int]:
+def start_writer(folder: Path, *, keeps: Sequence[int] = ()) -> tuple[int, int]:
     """Start the writer of the log in `folder`; give its pid, and the descriptor that QEMU has to write to.
+
+    It holds the descriptors `keeps` open for as long as QEMU runs.
 
     Raises:
         SetupError: it could not be started.
@@ -36,6 +39,7 @@ def start_writer(folder: Path) -> tuple[int, int]:
             ["/bin/sh", "-c", _WRITER, folder / NAME, str(LIMIT_BYTES)],
             env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
             stdin=reader,
+            pass_fds=keeps,
         )
     except BaseException:
         os.close(writer)

@@ -31,6 +31,7 @@ from utilityvm.errors import (
     NotSupported,
     OutcomeUnknown,
     ProtocolError,
+    SetupError,
     UtilityVMError,
     VMGone,
 )
@@ -57,6 +58,7 @@ _RUNS: Final = {"STOP": False, "RESUME": True}
 _LOOK_AGAIN_S: Final = 0.02
 _RESIZABLE: Final = frozenset({"file", "qcow2"})
 _QUIT_S: Final = 2.0
+_END_S: Final = 1.0  # from the end of its connections to the end of a QEMU that ends
 
 _log = logger(__name__)
 
@@ -163,19 +165,29 @@ class QemuHost:
         """Take over a running QEMU whose owner is gone. What it has attached is in `attachments`.
 
         Raises:
-            VMGone: it does not run any more, or what runs there is another one.
-            DeadlineExceeded: it does not answer: another owner is connected, or it hangs.
+            VMGone: it has ended, or what has its pid is another process.
+            DeadlineExceeded: it runs and does not answer: another owner is connected, or it hangs.
+            OutcomeUnknown: it runs and cannot be reached.
+            SetupError: it runs and its sockets are gone; or we cannot connect to anything.
         """
         async with AsyncExitStack() as undo:
             watch = Watch(process.pid, process.started)
             undo.callback(watch.close)
             if not await in_thread(launch.is_proven, process):
                 raise VMGone(f"process {process.pid} is not the QEMU of VM {process.name}", vm=process.name)
-            qmp = await Qmp.connect(process.folder / launch.QMP_SOCKETS[0], vm=process.name, timeout_s=timeout_s)
-            undo.callback(qmp.close)
-            found = (await qmp.execute("query-uuid", timeout_s=timeout_s))["UUID"]
+            await in_thread(launch.restore_sockets, process)
+            try:
+                qmp = await Qmp.connect(process.folder / launch.QMP_SOCKETS[0], vm=process.name, timeout_s=timeout_s)
+                undo.callback(qmp.close)
+                found = (await qmp.execute("query-uuid", timeout_s=timeout_s))["UUID"]
+            except VMGone as error:
+                raise await _why_gone(process, watch, error) from error
             if found != process.uuid:
-                raise VMGone(f"QEMU at {process.folder} is VM {found}, not {process.uuid}", vm=process.name)
+                raise SetupError(
+                    f"the sockets in {process.folder} lead to VM {found}, and not to {process.uuid}",
+                    vm=process.name,
+                    remedy="somebody replaced them; to end the VM all the same: uvm stop --force " + process.name,
+                )
             host = cls(process, qmp, watch, who_uses=who_uses, frozen_by=frozen_by, memory=memory, vm_group=vm_group)
             await host._read_sets(timeout_s=timeout_s)
             host._running = await host.status(timeout_s=timeout_s) == "running"
@@ -620,3 +632,14 @@ class QemuHost:
             host_path=path,
             remedy="QEMU's reason is in the message; nothing of the disk is left in the VM",
         )
+
+
+async def _why_gone(process: QemuProcess, watch: Watch, error: VMGone) -> UtilityVMError:
+    """Did the connection end because QEMU did? Only its process tells."""
+    if await watch.wait(timeout_s=_END_S):
+        return VMGone(f"QEMU of VM {process.name} (process {process.pid}) ended", vm=process.name)
+    return OutcomeUnknown(
+        f"QEMU of VM {process.name} (process {process.pid}) runs and cannot be reached: {error}",
+        vm=process.name,
+        remedy=f"try again; to end it without what its guest has not written out yet: uvm stop --force {process.name}",
+    )

@@ -12,6 +12,7 @@ id), and only its owner can reach its sockets. Its runtime folder holds::
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -35,8 +36,8 @@ from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.privileges import Identity
 from utilityvm.hosts.qemu.qmp import Qmp
 from utilityvm.log import logger
-from utilityvm.machine import paths
-from utilityvm.machine.processes import has_words, is_running
+from utilityvm.machine import oserrors, paths
+from utilityvm.machine.processes import has_words, is_ending, is_running
 from utilityvm.machine.programs import find_program, spawn
 from utilityvm.machine.threads import in_thread, to_the_end
 from utilityvm.scsi.slot import MAX_CONTROLLERS
@@ -266,7 +267,13 @@ async def start(
 
 
 def clean(folder: Path, *, keep_log: bool = False) -> None:
-    """Remove what a VM left in its runtime folder, and the folder if it is empty then. Its QEMU must have ended."""
+    """Remove what a VM left in its runtime folder, and the folder if it is empty then. Its QEMU must have ended.
+
+    Nothing is removed of a folder where a QEMU listens: it is another VM's by now, of a later start or another store.
+    """
+    if _somebody_listens(folder / QMP_SOCKETS[1]):
+        _log.warning("%s is in use by another VM, and is left alone", folder)
+        return
     for name in (*QMP_SOCKETS, AGENT_SOCKET):
         (folder / name).unlink(missing_ok=True)
     if not keep_log:
@@ -278,27 +285,101 @@ def clean(folder: Path, *, keep_log: bool = False) -> None:
 
 
 async def destroy(process: QemuProcess, *, keep_log: bool = False) -> None:
-    """Kill that QEMU, see it and its log's writer end, and remove its runtime folder. Ended before is done.
+    """`end` that QEMU, see its log's writer end, and remove its runtime folder. Ended before is done.
+
+    Raises:
+        OutcomeUnknown: the kernel does not let it go: its storage hangs. Its folder stays; call again.
+        SetupError: it cannot be told whether it runs.
+    """
+    await end(process)
+    await to_the_end(partial(clean, process.folder, keep_log=keep_log))
+
+
+async def end(process: QemuProcess) -> None:
+    """Kill that QEMU, and see it and its log's writer end. Ended before is done.
 
     A process is killed only if pid, start time and the UUID on its command line are the recorded ones.
 
     Raises:
-        OutcomeUnknown: the kernel does not let it go: its storage hangs. Its folder stays; call again.
+        OutcomeUnknown: the kernel does not let it go: its storage hangs; call again.
+        SetupError: it cannot be told whether it runs.
     """
     watch = _watch(process.pid, process.started)
-    if watch is not None and await in_thread(is_proven, process):
-        watch.kill()
-        if not await watch.wait(timeout_s=_END_S):
-            watch.close()
-            raise OutcomeUnknown(
-                f"QEMU of VM {process.name} (process {process.pid}) was killed and does not end",
-                vm=process.name,
-                remedy="its storage may hang: see `dmesg`; then stop the VM again",
-            )
     if watch is not None:
-        watch.close()
+        try:
+            if await in_thread(is_proven, process):
+                watch.kill()
+            elif not await in_thread(is_ending, process.pid):  # then it has no command line any more, and is waited for
+                return
+            if not await watch.wait(timeout_s=_END_S):
+                raise does_not_end(process.name, process.pid)
+        finally:
+            watch.close()
     await logged(process)
-    await to_the_end(partial(clean, process.folder, keep_log=keep_log))
+
+
+def does_not_end(name: str, pid: int) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        f"QEMU of VM {name} (process {pid}) was killed and does not end",
+        vm=name,
+        remedy="its storage may hang: see `dmesg`; then stop the VM again",
+    )
+
+
+def restore_sockets(process: QemuProcess) -> None:
+    """Have the sockets in the runtime folder again, if somebody removed or replaced them while QEMU runs.
+
+    QEMU listens as before, only the names are gone. The log's writer keeps each socket's file open, and a link to
+    that leads to the same socket. Nothing is done if they are there.
+
+    Raises:
+        SetupError: they are gone for good: the log's writer has ended as well.
+    """
+    kept = _kept_sockets(process)
+    for path in (process.folder / name for name in (*QMP_SOCKETS, AGENT_SOCKET)):
+        there, ours = _file_of(path), _file_of(kept.get(path.name))
+        if there and (ours is None or os.path.samestat(there, ours) or _somebody_listens(path)):
+            continue
+        if ours is None:
+            raise SetupError(
+                f"the runtime folder {process.folder} was removed while the VM runs, and with it {path.name}, at which "
+                f"its QEMU (process {process.pid}) is reached",
+                vm=process.name,
+                remedy="shut the guest down from inside, if you can reach it; to end it without what it has not "
+                f"written out yet: uvm stop --force {process.name}",
+            )
+        _make_folder(process.folder, process.name)
+        path.unlink(missing_ok=True)
+        path.symlink_to(kept[path.name])
+        _log.warning("%s was removed while the VM runs, and leads to its socket again", path, vm=process.name)
+
+
+def was_restored(process: QemuProcess) -> bool:
+    """Did `restore_sockets` have something to do, now or before?"""
+    return any((process.folder / name).is_symlink() for name in (*QMP_SOCKETS, AGENT_SOCKET))
+
+
+def _file_of(path: Path | None) -> os.stat_result | None:
+    try:
+        return None if path is None else path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _kept_sockets(process: QemuProcess) -> dict[str, Path]:
+    """The sockets' files that the log's writer has open, by name. Source: proc(5), /proc/PID/fd."""
+    if not is_running(process.log_pid, process.log_started):
+        return {}
+    folder = Path(f"/proc/{process.log_pid}/fd")
+    found = {}
+    try:
+        for entry in folder.iterdir():
+            name = Path(str(entry.readlink()).removesuffix(" (deleted)")).name
+            if stat.S_ISSOCK(entry.stat().st_mode) and name in (*QMP_SOCKETS, AGENT_SOCKET):
+                found[name] = entry
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return {}
+    return found
 
 
 async def logged(process: QemuProcess) -> None:
@@ -442,16 +523,26 @@ def check_unused(folder: Path, vm: str) -> None:
 
     Raises:
         VMExists: a VM runs there.
+        SetupError: it cannot be told.
     """
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.setblocking(False)
-        try:
-            sock.connect(str(folder / QMP_SOCKETS[1]))
-        except BlockingIOError:
-            pass  # somebody listens, and is busy
-        except OSError:
-            return
-    raise VMExists(f"a VM runs in {folder}", vm=vm, remedy="stop it first, or start this one under another name")
+    if _somebody_listens(folder / QMP_SOCKETS[1]):
+        raise VMExists(f"a VM runs in {folder}", vm=vm, remedy="stop it first, or start this one under another name")
+
+
+def _somebody_listens(path: Path) -> bool:
+    try:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.setblocking(False)
+            sock.connect(str(path))
+    except BlockingIOError:
+        return True  # somebody is there, and is busy
+    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+        return False
+    except OSError as error:
+        if error.errno is None or error.errno == errno.ENXIO:
+            return False  # a path that no socket can have, or a link to one that is gone
+        raise oserrors.as_ours(error, f"cannot tell whether somebody listens at {path}") from error
+    return True
 
 
 @dataclass(slots=True)
@@ -494,15 +585,18 @@ class _Ports:
         self.closing.close()
 
     def abandon(self) -> None:
-        """Nobody came for them: the log's writer ends when they are closed, and is reaped here."""
+        """Nobody came for them: the log's writer ends when they are closed."""
         self.close()
-        os.waitpid(self.log_pid, 0)
 
 
 def _open_ports(folder: Path) -> _Ports:
     with ExitStack() as opened:
         qmp0, qmp1, agent = (_listen(folder / name, opened) for name in (*QMP_SOCKETS, AGENT_SOCKET))
-        log_pid, log = console.start_writer(folder)
+        kept = []
+        for name in (*QMP_SOCKETS, AGENT_SOCKET):
+            kept.append(os.open(folder / name, os.O_PATH | os.O_CLOEXEC))
+            opened.callback(os.close, kept[-1])
+        log_pid, log = console.start_writer(folder, keeps=kept)
         opened.callback(os.close, log)
         return _Ports(qmp=(qmp0, qmp1), agent=agent, log=log, log_pid=log_pid, closing=opened.pop_all())
 
