@@ -63,6 +63,8 @@ if TYPE_CHECKING:
         WrongLoop,
         WrongState,
     )
+    from utilityvm.guestimage.build import GuestImage
+    from utilityvm.guestimage.custom import GuestRecipe
     from utilityvm.guests.bridge_guest import CommandResult
     from utilityvm.scsi.document import ScsiState
     from utilityvm.scsi.events import ScsiEvent, ScsiEvents
@@ -96,7 +98,9 @@ __all__ = [
     "DiskInUse",
     "DiskSpec",
     "GuestBusy",
+    "GuestImage",
     "GuestPathInUse",
+    "GuestRecipe",
     "GuestRefused",
     "HostRefused",
     "ImageDamaged",
@@ -165,6 +169,8 @@ _MODULES = {
     "utilityvm.scsi.slot": ("Slot",),
     "utilityvm.vm.pool": ("ClonePool",),
     "utilityvm.templates.catalog": ("Template",),
+    "utilityvm.guestimage.build": ("GuestImage",),
+    "utilityvm.guestimage.custom": ("GuestRecipe",),
     "utilityvm.vm.utility_vm": ("GENERATED", "DiskSpec", "SCSIMount", "UtilityVM", "VMConfig"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -49,7 +49,7 @@ def store() -> Iterator[Store]:
         yield store
 
 
-def image(name: str) -> Path:
+def image(name: str, *, base: str = "", recipe: object = None) -> Path:
     """A whole image of that name in the cache."""
     folder = paths.cache_dir() / "images" / name
     folder.mkdir(parents=True)
@@ -57,7 +57,8 @@ def image(name: str) -> Path:
     for file in ("vmlinuz", "initramfs", "root.ext4"):
         (folder / file).write_text(file)
         files[file] = {"size": len(file), "sha256": hashlib.sha256(file.encode()).hexdigest()}
-    manifest = {"arch": "amd64", "suite": "bookworm", "cmdline": "", "files": files, "packages": []}
+    manifest: dict[str, object] = {"arch": "amd64", "suite": "bookworm", "cmdline": "", "files": files, "packages": []}
+    manifest |= {"base": base, "recipe": recipe}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -69,8 +70,9 @@ def current_image() -> Path:
         pytest.skip(str(error))
     (paths.cache_dir() / "images").mkdir(parents=True, exist_ok=True)
     (paths.cache_dir() / "images/.lock").touch()
-    (paths.cache_dir() / "bases" / f"bookworm-{build.base_key(arch)}").mkdir(parents=True)
-    return image(f"bookworm-{build.image_key(arch, dict(build.agent_files()))}")
+    base = f"bookworm-{build.base_key(arch)}"
+    (paths.cache_dir() / "bases" / base).mkdir(parents=True)
+    return image(f"bookworm-{build.image_key(arch, dict(build.agent_files()))}", base=base)
 
 
 def running(store: Store, name: str, **config: object) -> StoredVM:
@@ -105,6 +107,21 @@ async def test_the_image_of_a_vm_that_is_just_starting_stays(store: Store) -> No
     ownership.release()
     assert found(store) == [(Kind.VM, "new"), (Kind.IMAGE, chosen.name)], "its starter died"
     store.remove(vm)
+
+
+def test_an_image_of_a_users_own_recipe_stays_with_its_base(store: Store) -> None:
+    current_image()
+    image("bookworm-own", base="bookworm-ownbase", recipe={"packages": ["git"]})
+    for name in ("bookworm-ownbase", "bookworm-oldbase"):
+        (paths.cache_dir() / "bases" / name).mkdir()
+    assert found(store) == [(Kind.BUILD, "bookworm-oldbase")]
+
+
+def test_who_uses_an_image_is_known(store: Store) -> None:
+    chosen = image("bookworm-chosen")
+    assert leftovers.users_of_image(store, chosen) == []
+    running(store, "alive", root=str(chosen / "root.ext4"))
+    assert leftovers.users_of_image(store, chosen) == ["VM alive"]
 
 
 def test_all_images_stay_while_a_vm_does_not_say_which_it_uses(store: Store) -> None:

@@ -38,26 +38,34 @@ BOOT_S = 120.0
     show_default=True,
     help="Leave it running, for the commands that follow; or stay, and end it with Ctrl-C.",
 )
+@click.option("--image", "key", metavar="KEY", help="Boot this guest image of `uvm image ls`.")
 @timeout_option(BOOT_S)
 @json_option
 def start_command(
-    name: str, memory_mib: int, cpus: int, controllers: int, keep: bool, timeout_s: float, as_json: bool
+    name: str,
+    memory_mib: int,
+    cpus: int,
+    controllers: int,
+    keep: bool,
+    key: str | None,
+    timeout_s: float,
+    as_json: bool,
 ) -> None:
     """Start a VM named NAME. Builds the guest image first if there is none."""
     from utilityvm.vm.config import VMConfig
 
     config = VMConfig(name=name, memory_mib=memory_mib, cpus=cpus, controllers=controllers, keep=keep)
-    run(_start(config, timeout_s=timeout_s, as_json=as_json))
+    run(_start(config, key, timeout_s=timeout_s, as_json=as_json))
 
 
-async def _start(config: VMConfig, *, timeout_s: float, as_json: bool) -> None:
+async def _start(config: VMConfig, key: str | None, *, timeout_s: float, as_json: bool) -> None:
     import asyncio
 
-    from utilityvm.cli.image import ensure_image
+    from utilityvm.cli.image import ensure_image, find_image
     from utilityvm.vm.utility_vm import UtilityVM
 
     config.check()
-    image = await asyncio.to_thread(ensure_image)
+    image = find_image(key) if key is not None else await asyncio.to_thread(ensure_image)
     begun = time.monotonic()
     say(f"starting {config.name}…")
     async with await UtilityVM.start(config, image=image, timeout_s=timeout_s) as vm:

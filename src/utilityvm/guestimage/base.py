@@ -15,7 +15,7 @@ import json
 import shlex
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
@@ -35,8 +35,18 @@ run: Final = functools.partial(programs.run, umask=0o022)  # what programs make 
 _MODULE_SUFFIXES: Final = (".ko", ".ko.xz", ".ko.gz", ".ko.zst")
 
 
-def make(folder: Path, *, arch: Architecture, suite: str, report: Callable[[str, float], None]) -> None:
+def make(
+    folder: Path,
+    *,
+    arch: Architecture,
+    suite: str,
+    report: Callable[[str, float], None],
+    packages: Sequence[str] = (),
+    kernel: str | None = None,
+) -> None:
     """Write the base's archive and the list of its packages into `folder`. Half done if it fails.
+
+    `packages` come on top of the recipe's. A `kernel` in place of the recipe's keeps all its modules.
 
     Raises:
         SetupError: a program, a source or the network is missing.
@@ -44,11 +54,11 @@ def make(folder: Path, *, arch: Architecture, suite: str, report: Callable[[str,
     report("fetching Debian packages", 0.02)
     fetched = folder / "fetched"
     fetched.mkdir()
-    _fetch(fetched, arch=arch, suite=suite)
+    _fetch(fetched, [*recipe.PACKAGES, *packages, kernel or arch.kernel_package], arch=arch, suite=suite)
     report("leaving out what no VM needs", 0.5)
-    packages = _versions((fetched / _LIST).read_text())
+    versions = _versions((fetched / _LIST).read_text())
     builders = frozenset(line.removeprefix("./") for line in (fetched / _BUILDERS).read_text().splitlines())
-    _trim(fetched / "all.tar", folder / "trimmed.tar", leave_out=builders)
+    _trim(fetched / "all.tar", folder / "trimmed.tar", leave_out=builders, all_modules=kernel is not None)
     shutil.rmtree(fetched)
     root = folder / "root"
     unpack(folder / "trimmed.tar", root)
@@ -60,7 +70,7 @@ def make(folder: Path, *, arch: Architecture, suite: str, report: Callable[[str,
     report("packing", 0.75)
     _pack(root, folder / ARCHIVE)
     shutil.rmtree(root)
-    (folder / PACKAGES).write_text(json.dumps(packages, indent=1))
+    (folder / PACKAGES).write_text(json.dumps(versions, indent=1))
 
 
 def unpack(archive: Path, root: Path) -> None:
@@ -96,7 +106,7 @@ def compile_ahead(root: Path, arch: Architecture, folder: Path) -> None:
     run(command, env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"})
 
 
-def _fetch(folder: Path, *, arch: Architecture, suite: str) -> None:
+def _fetch(folder: Path, packages: Sequence[str], *, arch: Architecture, suite: str) -> None:
     program = find_program("mmdebstrap", package="mmdebstrap")
     (folder / "debian.sources").write_text(sources.debian_sources(suite))
     (folder / "apt.conf").write_text(sources.apt_settings())
@@ -106,7 +116,7 @@ def _fetch(folder: Path, *, arch: Architecture, suite: str) -> None:
         "--skip=check/chrootless",  # newer ones refuse it to root, for what packages might run: here nothing is
         "--variant=extract",
         f"--architectures={arch.debian}",
-        f"--include={','.join((*recipe.PACKAGES, arch.kernel_package))}",
+        f"--include={','.join(dict.fromkeys(packages))}",
         f"--aptopt={folder / 'apt.conf'}",
         f'--setup-hook=cd "$1" && find . -type f > {shlex.quote(str(folder / _BUILDERS))}',
         f'--extract-hook=ls "$1/var/cache/apt/archives" > {shlex.quote(str(folder / _LIST))}',
@@ -125,21 +135,23 @@ def _fetch(folder: Path, *, arch: Architecture, suite: str) -> None:
         ) from error
 
 
-def _is_kept(name: str) -> bool:
+def _is_kept(name: str, *, all_modules: bool) -> bool:
     if name.startswith(recipe.LEFT_OUT):
         return False
     _, found, inside = name.partition("/kernel/")
-    if "lib/modules/" in name and found and name.endswith(_MODULE_SUFFIXES):
+    if "lib/modules/" in name and found and not all_modules and name.endswith(_MODULE_SUFFIXES):
         return inside.startswith(recipe.MODULE_FOLDERS) and not inside.startswith(recipe.MODULES_LEFT_OUT)
     return True
 
 
-def _trim(source: Path, target: Path, *, leave_out: frozenset[str]) -> None:
+def _trim(source: Path, target: Path, *, leave_out: frozenset[str], all_modules: bool) -> None:
     """Copy what the recipe keeps."""
     with tarfile.open(source) as everything, tarfile.open(target, "w") as kept:
         for member in everything:
             member.name = member.name.removeprefix("./").rstrip("/")
-            if member.name in ("", ".") or member.isdev() or member.name in leave_out or not _is_kept(member.name):
+            if member.name in ("", ".") or member.isdev() or member.name in leave_out:
+                continue
+            if not _is_kept(member.name, all_modules=all_modules):
                 continue
             member.mode = member.mode & 0o1777 | (0o700 if member.isdir() else 0o400)  # the builder has to read it
             if member.islnk():
@@ -177,13 +189,14 @@ def _configure(root: Path) -> None:
             places[0].symlink_to("/bin/busybox")
 
 
-def make_folder(root: Path, name: str, mode: int = 0o755) -> None:
-    """A folder below `root` of this mode. What is missing above it is made too, whatever the builder's umask."""
+def make_folder(root: Path, name: str, mode: int | None = None) -> None:
+    """A folder below `root`, of this mode if one is given. What is missing is made, whatever the builder's umask."""
     path = root / name
     for missing in [each for each in (*reversed(path.parents), path) if not each.exists()]:
         missing.mkdir()
         missing.chmod(0o755)
-    path.chmod(mode)
+    if mode is not None:
+        path.chmod(mode)
 
 
 def busybox(root: Path) -> Path:

@@ -18,15 +18,18 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
 from utilityvm.errors import SetupError
-from utilityvm.guestimage import base, initramfs, recipe, root_disk
-from utilityvm.guestimage.cache import new_folder, one_builder, whole_folders
-from utilityvm.guestimage.recipe import Architecture
+from utilityvm.guestimage import base, initramfs, root_disk
+from utilityvm.guestimage import recipe as built_in
+from utilityvm.guestimage.cache import new_folder, no_builder, one_builder, whole_folders
+from utilityvm.guestimage.custom import GuestRecipe
+from utilityvm.guestimage.recipe import Architecture, architecture
 from utilityvm.log import logger
 from utilityvm.machine.paths import cache_dir
 
@@ -54,63 +57,121 @@ class GuestImage:
     packages: int
     built_at: float
     size_bytes: int
+    base: str = ""  # what it was made of, in the cache
+    recipe: Mapping[str, Any] | None = None  # the user's own; None: that of every guest image
+
+    @classmethod
+    def build(cls, recipe: GuestRecipe | None = None, *, refresh: bool = False) -> GuestImage:
+        """The image of a recipe, built first if it is not there; see `ensure`. It blocks: some seconds to minutes.
+
+        With `refresh` it is built anew, of the newest packages; the old one stays for VMs and templates that use it.
+
+        Raises:
+            SetupError: a program, space, a package source or the network is missing; the remedy says which.
+            InvalidRequest: a file of the recipe cannot be read.
+        """
+        return ensure(recipe, refresh=refresh)
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self.kernel.parent
 
 
-def ensure(*, progress: Progress | None = None) -> GuestImage:
+def ensure(recipe: GuestRecipe | None = None, *, refresh: bool = False, progress: Progress | None = None) -> GuestImage:
     """Give the image of this recipe and agent, and build it first if it is not there.
 
-    Waits for another build rather than doing it twice. If it fails nothing is left but the base, if that was done;
-    call it again when the cause is gone.
+    With `refresh` it is built anew, of the newest packages; the old one stays for those who use it. Waits for another
+    build rather than doing it twice. If it fails nothing is left but the base, if that was done; call it again when the
+    cause is gone.
 
     Raises:
         SetupError: a program, space, a package source or the network is missing; the remedy says which.
+        InvalidRequest: a file of the recipe cannot be read.
     """
-    if image := find():
+    own = recipe or GuestRecipe()
+    if not refresh and (image := find(own)):
         return image
     report = progress or (lambda what, done: None)
-    arch, suite = recipe.architecture(), host_suite()
+    arch, suite = architecture(), host_suite()
     agent = dict(agent_files())  # read once: what is built is what the name says, also if somebody is changing it
     images, bases = cache_dir() / "images", cache_dir() / "bases"
-    name = f"{suite}-{image_key(arch, agent)}"
+    name = f"{suite}-{image_key(arch, agent, own)}"
     with one_builder(images / ".lock", waiting=lambda: report("waiting for another build", 0.0)):
-        if image := _load(images / name):  # somebody else built it while we waited
+        if not refresh and (image := _newest(images, name)):  # somebody else built it while we waited
             return image
         bases.mkdir(mode=0o700, exist_ok=True)
-        base_name = f"{suite}-{base_key(arch)}"
-        if not (bases / base_name / base.PACKAGES).exists():
-            with new_folder(bases, base_name, space_bytes=BASE_SPACE_BYTES) as folder:
-                base.make(folder, arch=arch, suite=suite, report=report)
-            _log.info("made the guest image's base %s", base_name)
-        with new_folder(images, name, space_bytes=IMAGE_SPACE_BYTES) as folder:
-            _make_image(bases / base_name, folder, agent=agent, key=name, arch=arch, suite=suite, report=report)
-        _log.info("made the guest image %s", name)
-        image = _load(images / name)
+        base_name = f"{suite}-{base_key(arch, own)}"
+        base_folder = _newest_base(bases, base_name)
+        if refresh or base_folder is None:
+            base_folder = bases / _unused(bases, base_name)
+            with new_folder(bases, base_folder.name, space_bytes=BASE_SPACE_BYTES) as folder:
+                base.make(folder, arch=arch, suite=suite, report=report, packages=own.packages, kernel=own.kernel)
+            _log.info("made the guest image's base %s", base_folder.name)
+        made = _unused(images, name) if refresh else name
+        with new_folder(images, made, space_bytes=IMAGE_SPACE_BYTES) as folder:
+            _make_image(base_folder, folder, agent=agent, key=name, arch=arch, suite=suite, own=own, report=report)
+        _log.info("made the guest image %s", made)
+        image = _load(images / made)
     if image is None:
         raise SetupError(
-            f"the guest image {images / name} is not whole just after it was built",
+            f"the guest image {images / made} is not whole just after it was built",
             remedy="is something else writing there?",
         )
     report("done", 1.0)
     return image
 
 
-def find() -> GuestImage | None:
-    """The image of this recipe and agent, if it is in the cache and whole. On another system, that of any Debian."""
+def find(recipe: GuestRecipe | None = None) -> GuestImage | None:
+    """The newest whole image of this recipe and agent in the cache. On another system, that of any Debian."""
+    own = recipe or GuestRecipe()
     try:
-        arch = recipe.architecture()
+        key = image_key(architecture(), dict(agent_files()), own)
     except SetupError:
         return None
-    key = image_key(arch, dict(agent_files()))
     try:
-        return _load(cache_dir() / "images" / f"{host_suite()}-{key}")
+        return _newest(cache_dir() / "images", f"{host_suite()}-{key}")
     except SetupError:
-        return next((image for image in catalog() if image.key.endswith(f"-{key}")), None)
+        return next((image for image in catalog() if image.key.partition(".")[0].endswith(f"-{key}")), None)
+
+
+def _unused(parent: Path, name: str) -> str:
+    """A name for a newer one of the same recipe: an image that is in use is never replaced."""
+    names = (name, *(f"{name}.{number}" for number in range(2, 1000)))
+    return next(each for each in names if not (parent / each).exists())
+
+
+def _versions(parent: Path, name: str) -> list[Path]:
+    """The folders of that name, the newest first."""
+    found = [path for path in whole_folders(parent) if path.name.partition(".")[0] == name]
+    return sorted(found, key=lambda path: int(path.name.partition(".")[2] or 1), reverse=True)
+
+
+def _newest(images: Path, name: str) -> GuestImage | None:
+    return next((image for path in _versions(images, name) if (image := _load(path))), None)
+
+
+def _newest_base(bases: Path, name: str) -> Path | None:
+    return next((path for path in _versions(bases, name) if (path / base.PACKAGES).exists()), None)
 
 
 def catalog() -> list[GuestImage]:
     """Every whole image in the cache, the newest first."""
     images = [image for folder in whole_folders(cache_dir() / "images") if (image := _load(folder))]
     return sorted(images, key=lambda image: image.built_at, reverse=True)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Nobody builds during the block.
+
+    Raises:
+        SetupError: somebody is building.
+    """
+    with no_builder(cache_dir() / "images/.lock") as is_held:
+        if not is_held:
+            raise SetupError("a guest image is just being built", remedy="wait for that build, and try again")
+        yield
 
 
 def verify(image: GuestImage) -> None:
@@ -150,16 +211,21 @@ def host_suite() -> str:
     return suite
 
 
-def base_key(arch: Architecture) -> str:
+def base_key(arch: Architecture, own: GuestRecipe | None = None) -> str:
     """What a base of this recipe is called in the cache, behind its suite."""
-    return _digest([arch.debian.encode(), *(_source(name) for name in ("recipe", "base", "sources"))])
+    parts = own.base_parts() if own else []
+    return _digest([arch.debian.encode(), *(_source(name) for name in ("recipe", "base", "sources")), *parts])
 
 
-def image_key(arch: Architecture, agent: Mapping[str, bytes]) -> str:
-    """What the image of this recipe and `agent` is called in the cache, behind its suite."""
-    ours = (_source(name) for name in ("build", "initramfs", "root_disk"))
+def image_key(arch: Architecture, agent: Mapping[str, bytes], own: GuestRecipe | None = None) -> str:
+    """What the image of this recipe and `agent` is called in the cache, behind its suite.
+
+    Raises:
+        InvalidRequest: a file of the recipe cannot be read.
+    """
+    ours = (_source(name) for name in ("build", "custom", "initramfs", "root_disk"))
     files = (part for name, data in agent.items() for part in (name.encode(), data))
-    return _digest([base_key(arch).encode(), *ours, *files])
+    return _digest([base_key(arch, own).encode(), *ours, *files, *(own.image_parts() if own else [])])
 
 
 def agent_files() -> Iterator[tuple[str, bytes]]:
@@ -209,6 +275,8 @@ def _load(folder: Path) -> GuestImage | None:
             packages=len(manifest["packages"]),
             built_at=(folder / _MANIFEST).stat().st_mtime,
             size_bytes=sum(manifest["files"][name]["size"] for name in _FILES),
+            base=manifest.get("base", ""),
+            recipe=manifest.get("recipe"),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -218,7 +286,7 @@ def _is_as_built(path: Path, built: dict[str, Any]) -> bool:
     status = path.stat()
     if status.st_size != built["size"]:
         return False
-    return int(status.st_mtime) == recipe.TIME or _sha256(path) == built["sha256"]
+    return int(status.st_mtime) == built_in.TIME or _sha256(path) == built["sha256"]
 
 
 def _make_image(
@@ -229,6 +297,7 @@ def _make_image(
     key: str,
     arch: Architecture,
     suite: str,
+    own: GuestRecipe,
     report: Progress,
 ) -> None:
     root = folder / "root"
@@ -236,6 +305,7 @@ def _make_image(
     base.unpack(base_folder / base.ARCHIVE, root)
     (kernel,) = (root / "boot").glob("vmlinuz-*")
     kernel.rename(folder / "vmlinuz")
+    own.apply(root)
     report("compiling the agent", 0.84)
     library = base.library(root)
     for name, data in agent.items():
@@ -248,10 +318,10 @@ def _make_image(
     report("writing the initramfs", 0.88)
     tree = base.modules(root)
     modules = initramfs.in_load_order(
-        recipe.BOOT_MODULES, initramfs.module_files(tree), initramfs.builtin_modules(tree)
+        built_in.BOOT_MODULES, initramfs.module_files(tree), initramfs.builtin_modules(tree)
     )
     # -I -S: nothing but the standard library; -B: a cache of bytecode would be memory, and it is all compiled.
-    script = recipe.init_script(modules, agent=f"/usr/bin/{library.name} -I -S -B -m utilityvm.agent")
+    script = built_in.init_script(modules, agent=f"/usr/bin/{library.name} -I -S -B -m utilityvm.agent")
     archive = initramfs.build(busybox=base.busybox(root).read_bytes(), modules=modules, script=script)
     (folder / "initramfs").write_bytes(archive)
     report("writing the root disk", 0.9)
@@ -259,12 +329,14 @@ def _make_image(
     shutil.rmtree(root)
     for name in _FILES:
         (folder / name).chmod(0o644)
-        os.utime(folder / name, (recipe.TIME, recipe.TIME))
+        os.utime(folder / name, (built_in.TIME, built_in.TIME))
     manifest = {
         "arch": arch.debian,
         "suite": suite,
-        "cmdline": f"console={arch.console} {recipe.KERNEL_COMMAND_LINE}",
+        "cmdline": f"console={arch.console} {built_in.KERNEL_COMMAND_LINE}",
         "files": {n: {"size": (folder / n).stat().st_size, "sha256": _sha256(folder / n)} for n in _FILES},
         "packages": json.loads((base_folder / base.PACKAGES).read_text()),
+        "base": base_folder.name,
+        "recipe": None if own.is_empty else own.document(),
     }
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))

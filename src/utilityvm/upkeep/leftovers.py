@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from utilityvm.errors import UtilityVMError, VMNotFound, VMOwned
-from utilityvm.guestimage import build, cache, recipe
+from utilityvm.guestimage import build, cache
 from utilityvm.log import logger
 from utilityvm.machine import paths
 from utilityvm.machine.processes import values_of
@@ -145,13 +145,29 @@ def _images(vms: list[StoredVM]) -> list[Leftover]:
         found = [_leftover(Kind.BUILD, path.name, path) for path in cache.unfinished(images, bases)]
         if (current := build.find()) is None:
             return found
-        base = f"{current.suite}-{build.base_key(recipe.architecture())}"
-        found += [_leftover(Kind.BUILD, path.name, path) for path in cache.whole_folders(bases) if path.name != base]
-        return found + [
+        # An image of a user's own recipe stays until its user removes it: nobody else knows whether it is wanted.
+        kept = {current.key, *(image.key for image in build.catalog() if image.recipe is not None)}
+        old = [
             _leftover(Kind.IMAGE, path.name, path)
             for path in cache.whole_folders(images)
-            if path.name != current.key and path not in used
+            if path.name not in kept and path not in used
         ]
+        made_of = {image.base for image in build.catalog() if image.key in kept}
+        found += [
+            _leftover(Kind.BUILD, path.name, path) for path in cache.whole_folders(bases) if path.name not in made_of
+        ]
+        return found + old
+
+
+def users_of_image(store: Store, folder: Path) -> list[str]:
+    """The VMs and templates that the image in `folder` is of, as a message names them."""
+    vms = [f"VM {vm.name}" for vm in store.vms() if not _is_left(vm) and _is_in(vm.config.get("root"), folder)]
+    templates = [f"template {name}" for name in catalog.names() if _is_in(catalog.load(name).root, folder)]
+    return vms + templates
+
+
+def _is_in(root: object, folder: Path) -> bool:
+    return root is not None and Path(str(root)).parent == folder
 
 
 def _roots_in_use(vms: list[StoredVM]) -> set[Path] | None:
