@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import events
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from random import Random
+from typing import Any, Final, TypeVar
 
 from utilityvm.testing import Break
 
 _T = TypeVar("_T")
+_BREAKS: Final = tuple(Break)
 
 
 class StepLoop(asyncio.AbstractEventLoop):
@@ -108,7 +110,8 @@ class Run:
     taken: list[int] = field(default_factory=list)
     options: list[int] = field(default_factory=list)
     waiting: list[tuple[str, asyncio.Future[None]]] = field(default_factory=list)
-    breaks: dict[str, list[Break]] = field(default_factory=dict)
+    breaks: defaultdict[str, list[Break]] = field(default_factory=lambda: defaultdict(list))
+    chance: Random | None = None  # chooses, beyond the end of `follow`
 
     async def gate(self, step: str) -> None:
         """Where a backend's step waits to be chosen."""
@@ -118,29 +121,43 @@ class Run:
 
     def choose(self, count: int) -> int:
         position = len(self.taken)
-        choice = self.follow[position] if position < len(self.follow) else 0
+        if position < len(self.follow):
+            choice = self.follow[position]
+        else:
+            choice = 0 if self.chance is None else self.chance.randrange(count)
         self.taken.append(choice)
         self.options.append(count)
         return choice
 
-    def play(self, callers: dict[str, asyncio.Task[Any]]) -> None:
+    def play(self, callers: Sequence[asyncio.Task[Any]]) -> None:
         """Take choices until nothing waits any more."""
         self.loop.run_ready()
         while self.waiting:
-            ways = [None, *Break] if self.budget.faults else [None]
-            cancellable = [task for task in callers.values() if not task.done()] if self.budget.cancels else []
-            choice = self.choose(len(self.waiting) * len(ways) + len(cancellable))
-            if choice >= len(self.waiting) * len(ways):
+            ways: list[tuple[int, Break | None]] = []
+            for number, (step, _) in enumerate(self.waiting):
+                ways.append((number, None))
+                if self.budget.faults and step != "pause":
+                    ways += [(number, how) for how in _BREAKS]
+            cancellable = [task for task in callers if not task.done()] if self.budget.cancels else []
+            choice = self.choose(len(ways) + len(cancellable))
+            if choice >= len(ways):
                 self.budget.cancels -= 1
-                cancellable[choice - len(self.waiting) * len(ways)].cancel()
+                cancellable[choice - len(ways)].cancel()
             else:
-                number, way = divmod(choice, len(ways))
+                number, how = ways[choice]
                 step, answer = self.waiting.pop(number)
-                if (how := ways[way]) is not None:
+                if how is not None:
                     self.budget.faults -= 1
-                    self.breaks.setdefault(step.partition(" ")[0], []).append(how)
-                answer.set_result(None)
+                    self.breaks[step.partition(" ")[0]].append(how)
+                if not answer.done():  # its caller was cancelled
+                    answer.set_result(None)
             self.loop.run_ready()
+
+    def drive(self, coro: Coroutine[Any, Any, _T]) -> _T:
+        """Run to its end what waits for no choice."""
+        task: asyncio.Task[_T] = self.loop.create_task(coro)
+        self.loop.run_ready()
+        return task.result()
 
     def finish(self, coro: Coroutine[Any, Any, _T]) -> _T:
         """Run to its end what may not go wrong any more."""
@@ -149,7 +166,9 @@ class Run:
         self.loop.run_ready()
         while not task.done():
             assert self.waiting, "it waits for something that nobody will do"
-            self.waiting.pop(0)[1].set_result(None)
+            _, answer = self.waiting.pop(0)
+            if not answer.done():
+                answer.set_result(None)
             self.loop.run_ready()
         return task.result()
 

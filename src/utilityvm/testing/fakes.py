@@ -101,7 +101,7 @@ class FakeWorld:
     names_used: set[str] = field(default_factory=set)
     log: list[str] = field(default_factory=list)  # every step that was sent
     harm: list[str] = field(default_factory=list)  # data lost, disks mixed up: must stay empty
-    breaks: dict[str, list[Break]] = field(default_factory=lambda: defaultdict(list))
+    breaks: defaultdict[str, list[Break]] = field(default_factory=lambda: defaultdict(list))
     gate: Callable[[str], Awaitable[None]] | None = None  # awaited before and after each step, for schedulers
     held: asyncio.Event | None = None  # see `hold`
     _late: list[asyncio.Task[None]] = field(default_factory=list)  # steps that were held, in their order
@@ -370,6 +370,7 @@ class MemoryJournal:
         self.failures = 0
         self.writes = 0
         self.gate: Callable[[str], Awaitable[None]] | None = None  # awaited before each write: a store that is busy
+        self.breaks: defaultdict[str, list[Break]] = defaultdict(list)  # of "write"; LOSE_REQUEST is a mistake in it
 
     def fail_next(self, *, times: int = 1) -> None:
         self.failures += times
@@ -383,6 +384,11 @@ class MemoryJournal:
     async def write(self, put: Sequence[Record], drop: Sequence[Record] = ()) -> None:
         if self.gate:
             await self.gate("write")
+        how = self.breaks["write"].pop(0) if self.breaks["write"] else None
+        if how is Break.LOSE_REQUEST:
+            raise RuntimeError("a mistake of the journal's")
+        if how is Break.REFUSE:
+            raise StoreError("the disk is full")
         if self.failures:
             self.failures -= 1
             raise StoreError("the disk is full")
@@ -391,6 +397,8 @@ class MemoryJournal:
             self.records.pop(_key(record), None)
         for record in put:
             self.records[_key(record)] = record
+        if how is Break.LOSE_ANSWER:
+            raise RuntimeError("a mistake of the journal's")
 
     def read(self) -> list[Record]:
         order = {DiskRecord: 0, MountRecord: 1}
