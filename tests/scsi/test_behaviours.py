@@ -6,8 +6,10 @@ S: the seed (2021). M: the newest manager. C: the newest controller. Some concer
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import PurePosixPath
+from typing import Any
 
 import pytest
 
@@ -22,14 +24,18 @@ from utilityvm.errors import (
     GuestRefused,
     HostRefused,
     InvalidRequest,
+    Migrating,
     NoControllers,
     NoFreeSlot,
     NotAttached,
+    NotSupported,
     OutcomeUnknown,
     StoreError,
     VMGone,
+    WrongLoop,
 )
-from utilityvm.scsi.manager import ScsiManager
+from utilityvm.scsi.events import ScsiEvents
+from utilityvm.scsi.manager import AddRequest, ScsiManager
 from utilityvm.scsi.ports import (
     AttachmentType,
     CallerKey,
@@ -930,8 +936,6 @@ async def test_a_second_path_is_a_second_mount_and_no_path_shares_the_first(benc
 
 
 async def test_a_batch_of_which_one_fails_gives_all_back(bench: Bench) -> None:
-    from utilityvm.scsi.manager import AddRequest
-
     bench.world.missing.add("c")
     batch = [AddRequest(disk=DiskRequest(host_path=name, read_only=True), mount=MountConfig()) for name in "abcd"]
     with pytest.raises(InvalidRequest):
@@ -992,3 +996,297 @@ async def test_events_tell_what_happened_and_how_long_it_took(bench: Bench) -> N
         "attaching", "attached", "mounting", "mounted", "unmounting", "unmounted", "ejecting", "ejected",
         "detaching", "detached",
     ]  # fmt: skip
+
+
+async def grown(bench: Bench, mib: int) -> int:
+    await bench.manager.resize("a", mib << 20)
+    return mib
+
+
+@pytest.mark.parametrize("how", list(Break))
+async def test_a_resize_takes_each_answer(bench: Bench, how: Break) -> None:
+    held = await bench.add("a", read_only=False)
+    bench.world.fail_next("resize", how)
+    if how is Break.LOSE_ANSWER:  # it grew: the probe says so, and the file systems follow
+        await grown(bench, 4)
+        assert bench.world.log[-3:] == [f"resize 0:0 {4 << 20}", "size 0:0", "grow 0:0"]
+    else:
+        with pytest.raises(HostRefused if how is Break.REFUSE else OutcomeUnknown):
+            await grown(bench, 4)
+        assert bench.manager.slots()[0].size_bytes == 1 << 20
+        await grown(bench, 4)
+    assert (bench.manager.slots()[0].state, bench.manager.slots()[0].size_bytes) == ("attached", 4 << 20)
+    await bench.manager.release(held)
+    bench.check_empty()
+
+
+async def test_a_resize_is_written_down_before_it_is_sent(bench: Bench) -> None:
+    await bench.add("a", read_only=False)
+    states: list[str] = []
+
+    async def gate(what: str) -> None:
+        if what.startswith("resize"):
+            states.extend(record.state for record in bench.journal.read() if isinstance(record, DiskRecord))
+
+    bench.world.gate = gate
+    await grown(bench, 4)
+    assert states == ["resizing"]
+
+
+async def test_a_new_owner_finds_how_far_a_resize_came(bench: Bench) -> None:
+    await bench.add("a", read_only=False)
+    reached, _ = await started(bench, "resize")
+    resizing = asyncio.create_task(grown(bench, 4))
+    await reached.wait()
+    resizing.cancel()
+    bench.kill_owner()
+    bench.world.bus[Slot(0, 0)].size_bytes = 4 << 20
+    assert await bench.manager.restore(is_alive=lambda holder: True) == ["a at 0:0 was resizing"]
+    assert (bench.manager.slots()[0].state, bench.manager.slots()[0].size_bytes) == ("attached", 4 << 20)
+
+
+@pytest.mark.parametrize("sizes", [(8, 4), (4, 8)])
+async def test_two_resizes_at_once_never_shrink_the_disk(bench: Bench, sizes: tuple[int, int]) -> None:
+    await bench.add("a", read_only=False)
+    results = await asyncio.gather(*(grown(bench, mib) for mib in sizes), return_exceptions=True)
+    assert [result for result in results if isinstance(result, int)] == ([8] if sizes == (8, 4) else [4, 8])
+    assert all(isinstance(result, int | InvalidRequest) for result in results)
+    assert bench.world.bus[Slot(0, 0)].size_bytes == 8 << 20
+    assert not bench.world.harm
+
+
+async def test_a_resize_whose_caller_gave_up_before_its_turn_is_not_sent(bench: Bench) -> None:
+    await bench.add("a", read_only=False)
+    reached, go_on = await started(bench, "resize")
+    first = asyncio.create_task(grown(bench, 4))
+    await reached.wait()
+    with pytest.raises(DeadlineExceeded):
+        await bench.manager.resize("a", 8 << 20, timeout_s=0.01)
+    go_on.set()
+    await first
+    await bench.manager.settle()
+    assert bench.world.bus[Slot(0, 0)].size_bytes == 4 << 20
+
+
+async def test_a_resize_holds_up_no_add_of_what_is_mounted_and_is_done_before_the_disk_leaves(bench: Bench) -> None:
+    held = await bench.add("a", "/1", read_only=False)
+    reached, go_on = await started(bench, "resize")
+    resizing = asyncio.create_task(grown(bench, 4))
+    await reached.wait()
+    second = await bench.add("a", "/1", read_only=False)
+    leaving = asyncio.create_task(bench.manager.remove_many([held, second]))
+    await asyncio.sleep(0)
+    go_on.set()
+    assert await leaving == [None, None]
+    with pytest.raises((NotAttached, OutcomeUnknown)):
+        await resizing
+    bench.check_empty()
+
+
+async def test_force_belongs_to_the_release_that_asked_for_it(bench: Bench) -> None:
+    forced, polite = await bench.add("a", "/1"), await bench.add("a", "/1")
+    bench.world.busy[PurePosixPath("/1")] = "sh"
+    await bench.manager.release(forced, force=True)  # the other holds on to all of it
+    with pytest.raises(GuestBusy):
+        await bench.manager.release(polite)
+    assert PurePosixPath("/1") in bench.world.mounts
+    await bench.manager.release(polite, force=True)
+    bench.check_empty()
+
+
+async def test_of_two_releases_at_once_one_without_force_keeps_the_mount(bench: Bench) -> None:
+    forced, polite = await bench.add("a", "/1"), await bench.add("a", "/1")
+    bench.world.busy[PurePosixPath("/1")] = "sh"
+    results = await asyncio.gather(
+        bench.manager.release(forced, force=True), bench.manager.release(polite), return_exceptions=True
+    )
+    assert results[0] is None  # it is out: the other holds the mount as before
+    assert isinstance(results[1], GuestBusy)
+    assert [held.id for held in bench.manager.reservations()] == [polite.id]
+
+
+async def test_force_reaches_every_step_of_a_disk_whose_storage_is_dead(bench: Bench) -> None:
+    mounted, attached = await bench.add("a", "/1"), await bench.attach("b")
+    bench.world.dead |= {"file:a", "file:b"}
+    for held in (mounted, attached):
+        with pytest.raises(GuestRefused, match="does not reach"):
+            await bench.manager.release(held)
+        assert held.id in {one.id for one in bench.manager.reservations()}
+        await bench.manager.release(held, force=True)
+    bench.check_empty()
+
+
+async def test_force_that_the_guest_does_not_know_is_refused_before_anything_changes(bench: Bench) -> None:
+    held = await bench.add("a", "/1")
+    bench.world.knows_force = False
+    sent = len(bench.world.log)
+    for refused in (bench.manager.release(held, force=True), bench.manager.remove("a", force=True)):
+        with pytest.raises(NotSupported):
+            await refused
+    (error,) = await bench.manager.remove_many([held], force=True)
+    assert isinstance(error, NotSupported)
+    assert [one.id for one in bench.manager.reservations()] == [held.id]
+    assert bench.world.log[sent:] == []
+    await bench.manager.release(held)
+    bench.check_empty()
+
+
+@pytest.mark.parametrize(("step", "mounted"), [("unmount", True), ("eject", False)])
+@pytest.mark.parametrize("how", ["refuse", "lose request", "store"])
+async def test_a_release_that_changed_nothing_leaves_the_reservation_held(
+    bench: Bench, step: str, mounted: bool, how: str
+) -> None:
+    held = await (bench.add("a", "/1") if mounted else bench.attach("a"))
+    if how == "store":
+        bench.journal.fail_next(times=2)
+    else:
+        bench.world.fail_next(step, Break(how))
+    with pytest.raises((GuestRefused, OutcomeUnknown, StoreError)):
+        await bench.manager.release(held)
+    assert [one.id for one in bench.manager.reservations()] == [held.id]
+    bench.check_promises()
+    await bench.manager.release(held)
+    bench.check_empty()
+
+
+async def test_two_removals_at_once_drop_two_references(bench: Bench) -> None:
+    for path in ("/1", "/2"):
+        await bench.add("a", path)
+    await asyncio.gather(bench.manager.remove("a"), bench.manager.remove("a"))
+    bench.check_empty()
+
+
+async def test_a_cancelled_batch_leaves_nothing_also_of_what_had_settled(bench: Bench) -> None:
+    ours = await bench.attach("a")
+    reached, go_on = await started(bench, "attach")
+    requests = [AddRequest(disk=DiskRequest(host_path=name, read_only=True)) for name in "ab"]
+    adding = asyncio.create_task(bench.manager.add_many(requests, holder=WHO))
+    await reached.wait()
+    assert len(bench.manager.reservations()) == 2  # the first of the batch is held by now
+    adding.cancel()
+    await asyncio.wait({adding})
+    go_on.set()
+    await bench.manager.settle()
+    assert [held.id for held in bench.manager.reservations()] == [ours.id]
+    assert [view.host_path for view in bench.manager.slots()] == ["a"]
+    await bench.manager.release(ours)
+    bench.check_empty()
+
+
+async def test_a_cancelled_batch_of_releases_releases_all_of_them(bench: Bench) -> None:
+    held = [await bench.add(name) for name in "abc"]
+    removing = asyncio.create_task(bench.manager.remove_many(held))
+    await asyncio.sleep(0)
+    removing.cancel()
+    await asyncio.wait({removing})
+    await bench.manager.settle()
+    bench.check_empty()
+
+
+@pytest.mark.parametrize("writes", range(3))
+async def test_a_mistake_of_ours_leaves_no_reservation_of_nobody(bench: Bench, writes: int) -> None:
+    write = bench.journal.write
+
+    async def broken(*records: object) -> None:
+        nonlocal writes
+        if writes == 0:
+            bench.journal.write = write  # type: ignore[method-assign]
+            raise RuntimeError("a mistake of ours")
+        writes -= 1
+        await write(*records)  # type: ignore[arg-type]
+
+    bench.journal.write = broken  # type: ignore[method-assign,assignment]
+    held = None
+    try:
+        held = await bench.add("a", "/1")
+    except OutcomeUnknown:
+        await bench.manager.settle()
+        await bench.manager.repair()
+    assert len(bench.manager.reservations()) == (held is not None)
+    if held:
+        await bench.manager.release(held)
+    bench.check_empty()
+
+
+async def test_nothing_is_sent_while_all_is_held_still(bench: Bench) -> None:
+    reached, go_on = await started(bench, "attach")
+    adding = asyncio.create_task(bench.add("a"))
+    await reached.wait()
+    with bench.manager.held_still("it is being saved"):
+        with pytest.raises(Migrating):
+            await bench.manager.resize("a", 4 << 20)
+        settling = asyncio.create_task(bench.manager.settle())
+        go_on.set()
+        while "mount" not in str(bench.world.log):
+            await asyncio.sleep(0)
+        await settling
+        adding.cancel()  # it is held, and its caller does not know yet
+        sent = len(bench.world.log)
+        await asyncio.wait({adding})
+        await bench.manager.settle()
+        assert bench.world.log[sent:] == []
+    await bench.manager.settle()
+    for held in bench.manager.reservations():
+        await bench.manager.release(held)
+    bench.check_empty()
+
+
+async def test_events_are_heard_from_the_call_on_and_end_with_the_vm(bench: Bench) -> None:
+    events = bench.manager.events()
+    await bench.attach("a")
+    heard = asyncio.create_task(_all_of(events))
+    await asyncio.sleep(0)
+    bench.manager.mark_gone(VMGone("QEMU was killed"))
+    assert await heard == ["attaching", "attached"]
+    assert await _all_of(bench.manager.events()) == []
+
+
+async def test_a_subscription_that_is_closed_ends(bench: Bench) -> None:
+    events = bench.manager.events()
+    heard = asyncio.create_task(_all_of(events))
+    await asyncio.sleep(0)
+    await events.aclose()
+    assert await heard == []
+    other = bench.manager.events()
+    bench.manager.close()
+    assert await _all_of(other) == []
+
+
+async def test_a_listener_that_is_slow_is_told_how_much_it_lost(bench: Bench) -> None:
+    events = bench.manager.events()
+    for _ in range(200):
+        await bench.manager.release(await bench.add("a"))
+    bench.manager.close()
+    heard = [event async for event in events]
+    assert heard[-1].what == "lost"
+    assert len(heard) - 1 + heard[-1].count == 200 * 10
+
+
+async def _all_of(events: ScsiEvents) -> list[str]:
+    return [event.what async for event in events]
+
+
+async def test_every_call_from_another_event_loop_is_refused_at_once(bench: Bench) -> None:
+    held = await bench.add("a", "/1")
+    manager = bench.manager
+    calls: dict[str, Callable[[], Coroutine[Any, Any, object]]] = {
+        "add": lambda: bench.add("b"),
+        "add_many": lambda: manager.add_many([], holder=WHO),
+        "release": lambda: manager.release(held),
+        "remove": lambda: manager.remove("a"),
+        "remove_many": lambda: manager.remove_many([held]),
+        "resize": lambda: manager.resize("a", 4 << 20),
+        "export_state": manager.export_state,
+        "resume": manager.resume,
+        "repair": manager.repair,
+    }
+
+    def elsewhere(call: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        asyncio.run(call())
+
+    for name, call in calls.items():
+        with pytest.raises(WrongLoop, match="another event loop"):
+            await asyncio.to_thread(elsewhere, call)
+        assert [one.id for one in manager.reservations()] == [held.id], name
+    await manager.release(held)
+    bench.check_empty()
