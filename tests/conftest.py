@@ -3,7 +3,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Generator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,30 @@ settings.register_profile("utilityvm", deadline=None, suppress_health_check=[Hea
 settings.load_profile("utilityvm")
 
 _TOLD = "told"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _blocking_is_watched() -> Iterator[None]:
+    if sys.platform == "win32":  # what is tested there has no files
+        yield
+        return
+    import blocking
+
+    watching = blocking.watch()
+    yield
+    watching.deactivate()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_blocks_the_loop(_blocking_is_watched: None) -> Iterator[None]:
+    if sys.platform == "win32":
+        yield
+        return
+    import blocking
+
+    blocking.found.clear()
+    yield
+    assert not blocking.found, "\n".join(blocking.found[:3])
 
 
 @pytest.fixture

@@ -92,11 +92,19 @@ async def test_a_cancelled_caller_is_back_at_once_and_what_comes_late_is_cleaned
 
 async def test_a_caller_that_is_cancelled_just_as_the_result_comes_leaves_nothing() -> None:
     late: list[int] = []
+    has_ended = threading.Event()
+
+    def work() -> int:
+        has_ended.set()
+        return 1
+
     for _ in range(200):
         count = len(late)
-        task = asyncio.create_task(in_thread(int, 1, late=late.append))
+        has_ended.clear()
+        task = asyncio.create_task(in_thread(work, late=late.append))
         await asyncio.sleep(0)
-        time.sleep(0.001)  # by now the result is on its way to the loop, which we keep from taking it
+        has_ended.wait(HANG_S)
+        time.sleep(0.0001)  # by now the result is on its way to the loop, which we keep from taking it
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
