@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from utilityvm.errors import InvalidRequest
+from utilityvm.machine.threads import in_thread
 
 HostPath: TypeAlias = str | os.PathLike[str]
+
+_LOOK_S: Final = 1.0
 
 
 def absolute(host_path: HostPath) -> str:
@@ -39,3 +43,16 @@ def identity_of(host_path: HostPath) -> str | None:
     if stat.S_ISBLK(status.st_mode):
         return f"block:{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
     return f"file:{status.st_dev}:{status.st_ino}"
+
+
+async def identity_within(host_path: HostPath, timeout_s: float | None) -> str | None:
+    """As `identity_of`, without blocking. None as well if its storage does not answer within half of the time, or 1 s.
+
+    So a disk whose storage is dead can still be taken out by the name under which it was attached.
+    """
+    within = _LOOK_S if timeout_s is None else min(timeout_s / 2, _LOOK_S)
+    try:
+        async with asyncio.timeout(within):
+            return await in_thread(identity_of, host_path)
+    except TimeoutError:
+        return None

@@ -26,7 +26,8 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, ParamSpec, TypeVar
@@ -118,6 +119,25 @@ def lent(fd: int, work: Callable[..., T]) -> Callable[..., T]:
     return owned
 
 
+@asynccontextmanager
+async def entered(manager: AbstractContextManager[T]) -> AsyncGenerator[T]:
+    """Enter a context manager, and leave it, in threads. One that is entered too late is left with an error at once."""
+
+    def leave(_: object) -> None:
+        with suppress(asyncio.CancelledError):
+            error = asyncio.CancelledError()
+            manager.__exit__(type(error), error, None)
+
+    thing = await in_thread(manager.__enter__, late=leave)
+    try:
+        yield thing
+    except BaseException as error:
+        if not await in_thread(manager.__exit__, type(error), error, error.__traceback__, always=True):
+            raise
+    else:
+        await in_thread(manager.__exit__, None, None, None, always=True)
+
+
 class Lane:
     """Work that is done in its order, one piece at a time: what uses one connection of SQLite, for example.
 
@@ -127,7 +147,7 @@ class Lane:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: deque[_Call[Any]] = deque()
+        self._waiting: deque[_Call[Any] | _Aside] = deque()
         self._is_busy = False
 
     async def run(self, work: Callable[..., T], *arguments: Any, late: Callable[[T], object] | None = None) -> T:
@@ -146,14 +166,22 @@ class Lane:
                 raise
         return await call.outcome()
 
+    def aside(self, work: Callable[P, object], *arguments: P.args, **named: P.kwargs) -> None:
+        """As the function `aside`, after all that was asked for before."""
+        with self._lock:
+            self._waiting.append(_Aside(partial(work, *arguments, **named)))
+            begins, self._is_busy = not self._is_busy, True
+        if begins:
+            aside(self._work_off)
+
     def _work_off(self) -> None:
         while True:
             with self._lock:
                 if not self._waiting:
                     self._is_busy = False
                     return
-                call = self._waiting.popleft()
-            call.work_off()
+                work = self._waiting.popleft()
+            work.work_off()
 
 
 class _Lent:

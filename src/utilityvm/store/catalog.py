@@ -15,6 +15,7 @@ from typing import Any, Final, Self
 from utilityvm.errors import StoreError, VMExists, VMNotFound
 from utilityvm.machine import paths
 from utilityvm.machine.processes import Life, life_of
+from utilityvm.machine.threads import Lane
 from utilityvm.store import database
 from utilityvm.store.formats import Formats
 
@@ -79,6 +80,7 @@ class Store:
         """Use `open`."""
         self.db = db
         self.path = path
+        self.lane = Lane()  # for event loops: `await store.lane.run(store.get, name)`
         self._unwaiting: sqlite3.Connection | None = None
         self.formats = Formats(path)  # a connection of its own, for threads
         self._writes = 0

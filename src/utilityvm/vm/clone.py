@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Mapping
 
 from utilityvm.machine import paths
+from utilityvm.machine.threads import entered
 from utilityvm.scsi.ports import Holder
 from utilityvm.scsi.slot import Slot
 from utilityvm.store import SqliteJournal, VMState
@@ -26,7 +27,7 @@ async def clone(
     requests = {slot: spec.request().disk for slot, spec in (replace or {}).items()}
     vm_uuid = str(uuid.uuid4())
     async with lifecycle.coming_up(name, deadline), Undo(deadline) as undo:
-        with catalog.in_use(template) as source:
+        async with entered(catalog.in_use(template)) as source:
             config = VMConfig(
                 name=name,
                 memory_mib=source.manifest.memory_mib,
@@ -40,9 +41,10 @@ async def clone(
             document = {**config.to_json(), "root": str(source.root), "clone": origin}
             claim = await Claim.new(undo, name, vm_uuid, document)
             holder = Holder(name=f"template {template}")
-            with cloning.prepare(
+            preparing = cloning.prepare(
                 source, paths.overlays_dir(vm_uuid), holder=holder, replace=requests, memory=claim.store.formats
-            ) as prepared:
+            )
+            async with entered(preparing) as prepared:
                 host = await claim.start_qemu(
                     undo, config.for_clone(source.root, uuid=vm_uuid), deadline=deadline, saved=prepared.incoming
                 )
@@ -50,7 +52,7 @@ async def clone(
         await host.loaded(prepared.incoming.disks, timeout_s=deadline.left())
         guest = await lifecycle.wake(host, name, timeout_s=deadline.left())
         undo.add(guest.close)
-        claim.store.set_state(claim.record, VMState.RUNNING)
+        await claim.store.lane.run(claim.store.set_state, claim.record, VMState.RUNNING)
         vm = OwnedVM(config, claim, host, guest)
         await vm.scsi.restore(is_alive=is_alive)
         vm.check()

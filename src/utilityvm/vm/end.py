@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from utilityvm.errors import UtilityVMError, VMNotFound, VMNotRunning
+from utilityvm.machine.threads import entered, in_thread
 from utilityvm.store import VMState
 from utilityvm.store.recover import open_store
 from utilityvm.tasks import Undo, finish
@@ -33,7 +35,7 @@ async def _stop(vm: OwnedVM, timeout_s: float) -> None:
             if vm.state is not State.STOPPING:
                 vm.take(Event.STOP, stopped(vm))
             try:
-                vm.store.set_state(vm.record, VMState.STOPPING)
+                await vm.store.lane.run(vm.store.set_state, vm.record, VMState.STOPPING)
             except UtilityVMError as error:  # a full disk must not keep a VM running
                 vm.log.warning("not written down: %s", error)
             with suppress(UtilityVMError, TimeoutError):
@@ -55,11 +57,11 @@ async def clear_away(vm: OwnedVM, *, quit_s: float = _QUIT_S) -> None:
     """
     await vm.guest.close()
     await vm.host.stop(timeout_s=quit_s)
-    lifecycle.remove_overlays(vm.record)
-    lifecycle.remove_copy(vm.host.process.folder, vm.record.uuid)
-    vm.store.remove(vm.record)
-    vm.ownership.release(remove=True)
-    vm.store.close()
+    await in_thread(lifecycle.remove_overlays, vm.record)
+    await in_thread(lifecycle.remove_copy, vm.host.process.folder, vm.record.uuid)
+    await vm.store.lane.run(vm.store.remove, vm.record)
+    await in_thread(partial(vm.ownership.release, remove=True), always=True)
+    await vm.store.lane.run(vm.store.close)
     vm.take(Event.CLEARED)
 
 
@@ -85,8 +87,8 @@ async def _close(vm: OwnedVM, settle_s: float) -> None:
                     await vm.scsi.settle()
             await hang_up(vm)
         finally:
-            vm.ownership.release()
-            vm.store.close()
+            await in_thread(vm.ownership.release, always=True)
+            await vm.store.lane.run(vm.store.close)
 
 
 async def hang_up(vm: OwnedVM) -> None:
@@ -109,7 +111,7 @@ async def remove(name: str, *, wait_s: float, force: bool, timeout_s: float) -> 
             else:
                 claim = await Claim.existing(undo, name, wait_s=wait_s)
         except VMNotFound:
-            with open_store() as store:
+            async with entered(await in_thread(open_store)) as store:
                 await lifecycle.sweep(store, name)
             raise
         return [] if claim is None else await finish(_remove(claim, force=force, timeout_s=timeout_s))
@@ -121,8 +123,8 @@ async def _remove(claim: Claim, *, force: bool, timeout_s: float) -> list[str]:
         if claim.record.is_alive() and not force:
             told += await lifecycle.shut_down(claim.record, timeout_s=timeout_s)
         await lifecycle.clear(claim.record, claim.store)
-        claim.ownership.release(remove=True)
+        await in_thread(partial(claim.ownership.release, remove=True), always=True)
     finally:
-        claim.ownership.release()
-        claim.store.close()
+        await in_thread(claim.ownership.release, always=True)
+        await claim.store.lane.run(claim.store.close)
     return told

@@ -66,14 +66,15 @@ async def claim_name(
         VMOwned: another process is just starting or ending one.
     """
     folder = paths.vm_dir(name)
-    refuse_running(store, name)
+    await store.lane.run(refuse_running, store, name)
     dead, ownership = await _acquire(store, name, wait_s=0.0)
-    undo.add(_give_back, ownership, folder)
-    refuse_running(store, name)
+    undo.add(in_thread, _give_back, ownership, folder, always=True)
+    await store.lane.run(refuse_running, store, name)
     await in_thread(launch.check_unused, folder, name)  # another store's VM may run there: nothing is ours then
     if dead is not None:
         await clear(dead, store)
-    record = store.add(name, uuid=vm_uuid, config=document, owner=ownership.owner.to_json())
+    adding = partial(store.add, name, uuid=vm_uuid, config=document, owner=ownership.owner.to_json())
+    record = await store.lane.run(adding, late=store.remove)
     ownership.on_release = partial(_drop_owner, store, record, ownership)
     return record, ownership, folder
 
@@ -90,16 +91,16 @@ async def _acquire(store: Store, name: str, *, wait_s: float) -> tuple[StoredVM 
     while True:
         ownership = await Ownership.acquire(folder, vm=name, wait_s=max(until - time.monotonic(), 0.0))
         try:
-            record = store.find(name)
+            record = await store.lane.run(store.find, name)
             owner = read_owner(record.owner) if record else None
             if not ownership.belongs_to_other(owner):
                 return record, ownership
             if time.monotonic() >= until:
                 raise owned_by(owner, ownership.path, name, wait_s=wait_s)
         except BaseException:
-            ownership.release(remove=ownership.is_new)
+            await in_thread(partial(ownership.release, remove=ownership.is_new), always=True)
             raise
-        ownership.release(remove=ownership.is_new)
+        await in_thread(partial(ownership.release, remove=ownership.is_new), always=True)
         await asyncio.sleep(_LOOK_AGAIN_S)
 
 
@@ -142,7 +143,8 @@ async def _answered(host: QemuHost, name: str, connecting: Awaitable[BridgeGuest
     try:
         return await connecting
     except (DeadlineExceeded, ProtocolError, VMGone) as error:
-        lines = [line.strip() for line in host.console().decode(errors="replace").splitlines() if line.strip()]
+        text = (await in_thread(host.console)).decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         told = [line for mark in _TELLING for line in reversed(lines) if mark in line]
         said = f'its console says "{(told or lines[-1:])[0]}"' if lines else "its console is empty"
         raise StartFailed(
@@ -187,29 +189,29 @@ async def own(store: Store, name: str, *, wait_s: float, must_run: bool = False)
         SetupError: it lives in another runtime folder than ours.
     """
     folder = paths.vm_dir(name)
-    found = store.get(name)
+    found = await store.lane.run(store.get, name)
     _check_folder(found, folder)
-    if must_run and owner_of(folder, found.owner) is None:
-        check_running(found, store)  # before a lock is made for it
+    if must_run and await in_thread(owner_of, folder, found.owner) is None:
+        await store.lane.run(check_running, found, store)  # before a lock is made for it
     record, ownership = await _acquire(store, name, wait_s=wait_s)
     try:
         if record is None:
-            store.get(name)  # says which there are
+            await store.lane.run(store.get, name)  # says which there are
             raise VMNotFound(f"VM {name} ended meanwhile", vm=name)
         if must_run:
-            check_running(record, store)
+            await store.lane.run(check_running, record, store)
         try:
-            store.set_owner(record, ownership.owner.to_json())
+            await store.lane.run(store.set_owner, record, ownership.owner.to_json())
         except database.StoreBusy:
             raise
         except StoreError as error:  # a full disk must not keep a VM running
             _log.warning("not written down: %s", error)
         ownership.on_release = partial(_drop_owner, store, record, ownership)
     except VMNotFound:
-        ownership.release(remove=True)
+        await in_thread(partial(ownership.release, remove=True), always=True)
         raise
     except BaseException:
-        ownership.release()
+        await in_thread(ownership.release, always=True)
         raise
     return record, ownership
 
@@ -253,18 +255,22 @@ async def sweep(store: Store, name: str) -> None:
     folder = paths.vm_dir(name)
     with suppress(InvalidRequest, VMOwned, VMExists):
         launch.QemuConfig(name=name).check()
-        if not folder.is_dir():
+        if not await in_thread(folder.is_dir):
             return
         record, ownership = await _acquire(store, name, wait_s=0.0)
-        try:
-            launch.check_unused(folder, vm=name)
-            copy = recover.copy_of(folder, store.path)
-            if record is None and (copy is None or not recover.is_running_copy(copy)):
-                launch.clean(folder)
-                remove_copy(folder)
-                ownership.release(remove=True)
-        finally:
-            ownership.release()
+        await in_thread(_sweep, store, folder, record, ownership, always=True)
+
+
+def _sweep(store: Store, folder: Path, record: StoredVM | None, ownership: Ownership) -> None:
+    try:
+        launch.check_unused(folder, vm=folder.name)
+        copy = recover.copy_of(folder, store.path)
+        if record is None and (copy is None or not recover.is_running_copy(copy)):
+            launch.clean(folder)
+            remove_copy(folder)
+            ownership.release(remove=True)
+    finally:
+        ownership.release()
 
 
 def refuse_running(store: Store, name: str) -> None:
@@ -339,7 +345,8 @@ def process_of(record: StoredVM) -> QemuProcess:
 
 async def strays(host: QemuHost, journal: SqliteJournal) -> dict[Slot, str]:
     """What QEMU has and the journal has not, as after the store was lost. It may be in use: its slots are kept off."""
-    known = {record.attachment for record in journal.read() if isinstance(record, DiskRecord)}
+    records = await in_thread(journal.read)
+    known = {record.attachment for record in records if isinstance(record, DiskRecord)}
     return {one.slot: "a disk that is in no journal" for one in await host.attachments() if one.attachment not in known}
 
 
@@ -380,9 +387,9 @@ async def clear(record: StoredVM, store: Store) -> None:
     if is_plain(record.name):
         folder = paths.vm_dir(record.name)
         await in_thread(launch.clean, folder)
-        remove_copy(folder, record.uuid)
+        await in_thread(remove_copy, folder, record.uuid)
     await in_thread(remove_overlays, record)
-    store.remove(record)
+    await store.lane.run(store.remove, record)
 
 
 async def _end_process(record: StoredVM, store: Store) -> None:
@@ -396,7 +403,8 @@ async def _end_process(record: StoredVM, store: Store) -> None:
         if record.process is not None or record.damage:
             _log.warning("%s", error)
     # Its starter died before it could write down the process, or the record is damaged.
-    copy = recover.copy_of(paths.vm_dir(record.name), store.path) if is_plain(record.name) else None
+    folder = paths.vm_dir(record.name) if is_plain(record.name) else None
+    copy = await in_thread(recover.copy_of, folder, store.path) if folder else None
     for vm_uuid in {record.uuid, str(copy["uuid"]) if copy and record.damage else record.uuid}:
         if vm_uuid and (found := await in_thread(process_with, "-uuid", vm_uuid)) is not None:
             await _kill(record.name, *found)

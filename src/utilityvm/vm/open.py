@@ -5,6 +5,7 @@ from __future__ import annotations
 from utilityvm.errors import VMGone
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import QemuHost
+from utilityvm.machine.threads import in_thread
 from utilityvm.store import SqliteJournal, VMState
 from utilityvm.tasks import Deadline, Undo
 from utilityvm.templates import catalog
@@ -28,7 +29,7 @@ async def open_running(name: str, *, wait_s: float, timeout_s: float) -> OwnedVM
 
 async def _take_over(undo: Undo, claim: Claim, deadline: Deadline) -> OwnedVM:
     record, store = claim.record, claim.store
-    lifecycle.refuse_unfinished(record)
+    await in_thread(lifecycle.refuse_unfinished, record)
     process = lifecycle.process_of(record)
     try:
         host = await QemuHost.connect(
@@ -49,14 +50,16 @@ async def _take_over(undo: Undo, claim: Claim, deadline: Deadline) -> OwnedVM:
     undo.add(guest.close)
     if record.state is VMState.SAVING:
         await guest.thaw(timeout_s=deadline.left())
-        store.set_state(record, VMState.RUNNING)
+        await store.lane.run(store.set_state, record, VMState.RUNNING)
     strays = await lifecycle.strays(host, SqliteJournal(store, record))
     vm = OwnedVM(VMConfig.from_json(record.config), claim, host, guest, strays=strays)
     undo.add(end.hang_up, vm)
     found += [f"slot {slot} has a disk that is in no journal: it stays taken" for slot in strays]
     vm.findings = (*found, *await vm.scsi.restore(is_alive=is_alive, sizes=await host.sizes()))
     if record.state is not VMState.RUNNING:
-        store.set_state(record, VMState.RUNNING)  # its owner died when it started, or was about to stop
+        await store.lane.run(
+            store.set_state, record, VMState.RUNNING
+        )  # its owner died when it started, or was about to stop
     vm.check()
     vm.take(Event.UP)
     return vm

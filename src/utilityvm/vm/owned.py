@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,7 @@ from utilityvm.hosts.qemu.incoming import Incoming
 from utilityvm.log import logger
 from utilityvm.machine import paths
 from utilityvm.machine.processes import is_running, own_start
+from utilityvm.machine.threads import in_thread, to_the_end
 from utilityvm.scsi.manager import ScsiManager, wrong_loop
 from utilityvm.scsi.ports import Holder
 from utilityvm.scsi.slot import Slot
@@ -51,8 +53,8 @@ class Claim:
     @classmethod
     async def new(cls, undo: Undo, name: str, vm_uuid: str, document: Mapping[str, object]) -> Claim:
         """Own a new VM of that name; `undo` leaves nothing of it. See `lifecycle.claim_name` for the errors."""
-        store = open_store()
-        undo.add(store.close)
+        store = await in_thread(open_store, late=Store.close)
+        undo.add(store.lane.run, store.close)
         claim = cls(store, *await lifecycle.claim_name(undo, store, name, vm_uuid, document))
         undo.add(claim._clear)
         return claim
@@ -60,8 +62,8 @@ class Claim:
     @classmethod
     async def existing(cls, undo: Undo, name: str, *, wait_s: float, must_run: bool = False) -> Claim:
         """Own a VM that there is; `undo` lets go of it. See `lifecycle.own` for the errors."""
-        store = open_store()
-        undo.add(store.close)
+        store = await in_thread(open_store, late=Store.close)
+        undo.add(store.lane.run, store.close)
         record, ownership = await lifecycle.own(store, name, wait_s=wait_s, must_run=must_run)
         undo.add(ownership.release)
         return cls(store, record, ownership, paths.vm_dir(name))
@@ -93,8 +95,8 @@ class Claim:
         undo.add(host.close)
         process = host.process.to_json()
         self.record = replace(self.record, process=process)
-        self.store.set_process(self.record, process)
-        lifecycle.write_copy(self.folder, self.record, process)
+        await self.store.lane.run(self.store.set_process, self.record, process)
+        await to_the_end(lifecycle.write_copy, self.folder, self.record, process)
         return host
 
     def who_uses(self) -> Callable[[str], str | None]:
@@ -109,7 +111,7 @@ class Claim:
     async def _clear(self) -> None:
         """What is left of a start that failed goes. The record goes last: what cannot be ended can be found by it."""
         await lifecycle.clear(self.record, self.store)
-        self.ownership.release(remove=True)
+        await in_thread(partial(self.ownership.release, remove=True), always=True)
 
 
 class OwnedVM:
@@ -212,6 +214,9 @@ class OwnedVM:
         if state in (State.STARTING, State.STOPPING):
             return  # whoever starts or stops it tells of it
         self.log.error("the VM died: %s", reason)
+        self.store.lane.aside(self._write_down_death)
+
+    def _write_down_death(self) -> None:
         try:
             self.store.set_dead(self.record)
         except UtilityVMError as error:

@@ -15,6 +15,7 @@ from typing import Final, Self
 
 from utilityvm.errors import DeadlineExceeded, InvalidRequest, SetupError, UtilityVMError, VMExists, VMNotRunning
 from utilityvm.log import logger
+from utilityvm.machine.threads import in_thread
 from utilityvm.tasks import Deadline, finish
 from utilityvm.templates import catalog
 from utilityvm.vm import rest as resting
@@ -78,7 +79,7 @@ class ClonePool:
         Raises:
             TemplateNotFound, TemplateDamaged: there is no such template.
         """
-        catalog.load(self.template)
+        await in_thread(catalog.load, self.template)
         self._filler = asyncio.create_task(self._fill())
         return self
 

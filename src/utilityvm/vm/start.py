@@ -7,6 +7,7 @@ import uuid
 from utilityvm.errors import SetupError
 from utilityvm.guestimage.build import GuestImage
 from utilityvm.guestimage.build import find as find_image
+from utilityvm.machine.threads import in_thread
 from utilityvm.store import VMState
 from utilityvm.tasks import Deadline, Undo
 from utilityvm.vm import lifecycle
@@ -19,7 +20,7 @@ async def start(config: VMConfig, *, image: GuestImage | None, timeout_s: float)
     """See `UtilityVM.start`."""
     deadline = Deadline(timeout_s)
     config.check()
-    image = image or find_image()
+    image = image or await in_thread(find_image)
     if image is None:
         raise SetupError("there is no guest image", vm=config.name, remedy="build it: uvm image build")
     vm_uuid = str(uuid.uuid4())
@@ -29,7 +30,7 @@ async def start(config: VMConfig, *, image: GuestImage | None, timeout_s: float)
         host = await claim.start_qemu(undo, config.for_qemu(image, uuid=vm_uuid), deadline=deadline)
         guest = await lifecycle.boot(host, config.name, timeout_s=deadline.left())
         undo.add(guest.close)
-        claim.store.set_state(claim.record, VMState.RUNNING)
+        await claim.store.lane.run(claim.store.set_state, claim.record, VMState.RUNNING)
         vm = OwnedVM(config, claim, host, guest)
         vm.check()
         vm.take(Event.UP)

@@ -15,7 +15,7 @@ from utilityvm.errors import UtilityVMError
 from utilityvm.guestimage.build import GuestImage
 from utilityvm.guests.bridge_guest import BridgeGuest, CommandResult, OutputSink
 from utilityvm.hosts.qemu import QemuHost, QemuProcess
-from utilityvm.machine.hostpath import HostPath, absolute, identity_of
+from utilityvm.machine.hostpath import HostPath, absolute, identity_of, identity_within
 from utilityvm.scsi.events import ScsiEvents
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S, ScsiManager
 from utilityvm.scsi.migration import ScsiState
@@ -338,7 +338,7 @@ class UtilityVM:
             others: as `SCSIMount.release`.
         """
         self._vm.check()
-        path, identity = absolute(host_path), identity_of(host_path)
+        path, identity = absolute(host_path), await identity_within(host_path, timeout_s)
         await self._vm.scsi.remove(path, identity=identity, holder=holder, force=force, timeout_s=timeout_s)
 
     @timed
@@ -370,7 +370,7 @@ class UtilityVM:
                 by itself); ask again with the same size.
         """
         self._vm.check()
-        identity = identity_of(host_path)
+        identity = await identity_within(host_path, timeout_s)
         await self._vm.scsi.resize(absolute(host_path), size_bytes, identity=identity, timeout_s=timeout_s)
 
     @timed
