@@ -359,14 +359,22 @@ class ScsiManager:
         """What happens from this call on, until the VM's end. A listener that is too slow is told how many it lost."""
         return self._events.listen()
 
-    async def restore(self, *, is_alive: Callable[[Holder], bool], sizes: Mapping[str, int] | None = None) -> list[str]:
-        """Take over from an owner that died: read the journal, and finish or undo what it was in the middle of.
+    async def restore(
+        self,
+        *,
+        is_alive: Callable[[Holder], bool],
+        sizes: Mapping[str, int] | None = None,
+        records: Sequence[Record] | None = None,
+    ) -> list[str]:
+        """Take over from an owner that died: finish or undo what it was in the middle of, by `records`.
+
+        They are what the journal holds; None: it is read here, which blocks.
 
         Reservations whose caller never got them, or was giving them back, or is dead, are given back. Says what was
         found, a line each; a disk that could not be settled stays visible in its state. `sizes` are what the host says
         that attachments have, in bytes: a resize may have been done and not written down.
         """
-        return await self._take_up(self._journal.read(), is_alive, sizes or {})
+        return await self._take_up(self._journal.read() if records is None else records, is_alive, sizes or {})
 
     async def _take_up(
         self, records: Sequence[Record], is_alive: Callable[[Holder], bool], sizes: Mapping[str, int]

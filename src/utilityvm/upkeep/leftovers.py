@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 from utilityvm.errors import UtilityVMError, VMNotFound, VMOwned
@@ -71,7 +72,8 @@ async def remove(leftover: Leftover, store: Store) -> bool:
     """
     match leftover.kind:
         case Kind.VM:
-            if (found := store.find(leftover.name)) is None or not _is_left(found):
+            found = await store.lane.run(store.find, leftover.name)
+            if found is None or not await in_thread(_is_left, found):
                 return False
             try:
                 record, ownership = await lifecycle.own(store, leftover.name, wait_s=0.0)
@@ -81,13 +83,27 @@ async def remove(leftover: Leftover, store: Store) -> bool:
                 if not _is_dead(record):
                     return False
                 await lifecycle.clear(record, store)
-                ownership.release(remove=True)
+                await in_thread(partial(ownership.release, remove=True), always=True)
             finally:
-                ownership.release()
+                await in_thread(ownership.release, always=True)
         case Kind.FOLDER:
-            if not leftover.path.is_dir() or not _is_nobodys(leftover.path, store):
+            if not await in_thread(_is_still_nobodys, leftover.path, store):
                 return False
             await lifecycle.sweep(store, leftover.name)
+        case _:
+            if not await store.lane.run(_remove_files, leftover, store):
+                return False
+    _log.info("removed the %s %s", leftover.kind, leftover.name)
+    return not await in_thread(leftover.path.exists)
+
+
+def _is_still_nobodys(folder: Path, store: Store) -> bool:
+    return folder.is_dir() and _is_nobodys(folder, store)
+
+
+def _remove_files(leftover: Leftover, store: Store) -> bool:
+    """Remove what no VM has to be owned for. False: somebody took it up meanwhile."""
+    match leftover.kind:
         case Kind.TEMPLATE:
             if leftover.path not in catalog.leftovers():
                 return False
@@ -96,16 +112,15 @@ async def remove(leftover: Leftover, store: Store) -> bool:
             # A new clone has a new UUID, so this cannot be taken up; only a lost store could have found its VM again.
             if store.has_uuid(leftover.name) or leftover.name in values_of("-uuid"):
                 return False
-            await in_thread(_remove_tree, leftover.path)
-        case Kind.IMAGE | Kind.BUILD:
+            _remove_tree(leftover.path)
+        case _:
             if leftover not in _images(store.vms()):
                 return False
             with cache.no_builder(_builders_lock()) as is_held:
                 if not is_held:
                     return False
-                await in_thread(_remove_tree, leftover.path)
-    _log.info("removed the %s %s", leftover.kind, leftover.name)
-    return not leftover.path.exists()
+                _remove_tree(leftover.path)
+    return True
 
 
 def _is_left(vm: StoredVM) -> bool:

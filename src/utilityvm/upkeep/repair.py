@@ -15,10 +15,11 @@ from typing import Any
 from utilityvm.errors import VMGone
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import Attachment, QemuHost
+from utilityvm.machine.threads import in_thread
 from utilityvm.scsi.ports import DiskRecord, MountRecord, Record, ReservationRecord
 from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.transitions import DiskState, MountState
-from utilityvm.store import SqliteJournal, VMState
+from utilityvm.store import SqliteJournal, Store, VMState
 from utilityvm.store.recover import open_store
 from utilityvm.vm import lifecycle
 from utilityvm.vm.lifecycle import CONNECT_S
@@ -47,7 +48,7 @@ async def examine(name: str, *, wait_s: float = 0.0) -> list[Difference]:
         if guest is None:
             remedy = "let it go on, as the VM that it was"
             return [Difference(slot=None, what="saving it as a template was cut short", remedy=remedy)]
-        return compare(journal.read(), await host.attachments(), await guest.mounts())
+        return compare(await in_thread(journal.read), await host.attachments(), await guest.mounts())
 
 
 async def mend(name: str, *, wait_s: float = 0.0) -> list[str]:
@@ -70,7 +71,7 @@ async def _doubt(name: str, *, wait_s: float) -> None:
         on_bus = {one.attachment for one in await host.attachments() if one.whole}
         in_guest = {str(mount["MountPath"]) for mount in await guest.mounts()}
         doubtful: list[Record] = []
-        for record in journal.read():
+        for record in await in_thread(journal.read):
             if isinstance(record, DiskRecord) and record.state == DiskState.ATTACHED:
                 if record.attachment not in on_bus:
                     doubtful.append(replace(record, state=DiskState.ATTACH_UNKNOWN))
@@ -85,10 +86,11 @@ async def _doubt(name: str, *, wait_s: float) -> None:
 async def _looking(name: str, *, wait_s: float) -> AsyncIterator[tuple[SqliteJournal, QemuHost, BridgeGuest | None]]:
     """The three places, owned for the block, and left as they are. The guest is None if it stands still, half saved."""
     async with AsyncExitStack() as closing:
-        store = closing.enter_context(open_store())
+        store = await in_thread(open_store, late=Store.close)
+        closing.push_async_callback(store.lane.run, store.close)
         record, ownership = await lifecycle.own(store, name, wait_s=wait_s, must_run=True)
-        closing.callback(ownership.release)
-        lifecycle.refuse_unfinished(record)
+        closing.push_async_callback(in_thread, ownership.release, always=True)
+        await in_thread(lifecycle.refuse_unfinished, record)
         process = lifecycle.process_of(record)
         try:
             host = await QemuHost.connect(process, timeout_s=CONNECT_S)

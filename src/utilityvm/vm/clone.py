@@ -54,7 +54,7 @@ async def clone(
         undo.add(guest.close)
         await claim.store.lane.run(claim.store.set_state, claim.record, VMState.RUNNING)
         vm = OwnedVM(config, claim, host, guest)
-        await vm.scsi.restore(is_alive=is_alive)
+        await vm.scsi.restore(is_alive=is_alive, records=prepared.records)
         vm.check()
         vm.take(Event.UP)
     vm.log.info("cloned from template %s", template)

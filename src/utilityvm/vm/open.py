@@ -55,7 +55,8 @@ async def _take_over(undo: Undo, claim: Claim, deadline: Deadline) -> OwnedVM:
     vm = OwnedVM(VMConfig.from_json(record.config), claim, host, guest, strays=strays)
     undo.add(end.hang_up, vm)
     found += [f"slot {slot} has a disk that is in no journal: it stays taken" for slot in strays]
-    vm.findings = (*found, *await vm.scsi.restore(is_alive=is_alive, sizes=await host.sizes()))
+    records = await store.lane.run(vm.journal.read)
+    vm.findings = (*found, *await vm.scsi.restore(is_alive=is_alive, sizes=await host.sizes(), records=records))
     if record.state is not VMState.RUNNING:
         await store.lane.run(
             store.set_state, record, VMState.RUNNING
