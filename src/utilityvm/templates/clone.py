@@ -25,6 +25,7 @@ from utilityvm.hosts.qemu.format import FormatMemory
 from utilityvm.hosts.qemu.incoming import Incoming, IncomingDisk, Layer, needs_writable_memory
 from utilityvm.hosts.qemu.launch import QemuProcess
 from utilityvm.machine import paths
+from utilityvm.machine.threads import in_thread
 from utilityvm.scsi.ports import (
     AttachmentType,
     DiskFormat,
@@ -62,7 +63,7 @@ async def check_machine(template: Template) -> None:
         SetupError: QEMU is missing.
     """
     manifest = template.manifest
-    if (difference := difference_of(manifest.root)) is not None:
+    if (difference := await in_thread(difference_of, manifest.root)) is not None:
         raise TemplateDamaged(difference, remedy="make the template anew")
     program = await emulators.find()
     chosen = await accelerators.choose(program)
@@ -71,7 +72,7 @@ async def check_machine(template: Template) -> None:
         "machine": (manifest.machine, program.machine),
         "accelerator": (manifest.accelerator, chosen.name),
         "processor model": (manifest.cpu, chosen.cpu),
-        "processor of the host": (manifest.host_cpu, host_cpu(chosen.name)),
+        "processor of the host": (manifest.host_cpu, await in_thread(host_cpu, chosen.name)),
     }
     differences = [f"{what}: {then!r} then, {now!r} now" for what, (then, now) in then_and_now.items() if then != now]
     if differences:
