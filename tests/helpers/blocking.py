@@ -44,9 +44,6 @@ ALLOWED: Final = (
     ("utilityvm/machine/programs.py", "spawn"),
     # One write into the page cache, on a connection that waits for nobody: a thread would cost more than it.
     ("utilityvm/store/journal.py", "_write"),
-    # Saving a template: not yet moved to threads.
-    ("utilityvm/vm/save.py", "save"),
-    ("utilityvm/vm/save.py", "_write"),
     # Sockets and locks lie in the runtime folder, which is in memory, and none of these waits for a lock.
     ("utilityvm/guests/connection.py", "close"),
     *(("utilityvm/store/ownership.py", name) for name in ("_open", "_set", "_highest", "_is_same_file", "_owned")),

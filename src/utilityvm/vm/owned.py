@@ -65,7 +65,7 @@ class Claim:
         store = await in_thread(open_store, late=Store.close)
         undo.add(store.lane.run, store.close)
         record, ownership = await lifecycle.own(store, name, wait_s=wait_s, must_run=must_run)
-        undo.add(ownership.release)
+        undo.add(in_thread, ownership.release, always=True)
         return cls(store, record, ownership, paths.vm_dir(name))
 
     @classmethod

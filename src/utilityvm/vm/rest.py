@@ -16,7 +16,7 @@ async def rest(vm: OwnedVM, *, timeout_s: float) -> None:
     async with deadline.limit(f"VM {vm.name} was not paused", vm=vm.name):
         await vm.ready(deadline)
         await vm.guest.ping(timeout_s=deadline.left())  # what it still had to do is done when it answers
-        vm.store.set_state(vm.record, VMState.WAITING)
+        await vm.store.lane.run(vm.store.set_state, vm.record, VMState.WAITING)
         await vm.host.pause(timeout_s=deadline.left())
         vm.check()
         vm.take(Event.REST, VMNotRunning(f"VM {vm.name} waits in a pool", vm=vm.name))
@@ -30,5 +30,5 @@ async def wake(vm: OwnedVM, *, timeout_s: float) -> None:
     async with deadline.limit(f"VM {vm.name} did not wake", vm=vm.name):
         await vm.host.resume(timeout_s=deadline.left())
         await vm.guest.make_unique(**lifecycle.new_identity(vm.name), timeout_s=deadline.left())
-        vm.store.set_state(vm.record, VMState.RUNNING)
+        await vm.store.lane.run(vm.store.set_state, vm.record, VMState.RUNNING)
         vm.take(Event.WAKE)

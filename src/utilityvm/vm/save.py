@@ -55,13 +55,13 @@ async def save(vm: OwnedVM, name: str, *, timeout_s: float) -> Template:
 
 async def _write(vm: OwnedVM, draft: Draft, deadline: Deadline) -> None:
     await vm.scsi.settle()
-    records = vm.journal.read()
+    records = await vm.store.lane.run(vm.journal.read)
     saving.check_settled(records, vm=vm.name)
     parent = await in_thread(catalog.parent_of, vm.record.config)
     kernel = str((await vm.guest.info(timeout_s=deadline.left()))["Kernel"])
     vm.check()
     vm.take(Event.SAVE)
-    vm.store.set_state(vm.record, VMState.SAVING)
+    await vm.store.lane.run(vm.store.set_state, vm.record, VMState.SAVING)
     await vm.guest.quiesce(timeout_s=deadline.left())
     await vm.guest.hang_up()
     await saving.write(
@@ -105,7 +105,7 @@ async def _go_on(vm: OwnedVM) -> None:
             await asyncio.sleep(_PAUSE_S)
             continue
         try:
-            vm.store.set_state(vm.record, VMState.RUNNING)
+            await vm.store.lane.run(vm.store.set_state, vm.record, VMState.RUNNING)
         except UtilityVMError as error:
             vm.log.warning("not written down: %s", error)
         if vm.state is State.RESUMING:
