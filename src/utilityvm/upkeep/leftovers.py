@@ -102,7 +102,9 @@ def _is_still_nobodys(folder: Path, store: Store) -> bool:
 
 
 def _remove_files(leftover: Leftover, store: Store) -> bool:
-    """Remove what no VM has to be owned for. False: somebody took it up meanwhile."""
+    """Remove what no VM has to be owned for. False: somebody took it up meanwhile, or it is gone."""
+    if not leftover.path.exists():
+        return False
     match leftover.kind:
         case Kind.TEMPLATE:
             if leftover.path not in catalog.leftovers():
