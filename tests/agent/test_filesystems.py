@@ -1,32 +1,247 @@
-"""Where the agent looks before it calls a device blank."""
+"""Making file systems, with the real tools on files: what refuses comes before the first write; blank means blank."""
 
 from __future__ import annotations
 
-import itertools
+import hashlib
+import shutil
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
-from utilityvm.agent.filesystems import places_to_read
+from utilityvm.agent import filesystems, mounting
+from utilityvm.agent.faults import Fault
+from utilityvm.agent.filesystems import Below, ensure, is_blank, places_to_read
 
+MIB = 1 << 20
 GIB = 1 << 30
 
-
-@pytest.mark.parametrize("size", [512, 4096, (1 << 20) - 512, (1 << 20) + 512, 300 << 20, 4 * GIB])
-def test_a_device_up_to_4_gib_is_read_whole(size: int) -> None:
-    end = 0
-    for offset, length in places_to_read(size):
-        assert offset == end
-        end += length
-    assert end == size
+needs_xfs = pytest.mark.skipif(not shutil.which("mkfs.xfs"), reason="mkfs.xfs is not installed")
 
 
-@pytest.mark.parametrize("size", [4 * GIB + 512, 5 * GIB, 64 * GIB + 7 * 512, 10 << 40])
-def test_of_a_larger_one_both_ends_and_places_between_are(size: int) -> None:
-    places = list(places_to_read(size))
-    gaps = [after - (offset + length) for (offset, length), (after, _) in itertools.pairwise(places)]
-    assert min(gaps) >= 0
-    assert max(gaps) <= size // 4096
-    assert all(gap == 0 for gap in gaps[:1023] + gaps[-1023:])
-    assert sum(places[-1]) == size
-    assert sum(length for _, length in places) < 3 * GIB
-    assert all(offset % 512 == length % 512 == 0 for offset, length in places)
+def soon() -> float:
+    return time.monotonic() + 60
+
+
+def device(path: Path, mib: int = 32) -> str:
+    with path.open("wb") as file:
+        file.truncate(mib * MIB)
+    return str(path)
+
+
+def digest(node: str) -> str:
+    return hashlib.sha256(Path(node).read_bytes()).hexdigest()
+
+
+def write(node: str, offset: int, data: bytes) -> None:
+    with Path(node).open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def make(
+    node: str, filesystem: str = "ext4", *, users: tuple[str, ...] = (), reformat: bool = False, deadline: float = 0.0
+) -> None:
+    ensure(node, filesystem, below=Below(node, lambda: [*users]), reformat=reformat, deadline=deadline or soon())
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> str:
+    """A blank device of 32 MiB."""
+    return device(tmp_path / "device")
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> str:
+    """A device that holds an ext4."""
+    node = device(tmp_path / "full")
+    subprocess.run(["mkfs.ext4", "-q", "-F", node], check=True)
+    return node
+
+
+# What is made.
+
+
+def test_a_blank_device_gets_a_file_system_which_then_stays(node: str) -> None:
+    make(node)
+    assert mounting.detect(node) == "ext4"
+    before = digest(node)
+    make(node)
+    assert digest(node) == before
+
+
+def test_a_file_system_that_is_there_stays_whoever_uses_it(full: str) -> None:
+    before = digest(full)
+    make(full, users=("mounted at /a",))
+    assert digest(full) == before
+
+
+@needs_xfs
+def test_reformatting_makes_it_whatever_is_there(tmp_path: Path) -> None:
+    node = device(tmp_path / "device", 320)
+    subprocess.run(["mkfs.ext4", "-q", "-F", node], check=True)
+    make(node, "xfs", reformat=True)
+    assert mounting.detect(node) == "xfs"
+
+
+def test_what_signed_the_device_at_either_end_is_gone_after_reformatting(node: str) -> None:
+    write(node, 0, b"boot code")
+    write(node, 512, b"EFI PART")
+    write(node, 32 * MIB - 512, b"EFI PART")
+    make(node, reformat=True)
+    data = Path(node).read_bytes()
+    assert b"EFI PART" not in data
+    assert b"boot code" not in data
+
+
+# What is refused has written nothing.
+
+
+@pytest.mark.parametrize("reformat", [False, True])
+def test_a_device_in_use_is_not_written_to(full: str, reformat: bool) -> None:
+    before = digest(full)
+    with pytest.raises(Fault, match=r"in use: mounted at /a, and 1 more; it was not formatted") as caught:
+        make(full, "xfs", users=("mounted at /a", "swap on it"), reformat=reformat)
+    assert caught.value.remedy
+    assert digest(full) == before
+
+
+@pytest.mark.parametrize("reformat", [False, True])
+def test_a_device_that_somebody_takes_meanwhile_is_not_written_to(
+    full: str, reformat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = digest(full)
+    opened = filesystems.os.open  # type: ignore[attr-defined]
+
+    def busy(path: str, flags: int) -> int:
+        if flags & filesystems.os.O_EXCL:  # type: ignore[attr-defined]
+            raise OSError(16, "Device or resource busy")
+        return int(opened(path, flags))
+
+    monkeypatch.setattr("os.open", busy)
+    with pytest.raises(Fault, match="cannot be had alone: Device or resource busy; it was not formatted"):
+        make(full, "ext4" if reformat else "xfs", reformat=reformat)
+    assert digest(full) == before
+
+
+@needs_xfs
+def test_what_is_too_small_for_the_file_system_is_not_written_to(full: str) -> None:
+    before = digest(full)
+    with pytest.raises(Fault, match=r"mkfs\.xfs failed: Filesystem must be larger than 300MB\.; nothing was written"):
+        make(full, "xfs", reformat=True)
+    assert digest(full) == before
+
+
+def test_what_is_too_small_for_ext4_is_not_written_to(tmp_path: Path) -> None:
+    path = tmp_path / "small"
+    path.write_bytes(b"x" * 4096)
+    with pytest.raises(Fault, match="nothing was written"):
+        make(str(path), reformat=True)
+    assert path.read_bytes() == b"x" * 4096
+
+
+def test_a_tool_that_is_not_there_is_told_before_anything_is_written(
+    full: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(filesystems._MAKERS, "ext4", ("mkfs.none",))
+    before = digest(full)
+    with pytest.raises(Fault, match=r"mkfs\.none is not in the guest image"):
+        make(full, reformat=True)
+    assert digest(full) == before
+
+
+def test_a_file_system_that_we_do_not_make_is_invalid(node: str) -> None:
+    with pytest.raises(Fault, match="cannot make a vfat") as caught:
+        make(node, "vfat")
+    assert caught.value.kind == "invalid"
+
+
+@pytest.mark.parametrize("offset", [0, 4096, 16 * MIB + 512, 31 * MIB, 32 * MIB - 512])
+def test_a_device_with_one_sector_of_data_anywhere_is_not_formatted(node: str, offset: int) -> None:
+    write(node, offset, b"x" * 512)
+    before = digest(node)
+    with pytest.raises(Fault, match="not blank: it holds something that we do not know; it was not formatted"):
+        make(node)
+    assert digest(node) == before
+
+
+@pytest.mark.parametrize(
+    ("offset", "sign", "what"),
+    [
+        (0, b"LUKS\xba\xbe", "a LUKS volume"),
+        (510, b"\x55\xaa", "a partition table (MBR)"),
+        (512, b"EFI PART", "a partition table (GPT)"),
+        (4086, b"SWAPSPACE2", "swap space"),
+        (0, b"XFSB", "a xfs file system"),
+    ],
+)
+def test_what_keeps_a_device_from_being_formatted_is_named(node: str, offset: int, sign: bytes, what: str) -> None:
+    write(node, offset, sign)
+    with pytest.raises(Fault) as caught:
+        make(node)
+    assert f"it holds {what};" in caught.value.message
+
+
+def test_what_is_below_the_mapping_has_to_be_blank_too(node: str, tmp_path: Path) -> None:
+    """Through a wrong key everything looks like noise; and a blank device may look blank through none."""
+    mapped = device(tmp_path / "mapped")
+    write(node, 5 * MIB, b"noise")
+    with pytest.raises(Fault, match="data, and no file system shows with this key"):
+        ensure(mapped, "ext4", below=Below(node, list), reformat=False, deadline=soon())
+    assert not any(Path(mapped).read_bytes())
+
+
+@needs_xfs
+def test_an_xfs_whose_making_was_cut_short_is_none(tmp_path: Path) -> None:
+    node = device(tmp_path / "device", 320)
+    make(node, "xfs")
+    make(node, "xfs")
+    write(node, 126, b"\1")
+    with pytest.raises(Fault, match="cut short") as caught:
+        make(node, "xfs")
+    assert "reformat" in str(caught.value.remedy)
+    make(node, "xfs", reformat=True)
+    make(node, "xfs")
+
+
+# Blank is blank.
+
+
+@pytest.mark.parametrize("size", [512, 4096, MIB - 512, MIB, MIB + 512, 300 * MIB, 40 * GIB + 512])
+def test_a_device_is_read_whole(size: int) -> None:
+    places = list(places_to_read(size, None))
+    assert places == list(range(0, size, MIB))
+
+
+@pytest.mark.parametrize(
+    ("may_hold", "mibs"),
+    [
+        ([], {0, 99}),
+        ([(5 * MIB, 1)], {0, 5, 99}),
+        ([(5 * MIB - 1, 2)], {0, 4, 5, 99}),
+        ([(5 * MIB, 2 * MIB), (6 * MIB, MIB), (98 * MIB, 2 * MIB)], {0, 5, 6, 98, 99}),
+        ([(0, 100 * MIB)], set(range(100))),
+        ([(99 * MIB, 10 * GIB)], {0, 99}),
+        ([(7 * MIB, 0)], {0, 99}),
+    ],
+)
+def test_of_a_device_whose_host_could_tell_what_may_hold_data_and_both_ends_are_read(
+    may_hold: list[tuple[int, int]], mibs: set[int]
+) -> None:
+    places = list(places_to_read(100 * MIB - 512, may_hold))
+    assert places == sorted(mib * MIB for mib in mibs)
+
+
+def test_what_the_host_names_is_looked_at(node: str) -> None:
+    assert is_blank(node, soon())
+    write(node, 20 * MIB + 4096, b"x")
+    assert not is_blank(node, soon())
+    assert not is_blank(node, soon(), [(20 * MIB, 8192)])
+    assert is_blank(node, soon(), [(10 * MIB, 8192)])
+
+
+def test_a_device_that_takes_too_long_to_read_is_not_formatted_and_the_error_says_how_far_it_came(node: str) -> None:
+    with pytest.raises(Fault, match="0 of 32 MiB were read; it was not formatted") as caught:
+        is_blank(node, time.monotonic() - 1)
+    assert "timeout_s" in str(caught.value.remedy)

@@ -135,3 +135,23 @@ def test_what_our_host_has_disks_say_is_understood() -> None:
     revisions = [blockdev.revision(number) for number in range(2, 2000)]
     assert len(set(revisions)) == len(revisions)
     assert all(len(revision) == 4 and revision.startswith(find_disk._NUMBERED) for revision in revisions)
+
+
+@pytest.mark.parametrize(
+    ("stat", "written"),
+    [
+        ("   11    2   33   4    0    0    0    0    0   14   18    0    0    0    0    5    9", False),
+        ("   11    2   33   4    1    0    0    0    0   14   18    0    0    0    0    5    9", True),
+        ("   11    2   33   4    0    1    0    0    0   14   18    0    0    0    0    5    9", True),
+        ("   11    2   33   4    0    0    8    0    0   14   18    0    0    0    0    5    9", True),
+        ("   11    2   33   4    0    0    0    0    0   14   18    1    0    0    0    5    9", True),
+        ("   11    2   33   4    0    0    0    0    0   14   18    0    0    8    0    5    9", True),
+    ],
+)
+def test_a_disk_knows_whether_anything_was_written_or_discarded(sysfs: Sysfs, stat: str, written: bool) -> None:
+    (sysfs.device / "block/sda/stat").write_text(f"{stat}\n")
+    (sysfs.device / "block/sda/size").write_text("2048\n")
+    (sysfs.device / "block/sda/start").write_text("64\n")
+    disk = sysfs.bus.wait(0, 5, 0, time.monotonic())
+    assert disk.was_written is written
+    assert (disk.size_bytes, disk.start_bytes) == (1 << 20, 32768)

@@ -129,6 +129,22 @@ async def test_what_the_agent_cannot_say_is_unknown(
         await mount(guest)
 
 
+async def test_what_the_host_knows_of_a_disk_goes_with_a_mount_that_may_make_a_file_system(
+    guest: BridgeGuest, disks: FakeDisks
+) -> None:
+    asked: list[Slot] = []
+
+    async def allocated(slot: Slot) -> list[tuple[int, int]]:
+        asked.append(slot)
+        return [(0, 4096)]
+
+    guest.allocated = allocated
+    await mount(guest)
+    await guest.mount(SLOT, MountConfig(ensure_filesystem=True), guest_path=PurePosixPath("/mnt/made"), timeout_s=20)
+    assert asked == [SLOT]
+    assert [settings.get("Utilityvm") for settings in disks.asked] == [None, {"MayHold": [[0, 4096]]}]
+
+
 async def test_grow_goes_through(guest: BridgeGuest) -> None:
     await guest.grow(SLOT, mounts=[], timeout_s=20)
     with pytest.raises(GuestRefused, match="0:9: there is no disk"):

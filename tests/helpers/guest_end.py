@@ -38,6 +38,7 @@ class FakeDisks:
         self.attached: set[tuple[int, int]] = set()
         self.busy: dict[str, list[str]] = {}  # guest path: who uses it
         self.keys: dict[str, str] = {}  # guest path: the key it was opened with
+        self.asked: list[dict[str, Any]] = []  # the settings of each mount
         self._mounts: dict[str, dict[str, Any]] = {}
         self._stuck: dict[tuple[int, int], threading.Event] = {}
         self._answering: set[tuple[int, int]] = set()  # those of them that can be probed
@@ -53,6 +54,7 @@ class FakeDisks:
 
     def add(self, settings: dict[str, Any], deadline: float) -> None:
         slot, path = self._slot(settings), self._path(settings)
+        self.asked.append(settings)
         if not self._until_there(slot, deadline):
             raise Fault(f"no disk came at {slot[0]}:{slot[1]} within the time given", kind="timeout")
         with self._lock:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -247,20 +247,25 @@ class DiskTable:
             undo.callback(dm.close, mappings[-1])
             return opened
 
+        is_ensured = bool(settings.get("EnsureFilesystem"))
+        below = self._below(device, controller, lun, partition, extension.get("MayHold")) if is_ensured else None
         if verity := extension.get("Verity"):
             if not read_only:
                 raise Fault("dm-verity needs a read-only mount", kind="invalid")
             node = layer(lambda name: dm.open_verity(name, node, device.size_bytes, verity))
         key = _key(settings, extension)
         if key is not None:
+            if below:
+                users = below.users()  # while they are others than our own mapping
+                below = replace(below, users=lambda: users)
             node = layer(lambda name: dm.open_crypt(name, node, device.size_bytes, key, read_only=read_only))
         filesystem = settings.get("Filesystem") or ""
-        if settings.get("EnsureFilesystem"):
+        if below:
             if read_only:
                 raise Fault("a file system cannot be made on a read-only disk", kind="invalid")
             filesystem = filesystem or "ext4"
             reformat = bool(extension.get("Reformat"))
-            filesystems.ensure(node, filesystem, below=device.node, reformat=reformat, deadline=deadline)
+            filesystems.ensure(node, filesystem, below=below, reformat=reformat, deadline=deadline)
         is_published = bool(settings.get("BlockDev"))
         if is_published:
             filesystem = ""
@@ -276,6 +281,23 @@ class DiskTable:
             mounting.mount(node, str(path), filesystem, how)
         undo.callback(mounting.unmount, str(path), lazily=True)
         return entry(made)
+
+    def _below(self, device: Device, controller: int, lun: int, partition: int, may_hold: object) -> filesystems.Below:
+        """What a file system is to be made on."""
+        disk = self._bus.disk(controller, lun) or device
+
+        def users() -> list[str]:
+            published = [
+                f"published at {entry.path}"
+                for entry in self._at(controller, lun)
+                if not entry.filesystem and 0 in (partition, entry.partition, partition - entry.partition)
+            ]
+            parts = [] if partition else self._bus.partitions(disk)
+            return published + holders.of_device(device.node, device.sysfs, {device.number, *(p.number for p in parts)})
+
+        start = device.start_bytes if partition else 0
+        ranges = None if disk.was_written else _ranges(may_hold, start=start, size=device.size_bytes)
+        return filesystems.Below(device.node, users, ranges)
 
     def _new_mapping(self) -> str:
         with self._lock:
@@ -392,6 +414,22 @@ def _key(settings: dict[str, Any], extension: dict[str, Any]) -> bytes | None:
             raise Fault(f"a key of {len(key)} bytes: 32 or 64 are needed", kind="invalid")
         return key
     return os.urandom(64) if settings.get("Encrypted") or extension.get("Scratch") else None
+
+
+def _ranges(told: object, *, start: int, size: int) -> list[tuple[int, int]] | None:
+    """The host's ranges of the whole disk that may hold data, as those of the part that begins at `start`."""
+    if not isinstance(told, list):
+        return None
+    ranges = []
+    for one in told:
+        match one:
+            case [int(offset), int(length)] if offset >= 0 and length >= 0:
+                begin, end = max(offset - start, 0), min(offset + length - start, size)
+                if begin < end:
+                    ranges.append((begin, end - begin))
+            case _:
+                return None
+    return ranges
 
 
 def _no_filesystem(slot: str, partition: int, *, has_key: bool) -> Fault:

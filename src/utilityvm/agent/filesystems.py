@@ -8,22 +8,23 @@ import mmap
 import os
 import subprocess
 import time
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Final, TypeAlias
 
 from utilityvm.agent import mounting
 from utilityvm.agent.faults import Fault
 
 _MIB: Final = 1 << 20
-_READ_WHOLE_BYTES: Final = 4 << 30
-_EDGE_BYTES: Final = 1 << 30
-_SAMPLES: Final = 4096
-_SAMPLE_BYTES: Final = 1 << 16
+_BLKRRPART: Final = 0x125F  # linux/fs.h
 # Discarding would undo a hole-free image's allocation and costs time; the rest of the tables is written when needed.
 _MAKERS: Final[dict[str, tuple[str, ...]]] = {
     "ext4": ("mkfs.ext4", "-q", "-F", "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1"),
     "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
 }
+_ONLY_ASK: Final = {"ext4": "-n", "xfs": "-N"}  # what has the tool say whether it could, and write nothing
+_XFS_IN_PROGRESS_AT: Final = 126  # in the superblock: not 0 until mkfs.xfs, or xfs_copy, is done
 # What else signs a device, for the refusal's text: (offset, signature, what it is).
 _OTHERS: Final[tuple[tuple[int, bytes, str], ...]] = (
     (0, b"LUKS\xba\xbe", "a LUKS volume"),
@@ -36,32 +37,55 @@ _BTRFS_IOC_RESIZE: Final = 0x50009403  # linux/btrfs.h
 _BTRFS_ARGUMENTS_BYTES: Final = 4096  # struct btrfs_ioctl_vol_args: a descriptor, and a text
 
 
-def ensure(node: str, filesystem: str, *, below: str, reformat: bool, deadline: float) -> None:
+Ranges: TypeAlias = Sequence[tuple[int, int]]  # offsets and lengths
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """The disk or the partition that a file system is made on, or below the mapping that it is made on.
+
+    `users` says who uses it. `may_hold` are the ranges outside of which it reads as zeros, if the host could tell and
+    nothing was written to it since it came.
+    """
+
+    node: str
+    users: Callable[[], list[str]]
+    may_hold: Ranges | None = None
+
+
+def ensure(node: str, filesystem: str, *, below: Below, reformat: bool, deadline: float) -> None:
     """See to it that `node` holds a `filesystem`: one that is there stays, a blank device gets one.
 
-    `below` is the disk or the partition that `node` is, or shows decrypted. It has to be blank, as through a key that
-    is not the right one everything looks like noise.
+    All that can refuse comes before the first write: who uses the device, what it holds, and what the tool says of it.
+    `below` has to be blank too, as through a key that is not the right one everything looks like noise.
 
     Raises:
-        Fault: it holds something else and `reformat` is not set, and nothing was written; or making it failed.
+        Fault: it is used, or holds something else and `reformat` is not set, or is too small, and nothing was written;
+            or making it failed.
     """
     if filesystem not in _MAKERS:
         raise Fault(f"cannot make a {filesystem} file system: {' and '.join(_MAKERS)} are supported", kind="invalid")
-    if not reformat:
-        if mounting.detect(node) == filesystem:
-            return
-        if not is_blank(below, deadline):
-            what = _what_is_on(node) or "something that we do not know"
-            if below != node and mounting.detect(node) is None:
-                what = _what_is_on(below) or "data, and no file system shows with this key"
-            raise Fault(f"the device is not blank: it holds {what}; it was not formatted (reformat would)")
-    if reformat:
-        _wipe(node)
+    if not reformat and mounting.detect(node) == filesystem:
+        _refuse_half_made(node, filesystem)
+        return
+    if users := below.users():
+        more = f", and {len(users) - 1} more" if len(users) > 1 else ""
+        text = f"the device is in use: {users[0]}{more}; it was not formatted"
+        raise Fault(text, remedy="end what uses it, and ask again")
+    impossible = _impossible(node, filesystem, deadline)
+    with _claimed(node) as fd:
+        if not reformat:
+            _refuse_data(node, below, deadline)
+        if impossible:
+            raise impossible
+        _wipe(fd)
     _run([*_MAKERS[filesystem], node], deadline)
 
 
-def is_blank(node: str, deadline: float) -> bool:
-    """Does the device hold nothing but zeros, in the `places_to_read`?
+def is_blank(node: str, deadline: float, may_hold: Ranges | None = None) -> bool:
+    """Does the device hold nothing but zeros? Every byte is read, but of those outside `may_hold`.
+
+    Its first and last MiB are always read: they are quickly read, and hold what signs a disk.
 
     Raises:
         Fault: the deadline came first.
@@ -71,10 +95,12 @@ def is_blank(node: str, deadline: float) -> bool:
         size = os.lseek(fd, 0, os.SEEK_END)
         zeros = bytes(_MIB)
         with mmap.mmap(-1, _MIB) as page:
-            for offset, length in places_to_read(size):
+            for offset in places_to_read(size, may_hold):
+                length = min(_MIB, size - offset)
                 if time.monotonic() >= deadline:
-                    text = f"reading whether the device of {size >> 20} MiB is blank took longer than the time given"
-                    raise Fault(f"{text}; it was not formatted")
+                    read = f"{offset >> 20} of {size >> 20} MiB were read"
+                    text = f"whether the device is blank was not known in time: {read}; it was not formatted"
+                    raise Fault(text, remedy="give it more time (timeout_s); or, if nothing on it is wanted, reformat")
                 if os.preadv(fd, [memoryview(page)[:length]], offset) < length:
                     raise Fault(f"the device cannot be read at byte {offset}; it was not formatted")
                 if page[:length] != zeros[:length]:
@@ -84,26 +110,64 @@ def is_blank(node: str, deadline: float) -> bool:
         os.close(fd)
 
 
-def places_to_read(size: int) -> Iterator[tuple[int, int]]:
-    """Where to look whether a device of `size` bytes is blank: offsets and lengths.
-
-    Up to 4 GiB all of it. Of a larger one the first and the last GiB, where all that signs a device is, and 64 KiB at
-    each of 4096 places that lie evenly between.
-    """
-    if size <= _READ_WHOLE_BYTES:
-        yield from _whole(0, size)
+def places_to_read(size: int, may_hold: Ranges | None) -> Iterator[int]:
+    """The MiBs to look at, by their offsets, for whether a device of `size` bytes is blank: all, or those that may hold
+    something, and the first and the last."""
+    end = -(-size // _MIB)
+    if may_hold is None:
+        yield from range(0, end * _MIB, _MIB)
         return
-    begin, end = _EDGE_BYTES, (size - _EDGE_BYTES) // _SAMPLE_BYTES * _SAMPLE_BYTES
-    step = max((end - begin) // _SAMPLES // _SAMPLE_BYTES * _SAMPLE_BYTES, _SAMPLE_BYTES)
-    yield from _whole(0, begin)
-    for offset in range(begin, end, step):
-        yield offset, _SAMPLE_BYTES
-    yield from _whole(end, size)
+    spans = [(0, 1), (end - 1, end)]
+    spans += [(offset // _MIB, -(-(offset + length) // _MIB)) for offset, length in may_hold if length > 0]
+    done = 0
+    for begin, until in sorted(spans):
+        yield from (mib * _MIB for mib in range(max(begin, done), min(until, end)))
+        done = max(done, until)
 
 
-def _whole(begin: int, end: int) -> Iterator[tuple[int, int]]:
-    for offset in range(begin, end, _MIB):
-        yield offset, min(_MIB, end - offset)
+def _refuse_half_made(node: str, filesystem: str) -> None:
+    if filesystem == "xfs":
+        with open(node, "rb", buffering=0) as device:
+            if os.pread(device.fileno(), 1, _XFS_IN_PROGRESS_AT) != b"\0":
+                text = "making the xfs file system on the device was cut short: it holds nothing that can be read"
+                raise Fault(text, remedy="have it made anew: ensure_filesystem with reformat")
+
+
+def _refuse_data(node: str, below: Below, deadline: float) -> None:
+    if is_blank(below.node, deadline, below.may_hold):
+        return
+    what = _what_is_on(node) or "something that we do not know"
+    if below.node != node and mounting.detect(node) is None:
+        what = _what_is_on(below.node) or "data, and no file system shows with this key"
+    raise Fault(f"the device is not blank: it holds {what}; it was not formatted (reformat would)")
+
+
+def _impossible(node: str, filesystem: str, deadline: float) -> Fault | None:
+    """What the tool says against it, such as that the device is too small; it writes nothing."""
+    try:
+        maker, *options = _MAKERS[filesystem]
+        _run([maker, _ONLY_ASK[filesystem], *options, node], deadline)
+    except Fault as fault:
+        return Fault(f"{fault.message}; nothing was written", kind=fault.kind)
+    return None
+
+
+@contextmanager
+def _claimed(node: str) -> Iterator[int]:
+    """The device, open for writing, while nobody else mounts, maps or swaps on it or on a part of it.
+
+    Raises:
+        Fault: somebody does, or it cannot be written to.
+    """
+    try:
+        fd = os.open(node, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as error:
+        text = f"the device cannot be had alone: {error.strerror}; it was not formatted"
+        raise Fault(text, remedy="end what uses it, and ask again") from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _what_is_on(node: str) -> str | None:
@@ -114,13 +178,14 @@ def _what_is_on(node: str) -> str | None:
     return next((what for offset, sign, what in _OTHERS if head[offset : offset + len(sign)] == sign), None)
 
 
-def _wipe(node: str) -> None:
+def _wipe(fd: int) -> None:
     """Zero the places where the old content is signed, so that nobody finds it beside the new file system."""
-    with open(node, "r+b", buffering=0) as device:
-        size = device.seek(0, os.SEEK_END)
-        for offset in (0, max(0, size - _MIB)):
-            device.seek(offset)
-            device.write(bytes(min(_MIB, size)))
+    size = os.lseek(fd, 0, os.SEEK_END)
+    for offset in (0, max(0, size - _MIB)):
+        os.pwrite(fd, bytes(min(_MIB, size)), offset)
+    os.fsync(fd)
+    with suppress(OSError):  # what has no partitions
+        fcntl.ioctl(fd, _BLKRRPART, 0)  # those that it had could be mounted otherwise
 
 
 def grow(node: str, path: str, filesystem: str, deadline: float) -> None:
@@ -167,4 +232,5 @@ def _run(command: list[str], deadline: float) -> None:
     except FileNotFoundError:
         raise Fault(f"{command[0]} is not in the guest image") from None
     if done.returncode:
-        raise Fault(f"{command[0]} failed: {done.stderr.decode(errors='replace').strip()}")
+        said = done.stderr.decode(errors="replace").partition("\nUsage:")[0].strip()
+        raise Fault(f"{command[0]} failed: {said}")

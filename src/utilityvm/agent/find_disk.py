@@ -25,6 +25,7 @@ _NETLINK_KOBJECT_UEVENT: Final = 15  # linux/netlink.h
 _LOOK_AGAIN_S: Final = 0.25  # without any event: for one that was lost
 _SCAN_AFTER_S: Final = 0.5
 _NUMBERED: Final = "u"  # how a revision begins that is each attachment's own (hosts/qemu/blockdev.py)
+_WRITES_AT, _DISCARDS_AT = 4, 11  # in a device's `stat`: requests, merged ones, sectors
 _BLKRRPART: Final = 0x125F  # linux/fs.h
 
 
@@ -39,6 +40,17 @@ class Device(NamedTuple):
     @property
     def size_bytes(self) -> int:
         return int(read(f"{self.sysfs}/size")) * 512
+
+    @property
+    def start_bytes(self) -> int:
+        """Where a partition begins on its disk."""
+        return int(read(f"{self.sysfs}/start")) * 512
+
+    @property
+    def was_written(self) -> bool:
+        """Was anything written or discarded since the kernel found it? Source: Linux Documentation/block/stat.rst."""
+        counts = [int(word) for word in read(f"{self.sysfs}/stat").split()]
+        return any(counts[_WRITES_AT : _WRITES_AT + 3]) or any(counts[_DISCARDS_AT : _DISCARDS_AT + 3])
 
 
 class Events:

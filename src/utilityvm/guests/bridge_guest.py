@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import re
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Final
@@ -97,6 +97,9 @@ class BridgeGuest:
         self._numbers = itertools.count(1)
         self._last_number = 0
         self._programs: dict[int, GuestProgram] = {}
+        # The ranges of a disk that may hold data, if the host can tell: our agent then need not read all of it to see
+        # that it is blank.
+        self.allocated: Callable[[Slot], Awaitable[Sequence[tuple[int, int]] | None]] | None = None
 
     @classmethod
     async def connect(cls, address: Address, *, timeout_s: float, vm: str | None = None) -> BridgeGuest:
@@ -244,7 +247,8 @@ class BridgeGuest:
         check_path(guest_path, to_mount=self.has_our_agent)  # another guest has folders of its own: `ledger`
         settings = disk_settings(slot, config, guest_path)
         if self.has_our_agent:
-            settings |= disk_extension(config)
+            may_hold = await self.allocated(slot) if self.allocated and config.ensure_filesystem else None
+            settings |= disk_extension(config, may_hold=may_hold)
             try:
                 await self._modify("Add", "MappedVirtualDisk", settings, Where(slot, guest_path), timeout_s)
             except GuestBusy as error:  # the path is: the disk may be mounted as often as one likes

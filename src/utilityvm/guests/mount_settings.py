@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any, Final
 
@@ -111,9 +112,14 @@ def disk_settings(slot: Slot, config: MountConfig, guest_path: PurePosixPath) ->
     )
 
 
-def disk_extension(config: MountConfig) -> dict[str, Any]:
-    """What a mount needs that GCS has no word for; only for our agent. Holds the caller's key."""
+def disk_extension(config: MountConfig, *, may_hold: Sequence[tuple[int, int]] | None = None) -> dict[str, Any]:
+    """What a mount needs that GCS has no word for; only for our agent. Holds the caller's key.
+
+    `may_hold`: outside of these ranges, offsets and lengths, the disk reads as zeros.
+    """
     extension: dict[str, Any] = {}
+    if may_hold is not None:
+        extension["MayHold"] = [list(one) for one in may_hold]
     if isinstance(config.encryption, CallerKey):
         extension["Key"] = base64.b64encode(config.encryption.key).decode()
     if config.reformat:

@@ -133,6 +133,7 @@ class OwnedVM:
         self.ownership = claim.ownership
         self.host = host
         self.guest = guest
+        guest.allocated = host.allocated
         self.journal = SqliteJournal(claim.store, claim.record)
         self.state = State.STARTING
         self.findings: tuple[str, ...] = ()

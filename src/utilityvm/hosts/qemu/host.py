@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self, cast
 
+from utilityvm.diskimage.allocated import Ranges, allocated
 from utilityvm.errors import (
     AlreadyAttached,
     DeadlineExceeded,
@@ -37,7 +38,7 @@ from utilityvm.errors import (
 )
 from utilityvm.hosts.qemu import blockdev, console, launch
 from utilityvm.hosts.qemu.access import Access, FrozenBy, Taken
-from utilityvm.hosts.qemu.disk import QemuDisk, WhoUses
+from utilityvm.hosts.qemu.disk import QemuDisk, WhoUses, describe
 from utilityvm.hosts.qemu.format import FormatMemory
 from utilityvm.hosts.qemu.incoming import Incoming, IncomingDisk, not_taken
 from utilityvm.hosts.qemu.incoming import check as check_disks
@@ -46,7 +47,7 @@ from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.qmp import Answer, Event, Qmp, QmpRefused
 from utilityvm.log import logger
 from utilityvm.machine.threads import in_thread, lent
-from utilityvm.scsi.ports import SECTOR_SIZES, DiskRequest, OpenDisk
+from utilityvm.scsi.ports import SECTOR_SIZES, DiskFormat, DiskRequest, OpenDisk
 from utilityvm.scsi.slot import Slot
 from utilityvm.tasks import Undo
 
@@ -110,6 +111,7 @@ class QemuHost:
         # Every attachment that QEMU may have anything of: ours from before the first command is sent, others' from
         # `connect`. So what is not here is not there.
         self._numbers: dict[str, int] = {}
+        self._images: dict[Slot, tuple[str, str, DiskFormat]] = {}  # path, identity, format of what we attached last
         self._below: dict[str, list[int]] = {}  # the sets of the files under an attachment's, where it has such
         self._next_number = blockdev.FIRST_NUMBER
         self._running = False
@@ -215,6 +217,7 @@ class QemuHost:
         self._check_slot(slot)
         if attachment in self._numbers:
             raise AlreadyAttached(f"attachment {attachment} exists", vm=self.process.name, slot=slot)
+        self._images.pop(slot, None)  # whatever becomes of this, what was there before is not
         limit = asyncio.timeout(timeout_s)
         try:
             async with limit:
@@ -236,6 +239,7 @@ class QemuHost:
             refusals = [answer for answer in answers if isinstance(answer, QmpRefused)]
             if not refusals:
                 self._close_ours(attachment, taken.fd)
+                self._images[slot] = disk.request.host_path, disk.identity, disk.format
                 return
             await self._undo(attachment, number, answers, timeout_s=timeout_s)
         except BaseException:
@@ -243,6 +247,14 @@ class QemuHost:
             raise
         await in_thread(taken.give_back, always=True)
         raise self._attach_error(refusals[0], slot, disk)
+
+    async def allocated(self, slot: Slot) -> Ranges | None:
+        """The ranges of the disk at `slot` that may hold data now. None: it cannot be told.
+
+        True only if the guest has not written to the disk since it came, which the guest knows.
+        """
+        image = self._images.get(slot)
+        return await in_thread(_allocated, *image) if image else None
 
     async def detach(self, slot: Slot, *, attachment: str, timeout_s: float) -> None:
         """Take the disk off the bus. True on return: device, node, file and locks are gone. Gone before is done.
@@ -643,3 +655,15 @@ async def _why_gone(process: QemuProcess, watch: Watch, error: VMGone) -> Utilit
         vm=process.name,
         remedy=f"try again; to end it without what its guest has not written out yet: uvm stop --force {process.name}",
     )
+
+
+def _allocated(path: str, identity: str, image_format: DiskFormat) -> Ranges | None:
+    """What the image at `path` has allocated, if it is still the one that was attached."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        return allocated(fd, image_format, name=path) if describe(Path(f"/proc/self/fd/{fd}")) == identity else None
+    finally:
+        os.close(fd)
