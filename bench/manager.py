@@ -108,6 +108,9 @@ class NullGuest:
     async def probe_device(self, slot: Slot, *, timeout_s: float) -> bool:
         return False
 
+    async def check_grow(self, slot: Slot, *, size_bytes: int, timeout_s: float) -> None:
+        await self._step()
+
     async def grow(self, slot: Slot, *, mounts: Sequence[tuple[MountConfig, PurePosixPath]], timeout_s: float) -> None:
         await self._step()
 

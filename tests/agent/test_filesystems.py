@@ -12,7 +12,7 @@ import pytest
 
 from utilityvm.agent import filesystems, mounting
 from utilityvm.agent.faults import Fault
-from utilityvm.agent.filesystems import Below, ensure, is_blank, places_to_read
+from utilityvm.agent.filesystems import Below, check_grow, ensure, grow, is_blank, places_to_read
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -245,3 +245,46 @@ def test_a_device_that_takes_too_long_to_read_is_not_formatted_and_the_error_say
     with pytest.raises(Fault, match="0 of 32 MiB were read; it was not formatted") as caught:
         is_blank(node, time.monotonic() - 1)
     assert "timeout_s" in str(caught.value.remedy)
+
+
+# What grows.
+
+
+@pytest.mark.parametrize("filesystem", ["vfat", "exfat", "squashfs", "iso9660"])
+def test_what_cannot_grow_is_refused_before(node: str, filesystem: str) -> None:
+    with pytest.raises(Fault, match=f"/data is a {filesystem} file system.*nothing was changed") as caught:
+        check_grow(node, "/data", filesystem, 64 * MIB)
+    assert caught.value.remedy
+    with pytest.raises(Fault, match="cannot be grown"):
+        grow(node, "/data", filesystem, soon())
+
+
+@pytest.mark.parametrize("filesystem", ["xfs", "btrfs"])
+def test_what_can_grow_is_not_refused(node: str, filesystem: str) -> None:
+    check_grow(node, "/data", filesystem, 1 << 50)
+
+
+@pytest.mark.parametrize(("block", "most"), [(1024, 4 << 40), (4096, 16 << 40)])
+@pytest.mark.parametrize("filesystem", ["ext4", "ext3", "ext2"])
+def test_an_ext_without_64bit_does_not_grow_beyond_its_numbers(
+    tmp_path: Path, filesystem: str, block: int, most: int
+) -> None:
+    node = device(tmp_path / "device")
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-b", str(block), "-O", "^64bit", node], check=True)
+    check_grow(node, "/data", filesystem, most - block)
+    with pytest.raises(Fault, match=rf"/data is a {filesystem} .* of {most - block} bytes at the most"):
+        check_grow(node, "/data", filesystem, most)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-b", str(block), "-O", "64bit", node], check=True)
+    check_grow(node, "/data", filesystem, most * 100)
+
+
+@pytest.mark.parametrize(
+    ("filesystem", "command"), [("ext4", ["resize2fs", "NODE"]), ("xfs", ["xfs_growfs", "-d", "/data"])]
+)
+def test_each_grows_by_its_own_tool(
+    node: str, filesystem: str, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(filesystems, "_run", lambda words, deadline: ran.append(words))
+    grow(node, "/data", filesystem, soon())
+    assert ran == [[node if word == "NODE" else word for word in command]]

@@ -101,6 +101,12 @@ class FakeDisks:
             is_there = (controller, lun) in self.attached
             return {"Present": is_there, "SizeBytes": is_there << 20, "MountPaths": self._at(controller, lun)}
 
+    def check_grow(self, controller: int, lun: int, size_bytes: int, deadline: float) -> None:
+        self._pass((controller, lun))
+        for path in self._at(controller, lun):
+            if self._mounts[path]["Filesystem"] == "vfat":
+                raise Fault(f"{path} is a vfat file system, which cannot be grown to {size_bytes} bytes")
+
     def grow(self, controller: int, lun: int, deadline: float) -> dict[str, Any]:
         self._pass((controller, lun))
         if (controller, lun) not in self.attached:

@@ -966,6 +966,15 @@ async def test_resizing_grows_disk_and_filesystem_and_never_shrinks(bench: Bench
     assert bench.world.log[-2:] == [f"resize 0:0 {1 << 21}", "grow 0:0"]
 
 
+async def test_a_resize_that_a_file_system_could_not_follow_changes_nothing(bench: Bench) -> None:
+    await bench.add("a", "/mnt/a", read_only=False, filesystem="vfat")
+    log = [*bench.world.log]
+    with pytest.raises(GuestRefused, match="vfat"):
+        await bench.manager.resize("a", 1 << 21)
+    assert bench.world.log == log
+    assert bench.manager.slots()[0].size_bytes == 1 << 20
+
+
 async def test_a_resize_that_was_done_and_not_written_down_is_found(bench: Bench) -> None:
     held = await bench.add("a", read_only=False)
     there = bench.world.bus[held.slot]

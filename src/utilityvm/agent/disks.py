@@ -162,26 +162,47 @@ class DiskTable:
             for entry in entries
         ]
 
+    def check_grow(self, controller: int, lun: int, size_bytes: int, deadline: float) -> None:
+        """Refuse to grow what cannot be grown to so many bytes, before the host has grown the disk.
+
+        Raises:
+            Fault: names the mount.
+        """
+        with self._slot(controller, lun, deadline):
+            for entry in self._growing(controller, lun):
+                filesystems.check_grow(entry.node, entry.path, entry.filesystem, size_bytes)
+
     def grow(self, controller: int, lun: int, deadline: float) -> dict[str, Any]:
-        """Read the disk's size anew, and grow the writable file systems that are mounted from the whole of it."""
+        """Read the disk's size anew, and grow the writable file systems that are mounted from the whole of it.
+
+        One that does not grow keeps no other from growing.
+        """
         with self._slot(controller, lun, deadline):
             scsi, disk = self._bus.scsi_device(controller, lun), self._bus.disk(controller, lun)
             if scsi is None or disk is None:
                 raise Fault(f"there is no disk at {controller}:{lun}", kind="not_found")
             write(f"{scsi}/rescan", "1")
-            grown, left = [], []
+            growing, failures = self._growing(controller, lun), list[Fault]()
             for entry in self._at(controller, lun):
-                if entry.partition:
-                    left.append(entry.path)
-                    continue
-                for name in entry.mappings:
-                    dm.grow(name, disk.size_bytes)
-                if entry.filesystem and not _is_read_only(entry.path):
-                    filesystems.grow(entry.node, entry.path, entry.filesystem, deadline)
-                    grown.append(entry.path)
-                else:
-                    left.append(entry.path)
+                try:
+                    if not entry.partition:
+                        for name in entry.mappings:
+                            dm.grow(name, disk.size_bytes)
+                    if entry in growing:
+                        filesystems.grow(entry.node, entry.path, entry.filesystem, deadline)
+                except Fault as fault:
+                    failures.append(fault)
+            if failures:
+                first = failures[0]
+                raise Fault("; ".join(fault.message for fault in failures), kind=first.kind, remedy=first.remedy)
+            grown = [entry.path for entry in growing]
+            left = [entry.path for entry in self._at(controller, lun) if entry not in growing]
             return {"SizeBytes": disk.size_bytes, "Grown": grown, "Left": left}
+
+    def _growing(self, controller: int, lun: int) -> list[Entry]:
+        """The mounts that grow with the disk: writable, of all of it."""
+        entries = [entry for entry in self._at(controller, lun) if not entry.partition and entry.filesystem]
+        return [entry for entry in entries if not _is_read_only(entry.path)]
 
     def _where(self, settings: dict[str, Any]) -> tuple[int, int, int]:
         controller, lun, partition = (settings.get(name) or 0 for name in ("Controller", "Lun", "Partition"))

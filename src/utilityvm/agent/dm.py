@@ -13,7 +13,7 @@ import struct
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from utilityvm.agent.faults import Fault
 
@@ -21,7 +21,7 @@ _CONTROL: Final = Path("/dev/mapper/control")
 _HEAD: Final = struct.Struct("=3I I I I i I I I Q 128s 129s 7x")  # struct dm_ioctl
 _SPEC: Final = struct.Struct("=Q Q i I 16s")  # struct dm_target_spec
 _BUFFER_BYTES: Final = 4096
-_DEV_CREATE, _DEV_REMOVE, _DEV_SUSPEND, _TABLE_LOAD, _TABLE_STATUS = 3, 4, 6, 9, 12
+_DEV_CREATE, _DEV_REMOVE, _DEV_SUSPEND, _TABLE_LOAD, _TABLE_CLEAR, _TABLE_STATUS = 3, 4, 6, 9, 10, 12
 _READONLY, _SUSPEND, _STATUS_TABLE, _SECURE_DATA, _DEFERRED_REMOVE = 1, 2, 1 << 4, 1 << 15, 1 << 17
 _SECTOR_BYTES: Final = 512
 
@@ -111,20 +111,32 @@ def _superblock(node: str, offset: int) -> tuple[int, str, int, int, bytes]:
     return hash_type, algorithm.rstrip(b"\0").decode("ascii", "replace"), block, data_blocks, salt[:salt_size]
 
 
-def grow(name: str, size_bytes: int) -> None:
-    """Make the crypt mapping as large as its device has become.
+def grow(name: str, size_bytes: int) -> bool:
+    """Make a crypt mapping as large as its device has become. False: it is of another kind, and stays as it is.
+
+    What a verity mapping shows is as large as its tree says, whatever becomes of the device.
 
     Raises:
         Fault: the kernel refused, and the mapping is as it was.
     """
     old = _status(name)
-    table = bytearray(old.encode())
+    if old.kind != "crypt":
+        return False
+    table = bytearray(old.table.encode())
     try:
-        _load(name, "crypt", size_bytes // _SECTOR_BYTES, table, read_only=False)
-        _call(_DEV_SUSPEND, name, flags=_SUSPEND)
-        _call(_DEV_SUSPEND, name)
+        _load(name, old.kind, size_bytes // _SECTOR_BYTES, table, read_only=old.read_only)
+        try:
+            _call(_DEV_SUSPEND, name, flags=_SUSPEND)
+        except OSError:
+            _call(_TABLE_CLEAR, name)
+            raise
+        finally:
+            _call(_DEV_SUSPEND, name)  # resumes it, with the new table if there is one
+    except OSError as error:
+        raise Fault(f"the mapping {name} does not grow: {error.strerror}") from None
     finally:
         table[:] = bytes(len(table))
+    return True
 
 
 def close(name: str, *, deferred: bool = False) -> None:
@@ -166,11 +178,19 @@ def _load(name: str, kind: str, sectors: int, table: bytes | bytearray, *, read_
     _call(_TABLE_LOAD, name, flags=flags, payload=payload, targets=1)
 
 
-def _status(name: str) -> str:
+class _Status(NamedTuple):
+    kind: str
+    table: str
+    read_only: bool
+
+
+def _status(name: str) -> _Status:
     answer = _call(_TABLE_STATUS, name, flags=_STATUS_TABLE | _SECURE_DATA)
-    start = _HEAD.unpack_from(answer)[4]
+    head = _HEAD.unpack_from(answer)
+    start, flags = head[4], head[7]
+    kind = _SPEC.unpack_from(answer, start)[4].rstrip(b"\0").decode()
     begin = start + _SPEC.size
-    return answer[begin : answer.index(b"\0", begin)].decode()
+    return _Status(kind, answer[begin : answer.index(b"\0", begin)].decode(), bool(flags & _READONLY))
 
 
 def _call(command: int, name: str, *, flags: int = 0, payload: bytes = b"", targets: int = 0) -> bytearray:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import mmap
 import os
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,13 @@ _OTHERS: Final[tuple[tuple[int, bytes, str], ...]] = (
     (4086, b"SWAPSPACE2", "swap space"),
     (510, b"\x55\xaa", "a partition table (MBR)"),
 )
+_EXT: Final = ("ext2", "ext3", "ext4")
+_GROWN: Final = (*_EXT, "xfs", "btrfs")  # while they are mounted
+_EXT_SUPERBLOCK: Final = struct.Struct("<I 68x I")  # s_log_block_size, s_feature_incompat; Linux fs/ext4/ext4.h
+_EXT_AT: Final = 1024 + 24
+_EXT_64BIT: Final = 0x80
+_EXT_LEAST_SHIFT: Final = 10  # a block has 1024 bytes at the least
+_EXT_BLOCKS: Final = (1 << 32) - 1
 _BTRFS_IOC_RESIZE: Final = 0x50009403  # linux/btrfs.h
 _BTRFS_ARGUMENTS_BYTES: Final = 4096  # struct btrfs_ioctl_vol_args: a descriptor, and a text
 
@@ -188,21 +196,40 @@ def _wipe(fd: int) -> None:
         fcntl.ioctl(fd, _BLKRRPART, 0)  # those that it had could be mounted otherwise
 
 
+def check_grow(node: str, path: str, filesystem: str, size_bytes: int) -> None:
+    """Refuse what `grow` could never do.
+
+    Raises:
+        Fault: names the mount, and the limit.
+    """
+    if filesystem not in _GROWN:
+        raise Fault(
+            f"{path} is a {filesystem} file system, which cannot be grown while it is mounted; nothing was changed",
+            remedy="release that mount first: then the disk grows, and the file system stays as it is",
+        )
+    if filesystem in _EXT:
+        with open(node, "rb", buffering=0) as device:
+            block_shift, features = _EXT_SUPERBLOCK.unpack(os.pread(device.fileno(), _EXT_SUPERBLOCK.size, _EXT_AT))
+        if not features & _EXT_64BIT and size_bytes >> (_EXT_LEAST_SHIFT + block_shift) > _EXT_BLOCKS:
+            most = _EXT_BLOCKS << (_EXT_LEAST_SHIFT + block_shift)
+            text = f"{path} is a {filesystem} file system without the feature 64bit, of {most} bytes at the most"
+            raise Fault(f"{text}, and {size_bytes} were asked for; nothing was changed")
+
+
 def grow(node: str, path: str, filesystem: str, deadline: float) -> None:
     """Grow the mounted file system to the size of its device.
 
     Raises:
         Fault: it cannot grow, or growing failed.
     """
-    match filesystem:
-        case "ext4" | "ext3" | "ext2":
-            _run(["resize2fs", node], deadline)
-        case "xfs":
-            _run(["xfs_growfs", "-d", path], deadline)
-        case "btrfs":
-            _grow_btrfs(path)
-        case _:
-            raise Fault(f"a {filesystem} file system cannot be grown while it is mounted")
+    if filesystem in _EXT:
+        _run(["resize2fs", node], deadline)
+    elif filesystem == "xfs":
+        _run(["xfs_growfs", "-d", path], deadline)
+    elif filesystem == "btrfs":
+        _grow_btrfs(path)
+    else:
+        raise Fault(f"a {filesystem} file system cannot be grown while it is mounted")
 
 
 def _grow_btrfs(path: str) -> None:

@@ -62,6 +62,7 @@ class Disks(Protocol):
     def remove(self, settings: dict[str, Any], deadline: float, *, force: bool = False) -> None: ...
     def eject(self, controller: int, lun: int, deadline: float, *, force: bool = False) -> None: ...
     def probe(self, controller: int, lun: int) -> dict[str, Any]: ...
+    def check_grow(self, controller: int, lun: int, size_bytes: int, deadline: float) -> None: ...
     def grow(self, controller: int, lun: int, deadline: float) -> dict[str, Any]: ...
     def mounts(self) -> list[dict[str, Any]]: ...
 
@@ -328,6 +329,11 @@ class Serve:
                 raise Fault(f'the ResourceType "{resource}" is not supported', kind="invalid")
 
     def _grow(self, call: Call) -> dict[str, Any]:
+        if (to_bytes := call.body.get("Check")) is not None:
+            if not isinstance(to_bytes, int):
+                raise Fault("Check must be a number of bytes", kind="invalid")
+            self._disks.check_grow(*_slot(call.body), to_bytes, call.due)
+            return {}
         with self._template.changing():
             return self._disks.grow(*_slot(call.body), call.due)
 

@@ -305,6 +305,12 @@ class BridgeGuest:
             return self._ledger.is_present(slot)
         return (await self._probe(slot, timeout_s)).present
 
+    async def check_grow(self, slot: Slot, *, size_bytes: int, timeout_s: float) -> None:
+        """See `GuestBackend.check_grow`."""
+        self._need_our_agent("grow a file system", slot)
+        body = messages.request(Controller=slot.controller, Lun=slot.lun, Check=size_bytes)
+        await self._ask(messages.GROW, body, timeout_s, _Where(slot))
+
     async def grow(self, slot: Slot, *, mounts: Sequence[tuple[MountConfig, PurePosixPath]], timeout_s: float) -> None:
         """See `GuestBackend.grow`. Our agent knows its mounts itself."""
         self._need_our_agent("grow a file system", slot)

@@ -299,7 +299,8 @@ class ScsiManager:
             NotAttached: it is not attached now.
             InvalidRequest: it is larger than that, or is just getting larger; or no disk can have that size.
             HostRefused, NotSupported: the host cannot; nothing changed.
-            GuestRefused: the disk is larger now, a file system is not; ask again with the same size.
+            GuestRefused: a file system cannot grow, and nothing changed; or it did not, though the disk is larger now:
+                ask again with the same size.
             DeadlineExceeded: no answer in time; what was begun goes on in the background. Ask again with the same size.
             OutcomeUnknown: no answer; ask again with the same size.
         """

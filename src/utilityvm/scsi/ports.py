@@ -280,6 +280,15 @@ class GuestBackend(Protocol):
         """Does the guest have a device at `slot`?"""
         ...
 
+    async def check_grow(self, slot: Slot, *, size_bytes: int, timeout_s: float) -> None:
+        """Refuse, before the host grows the disk to `size_bytes`, what could not grow with it. Changes nothing.
+
+        Raises:
+            GuestRefused: a file system that is mounted cannot; names it.
+            NotSupported: this guest grows nothing.
+        """
+        ...
+
     async def grow(self, slot: Slot, *, mounts: Sequence[tuple[MountConfig, PurePosixPath]], timeout_s: float) -> None:
         """After the device grew: reread its size, and grow what is mounted from the whole disk."""
         ...

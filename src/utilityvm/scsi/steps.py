@@ -133,9 +133,10 @@ class Steps:
             raise StepFailed(doubt)
 
     async def resize(self, disk: Disk, size_bytes: int) -> None:
-        """Have the host grow the disk."""
+        """Have the host grow the disk, unless the guest says that what is mounted could not follow."""
 
         async def send() -> None:
+            await self._guest.check_grow(disk.slot, size_bytes=size_bytes, timeout_s=self._timeouts.probe)
             disk.size_bytes = await self._host.resize(
                 disk.slot, attachment=disk.id, size_bytes=size_bytes, timeout_s=self._timeouts.resize
             )

@@ -358,6 +358,12 @@ class FakeGuest:
         await self.world.step("probe_device", str(slot), lambda: None, GuestRefused, timeout_s)
         return slot in self.world.guest_devices
 
+    async def check_grow(self, slot: Slot, *, size_bytes: int, timeout_s: float) -> None:
+        """See `GuestBackend.check_grow`: a vfat never grows. It is no step: it changes nothing."""
+        for path, (where, config) in self.world.mounts.items():
+            if where == slot and config.filesystem == "vfat" and not config.read_only and not config.partition:
+                raise GuestRefused(f"{path} is a vfat file system, which cannot be grown", slot=slot)
+
     async def grow(self, slot: Slot, *, mounts: Sequence[tuple[MountConfig, PurePosixPath]], timeout_s: float) -> None:
         await self.world.step("grow", str(slot), lambda: None, GuestRefused, timeout_s)
 

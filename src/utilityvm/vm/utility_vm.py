@@ -365,7 +365,8 @@ class UtilityVM:
             NotAttached: it is not attached.
             InvalidRequest: it would not be larger, or the size is not a multiple of 512.
             NotSupported, HostRefused: the image cannot grow; nothing changed.
-            GuestRefused: the disk is larger now, a file system is not; ask again with the same size.
+            GuestRefused: a file system cannot grow, and nothing changed; or it did not, though the disk is larger now:
+                ask again with the same size.
             DeadlineExceeded, OutcomeUnknown: no answer within `timeout_s` seconds (None: as long as a step may take
                 by itself); ask again with the same size.
         """

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
-from filesystem_images import MIB, blank, filesystem_image, mbr_disk
+from filesystem_images import MIB, add_hash_tree, blank, filesystem_image, mbr_disk
 from in_guest import mount_at, output
-from utilityvm import CallerKey, GuestRefused, InvalidRequest, NotAttached, NotSupported, UtilityVM
+from utilityvm import CallerKey, GuestRefused, InvalidRequest, NotAttached, NotSupported, UtilityVM, Verity
 from utilityvm.machine.programs import find_program, run
-from utilityvm.scsi.ports import DiskFormat
+from utilityvm.scsi.ports import DiskFormat, DiskRequest, Holder, MountConfig
 from utilityvm.testing.images import convert, ext4_image
 
 pytestmark = pytest.mark.real
@@ -107,7 +107,32 @@ async def test_what_cannot_grow_says_so(vm: UtilityVM, tmp_path: Path, disk: Pat
             await vm.resize_scsi(disk, 64 * MIB)
     fat = filesystem_image("vfat", tmp_path / "fat.raw", {})
     async with await vm.add_scsi(fat, "/data"):
-        with pytest.raises(GuestRefused, match="vfat"):
+        before = fat.stat().st_size, await sizes(vm, "/data")
+        with pytest.raises(GuestRefused, match="vfat") as caught:
             await vm.resize_scsi(fat, 8 * MIB)
-        assert (await sizes(vm, "/data"))[0] == 8 * MIB  # the disk is larger, and the file system is as it was
+        assert caught.value.remedy
+        assert (fat.stat().st_size, await sizes(vm, "/data")) == before
         await output(vm, "echo x > /data/file")
+
+
+async def test_a_verity_mount_keeps_its_size_and_hinders_nobody(vm: UtilityVM, tmp_path: Path) -> None:
+    image = ext4_image(tmp_path / "disk.raw", FILES)
+    root_hash, offset = add_hash_tree(image, "--data-block-size", "1024", "--hash-block-size", "1024")
+    verity = Verity(root_hash=root_hash, hash_offset_bytes=offset)
+    key = CallerKey(bytes(range(64)))
+    async with await vm.add_scsi(image):
+        request = DiskRequest(host_path=str(image), read_only=False)
+        config = MountConfig(read_only=True, verity=verity)
+        where = PurePosixPath("/verity")
+        mounted = await vm.scsi.add(request, mount=config, guest_path=where, holder=Holder(name="h"))
+        before = await sizes(vm, "/verity")
+        await vm.resize_scsi(image, 64 * MIB)
+        assert image.stat().st_size == 64 * MIB
+        assert await sizes(vm, "/verity") == before
+        assert await output(vm, "cat /verity/greeting") == "hello\n"
+        await vm.scsi.release(mounted)
+    other = blank(tmp_path / "other.raw", 16)
+    async with await vm.add_scsi(other, "/data", encryption=key, ensure_filesystem=True, options=["ro"]):
+        node = (await mount_at(vm, "/data")).device
+        await vm.resize_scsi(other, 32 * MIB)
+        assert await output(vm, f"blockdev --getsize64 {node}") == f"{32 * MIB}\n"

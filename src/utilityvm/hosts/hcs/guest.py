@@ -291,6 +291,10 @@ class HcsGuest:
             raise self._unknown(f"whether the guest has the disk at {slot}", slot)
         return False
 
+    async def check_grow(self, slot: Slot, *, size_bytes: int, timeout_s: float) -> None:
+        """Raises NotSupported, as `grow` would."""
+        await self.grow(slot, mounts=[], timeout_s=timeout_s)
+
     async def grow(self, slot: Slot, *, mounts: Sequence[tuple[MountConfig, PurePosixPath]], timeout_s: float) -> None:
         """These guests have no request for this.
 
