@@ -266,7 +266,8 @@ async def test_info_is_of_the_agents_kernel(guest: BridgeGuest) -> None:
 async def test_shutdown_is_begun(port: FakeSerialPort, start_agent: StartAgent) -> None:
     agent = await start_agent()
     guest = await BridgeGuest.connect(port.path, timeout_s=20)
-    await guest.shutdown()
+    agent.unclean = ["/data is not clean: swap in /data/swap"]
+    assert await guest.shutdown() == ("/data is not clean: swap in /data/swap",)
     await asyncio.to_thread(agent.was_shut_down.wait, 20)
     await guest.close()
 

@@ -293,7 +293,14 @@ class AgentThread:
         self.was_shut_down = threading.Event()
         self._folder = tempfile.TemporaryDirectory(prefix="uvm-test-")
         self.system = system or FakeSystem(Path(self._folder.name))
-        self.serve = Serve(Port(end.fileno()), disks, self.system.template, shutdown=self.was_shut_down.set)
+        self.unclean: list[str] = []  # what it says when it is shut down
+        self.serve = Serve(
+            Port(end.fileno()),
+            disks,
+            self.system.template,
+            shutdown=lambda due: self.unclean,
+            power_off=self.was_shut_down.set,
+        )
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 

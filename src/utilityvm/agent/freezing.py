@@ -69,7 +69,7 @@ class KernelFilesystems:
 
     def written(self) -> list[Filesystem]:
         """See `Filesystems.written`."""
-        on_disks = _types_on_disks()
+        on_disks = types_on_disks()
         found: dict[tuple[int, int], list[str]] = {}
         for line in mountinfo.mount_lines():
             if line.filesystem in on_disks and line.is_written:
@@ -201,7 +201,8 @@ class Freezer:
                 self._filesystems.close(fd)
 
 
-def _types_on_disks() -> set[str]:
+def types_on_disks() -> set[str]:
+    """The file systems that lie on a device."""
     with open("/proc/filesystems") as lines:
         return {line.strip() for line in lines if not line.startswith("nodev")}
 

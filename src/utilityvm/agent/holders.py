@@ -32,8 +32,8 @@ from utilityvm.bridge.guest_path import is_in
 
 Number = tuple[int, int]
 
-_PROC: Final = "/proc"
-_SYS: Final = "/sys"
+PROC: Final = "/proc"
+SYS: Final = "/sys"
 _AT_MOST: Final = 20
 _LOOP_GET_STATUS64: Final = 0x4C05  # linux/loop.h
 _LOOP_INFO: Final = struct.Struct("=Q Q Q 208x")  # struct loop_info64: the file's device, its inode, its own number
@@ -54,7 +54,7 @@ def beside_mount(path: str, node: str) -> list[str]:
     if number is None:
         return []
     pids = list(_pids())
-    found = _mappings(f"{_SYS}/dev/block/{number[0]}:{number[1]}")
+    found = _mappings(f"{SYS}/dev/block/{number[0]}:{number[1]}")
     elsewhere = list(_elsewhere({number}, pids, path))
     if elsewhere or not stands_alone(path, number):
         found += _other_mounts(path, node, number, elsewhere)
@@ -67,7 +67,7 @@ def after_unmount(node: str) -> list[str]:
     An overlay can have been given folders by names that lead there no more, such as relative ones, and a mount can be
     detached, or held by a descriptor alone. None of these shows in a list; but the device is still taken.
     """
-    if _is_free(node):
+    if is_free(node):
         return []
     overlays = (line.path for line in mount_lines() if line.filesystem == "overlay" and line.path != "/")
     found = [f"something without a mount, which may be the overlay at {path}" for path in overlays]
@@ -79,7 +79,7 @@ def after_unmount(node: str) -> list[str]:
 def of_device(node: str, sysfs: str, numbers: set[Number]) -> list[str]:
     """Who uses a disk: `numbers` are its own and its partitions', `sysfs` is its folder."""
     found = []
-    if not _is_free(node):
+    if not is_free(node):
         found += [f"mounted at {line.path}" for line in mounts_of(numbers)]
         found += [text for _, text in _elsewhere(numbers, _pids())]
         disk = Path(sysfs)
@@ -114,7 +114,7 @@ def _number(node: str) -> Number | None:
     return (os.major(status.st_rdev), os.minor(status.st_rdev)) if stat.S_ISBLK(status.st_mode) else None
 
 
-def _is_free(node: str) -> bool:
+def is_free(node: str) -> bool:
     """Does nothing in the kernel (a mount, a mapping, swap) have the disk or a part of it? It has one claim."""
     try:
         os.close(os.open(node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
@@ -159,14 +159,14 @@ def _is_of_mount(folder: str, target: MountLine) -> bool:
 
 def _elsewhere(numbers: set[Number], pids: Iterable[int], path: str = "") -> Iterator[tuple[MountLine, str]]:
     """Mounts of the devices in other mount namespaces than ours, and overlays there that name a folder at `path`."""
-    seen = {os.readlink(f"{_PROC}/self/ns/mnt")}
+    seen = {os.readlink(f"{PROC}/self/ns/mnt")}
     for pid in pids:
         with contextlib.suppress(OSError):
-            namespace = os.readlink(f"{_PROC}/{pid}/ns/mnt")
+            namespace = os.readlink(f"{PROC}/{pid}/ns/mnt")
             if namespace not in seen:
                 seen.add(namespace)
                 where = f"the mount namespace of process {pid} ({_name(pid)})"
-                for line in mount_lines(f"{_PROC}/{pid}/mountinfo"):
+                for line in mount_lines(f"{PROC}/{pid}/mountinfo"):
                     if _is_of(line, numbers):
                         yield line, f"mounted at {line.path} in {where}"
                     elif path and line.filesystem == "overlay" and any(is_in(f, path) for f in overlay_folders(line)):
@@ -186,7 +186,7 @@ def _mappings(sysfs: str) -> list[str]:
 def _processes(mount_id: int) -> Iterator[str]:
     """Processes that have something of a mount open, stand in it, or have it in their memory."""
     for pid in _pids():
-        name, base = _name(pid), f"{_PROC}/{pid}"
+        name, base = _name(pid), f"{PROC}/{pid}"
         for what, link in (("its working folder", "cwd"), ("its root", "root"), ("its program", "exe")):
             with contextlib.suppress(OSError):
                 if _mount_id(f"{base}/{link}") == mount_id:
@@ -214,7 +214,7 @@ def _mount_id(path: str) -> int:
     """The mount that what a link of /proc leads to was reached by."""
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        return _mount_id_in(f"{_PROC}/self/fdinfo/{fd}")
+        return _mount_id_in(f"{PROC}/self/fdinfo/{fd}")
     finally:
         os.close(fd)
 
@@ -233,7 +233,7 @@ def _files(path: str, line: MountLine) -> Iterator[str]:
     for name, (file_device, _) in _loop_devices():
         if file_device in (device, os.makedev(*line.number)):
             yield f"{name}, a loop device on a file of it"
-    for swap in _swap_paths():
+    for swap in swap_paths():
         with contextlib.suppress(OSError):
             status = os.stat(swap)
             if status.st_dev == device and stat.S_ISREG(status.st_mode):
@@ -242,7 +242,7 @@ def _files(path: str, line: MountLine) -> Iterator[str]:
 
 def _sockets(path: str) -> Iterator[str]:
     """Sockets that are bound to a name below `path`."""
-    with contextlib.suppress(OSError), open(f"{_PROC}/net/unix", errors="surrogateescape", newline="\n") as lines:
+    with contextlib.suppress(OSError), open(f"{PROC}/net/unix", errors="surrogateescape", newline="\n") as lines:
         for line in lines:
             fields = line.rstrip("\n").split(maxsplit=7)
             if len(fields) == 8 and is_in(fields[7], path):
@@ -256,11 +256,17 @@ def _loops(number: Number) -> list[str]:
 
 
 def _loop_devices() -> Iterator[tuple[str, tuple[int, int]]]:
+    for name in loop_names():
+        with contextlib.suppress(OSError):
+            yield name, _loop_info(f"/dev/{name}")
+
+
+def loop_names() -> list[str]:
+    """The loop devices that have a file or a device behind them."""
     with contextlib.suppress(OSError):
-        for entry in os.listdir(f"{_SYS}/block"):
-            if entry.startswith("loop") and os.path.exists(f"{_SYS}/block/{entry}/loop"):
-                with contextlib.suppress(OSError):
-                    yield entry, _loop_info(f"/dev/{entry}")
+        names = (name for name in os.listdir(f"{SYS}/block") if name.startswith("loop"))
+        return sorted(name for name in names if os.path.exists(f"{SYS}/block/{name}/loop"))
+    return []
 
 
 def _loop_info(node: str) -> tuple[int, int]:
@@ -276,11 +282,12 @@ def _loop_info(node: str) -> tuple[int, int]:
 
 
 def _swaps(numbers: set[Number]) -> list[str]:
-    return [f"swap on {path}" for path in _swap_paths() if _number(path) in numbers]
+    return [f"swap on {path}" for path in swap_paths() if _number(path) in numbers]
 
 
-def _swap_paths() -> list[str]:
-    with contextlib.suppress(OSError), open(f"{_PROC}/swaps", errors="surrogateescape", newline="\n") as lines:
+def swap_paths() -> list[str]:
+    """The devices and files that are swapped to."""
+    with contextlib.suppress(OSError), open(f"{PROC}/swaps", errors="surrogateescape", newline="\n") as lines:
         return [plain(re.split("[ \t]", line, maxsplit=1)[0]) for line in lines.readlines()[1:]]
     return []
 
@@ -291,9 +298,9 @@ def _openers(numbers: Iterable[Number], pids: Iterable[int]) -> list[str]:
     found = []
     for pid in pids:
         with contextlib.suppress(OSError):
-            for fd in os.listdir(f"{_PROC}/{pid}/fd"):
+            for fd in os.listdir(f"{PROC}/{pid}/fd"):
                 with contextlib.suppress(OSError):
-                    status = os.stat(f"{_PROC}/{pid}/fd/{fd}")
+                    status = os.stat(f"{PROC}/{pid}/fd/{fd}")
                     if status.st_rdev in devices and stat.S_ISBLK(status.st_mode):
                         found.append(f"process {pid} ({_name(pid)}) has {os.readlink(f'/proc/{pid}/fd/{fd}')} open")
     return found
@@ -308,13 +315,13 @@ def _pids() -> Iterator[int]:
         if pid != ours:
             yield pid
         with contextlib.suppress(OSError):
-            for task in os.listdir(f"{_PROC}/{pid}/task"):
-                with open(f"{_PROC}/{pid}/task/{task}/children", "rb", buffering=0) as children:
+            for task in os.listdir(f"{PROC}/{pid}/task"):
+                with open(f"{PROC}/{pid}/task/{task}/children", "rb", buffering=0) as children:
                     pending += map(int, children.read().split())
 
 
 def _name(pid: int) -> str:
     try:
-        return Path(f"{_PROC}/{pid}/comm").read_text().strip()
+        return Path(f"{PROC}/{pid}/comm").read_text().strip()
     except OSError:
         return "?"

@@ -148,7 +148,8 @@ def _serve() -> NoReturn:
     processes.raise_file_limit()
     cgroups.here().end_strays()
     template = Template(Freezer(KernelFilesystems()), Identity(ThisKernel()))
-    Serve(port, DiskTable(_controllers()), template, shutdown=power.off).forever()
+    disks = DiskTable(_controllers())
+    Serve(port, disks, template, shutdown=power.prepare, power_off=power.now).forever()
     sys.exit("unreachable")
 
 

@@ -33,6 +33,7 @@ MAX_DEADLINE_S: Final = 3600.0
 MAX_REQUESTS: Final = 512  # under way at once
 _GRACE_S: Final = 0.2  # after its deadline a request is answered for its handler, which seems stuck
 _MAX_HOLDERS: Final = 50
+_MAX_REASON: Final = 500  # characters
 _MOUNTS_BYTES: Final = 32768  # of the list of mounts in one answer
 
 # The members of Settings that GCS knows, and what Go would take for each.
@@ -135,11 +136,21 @@ Handler = Callable[[Call], dict[str, Any]]
 class Serve:
     """The bridge's guest end on one port."""
 
-    def __init__(self, port: Port, disks: Disks, template: Template, *, shutdown: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        port: Port,
+        disks: Disks,
+        template: Template,
+        *,
+        shutdown: Callable[[float], Sequence[str]],
+        power_off: Callable[[], None],
+    ) -> None:
+        """`shutdown` ends everything by a time and gives what is not clean then; `power_off` follows it."""
         self._port = port
         self._disks = disks
         self._template = template
         self._shutdown = shutdown
+        self._turn_off = power_off
         self._workers = Workers(at_most=MAX_REQUESTS)
         self._watch = Watch(_expire)
         self._decoder = _decoder()
@@ -377,8 +388,11 @@ class Serve:
         return {"Mounts": entries[:taken], "More": taken < len(entries)}
 
     def _power_off(self, call: Call) -> dict[str, Any]:
-        call.answer({})
-        self._shutdown()
+        try:
+            unclean = [text[:_MAX_REASON] for text in self._shutdown(call.due)][:_MAX_HOLDERS]
+            call.answer({"Unclean": unclean})
+        finally:
+            self._turn_off()
         return {}
 
 

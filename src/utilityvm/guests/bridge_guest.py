@@ -426,14 +426,18 @@ class BridgeGuest:
             raise InvalidRequest(f"{clock_ns} is no time in nanoseconds since 1970", vm=self._vm)
         return messages.request(Seed=seed.hex(), Hostname=hostname, MachineId=machine_id, ClockNs=clock_ns)
 
-    async def shutdown(self, *, timeout_s: float = 10.0) -> None:
-        """Have the guest end its programs, unmount everything and power off. Returns when it has begun.
+    async def shutdown(self, *, timeout_s: float = 10.0) -> tuple[str, ...]:
+        """Have the guest end its programs, unmount everything and power off, which it begins when this returns.
 
-        It may be gone before it answers: that is no error.
+        Gives what it could not leave clean, a sentence each. It may be gone before it answers: that is no error.
         """
         self._need_our_agent("power off")
-        with contextlib.suppress(VMGone):
-            await self._ask(messages.SHUTDOWN, messages.request(), timeout_s)
+        try:
+            answer = await self._ask(messages.SHUTDOWN, messages.request(), timeout_s)
+        except VMGone:
+            return ()
+        unclean = answer.get("Unclean")
+        return tuple(map(str, unclean)) if isinstance(unclean, list) else ()
 
     async def run(
         self,

@@ -366,7 +366,8 @@ async def shut_down(record: StoredVM, *, timeout_s: float) -> list[str]:
                 told.append(f"the runtime folder {process.folder} was removed while the VM ran, and was made again")
             guest = await BridgeGuest.connect(process.agent_socket, timeout_s=CONNECT_S, vm=record.name)
             closing.push_async_callback(guest.close)
-            await guest.shutdown(timeout_s=SHUTDOWN_S)
+            for left in await guest.shutdown(timeout_s=SHUTDOWN_S):
+                _log.warning("%s", left, vm=record.name)
             await asyncio.wait([host.gone], timeout=SHUTDOWN_S)
             if host.gone.done():
                 return told
