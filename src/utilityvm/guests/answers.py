@@ -143,6 +143,12 @@ class Quiesced(_Document):
     flushed: list[Words] | None = None
 
 
+class ShutDown(_Document):
+    """What is not clean, a sentence each."""
+
+    unclean: list[Words] | None = None
+
+
 class Unique(_Document):
     """A clone that is its own."""
 

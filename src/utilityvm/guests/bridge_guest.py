@@ -309,7 +309,7 @@ class BridgeGuest:
         """See `GuestBackend.check_grow`."""
         self._need_our_agent("grow a file system", slot)
         body = messages.request(Controller=slot.controller, Lun=slot.lun, Check=size_bytes)
-        await self._ask(messages.GROW, body, timeout_s, _Where(slot))
+        await self._ask(messages.GROW, body, timeout_s, Where(slot))
 
     async def grow(self, slot: Slot, *, mounts: Sequence[tuple[MountConfig, PurePosixPath]], timeout_s: float) -> None:
         """See `GuestBackend.grow`. Our agent knows its mounts itself."""
@@ -436,8 +436,7 @@ class BridgeGuest:
             answer = await self._ask(messages.SHUTDOWN, messages.request(), timeout_s)
         except VMGone:
             return ()
-        unclean = answer.get("Unclean")
-        return tuple(map(str, unclean)) if isinstance(unclean, list) else ()
+        return tuple(answers.read(answers.ShutDown, answer, vm=self._vm).unclean or ())
 
     async def run(
         self,
