@@ -12,6 +12,7 @@ import click
 
 from utilityvm.cli import exitcodes
 from utilityvm.errors import UtilityVMError
+from utilityvm.machine import oserrors
 from utilityvm.text import clean
 
 
@@ -63,6 +64,10 @@ class LazyGroup(click.Group):
             # Who read our output has enough. What Python still holds of it must not fail again at the exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = exitcodes.ERROR
+        except OSError as failure:
+            error = oserrors.as_ours(failure, "uvm")
+            code = exitcodes.code_of(error)
+            _tell(type(error).__name__, str(error), error.remedy, code, as_json="--json" in own)
         sys.exit(code if isinstance(code, int) else exitcodes.OK)
 
 

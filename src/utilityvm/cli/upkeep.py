@@ -63,6 +63,8 @@ def gc_command(is_applied: bool, as_json: bool) -> None:
 
 
 async def _gc(*, is_applied: bool, as_json: bool) -> None:
+    import asyncio
+
     from utilityvm.errors import UtilityVMError
     from utilityvm.store.recover import open_store
     from utilityvm.upkeep import leftovers
@@ -72,6 +74,7 @@ async def _gc(*, is_applied: bool, as_json: bool) -> None:
         removed: list[Leftover] = []
         failed: dict[str, UtilityVMError] = {}
         for one in found if is_applied else []:
+            await asyncio.sleep(0)  # Ctrl-C is heard between two
             try:
                 removed += [one] if await leftovers.remove(one, store) else []
             except UtilityVMError as error:  # the others can go all the same
@@ -91,7 +94,10 @@ def _print_leftovers(
 ) -> None:
     if as_json:
         errors = {path: str(error) for path, error in failed.items()}
-        print_json([{**_document(one), "removed": one in removed, "error": errors.get(str(one.path))} for one in found])
+        gone = {one.path for one in removed}
+        print_json(
+            [{**_document(one), "removed": one.path in gone, "error": errors.get(str(one.path))} for one in found]
+        )
         return
     print_table(
         ("KIND", "NAME", "SIZE", "PATH"), [(one.kind, one.name, size(one.size_bytes), one.path) for one in found]

@@ -45,6 +45,7 @@ from utilityvm.guests.mount_settings import (
 from utilityvm.guests.program import GuestProgram, OutputSink, heard, run_request
 from utilityvm.guests.refusals import Where, refusal
 from utilityvm.log import logger
+from utilityvm.machine.oserrors import raises_callers_errors, typed_errors
 from utilityvm.scsi.mount import checked_guest_path
 from utilityvm.scsi.ports import MountConfig, Record
 from utilityvm.scsi.slot import Slot
@@ -78,6 +79,7 @@ class CommandResult:
     stderr: bytes
 
 
+@typed_errors
 class BridgeGuest:
     """Implements `scsi.ports.GuestBackend` on one VM. Use `connect`, `listen` or `over`.
 
@@ -483,6 +485,7 @@ class BridgeGuest:
         )
         return CommandResult(exit_code=exit_code, stdout=bytes(outputs[0]), stderr=bytes(outputs[1]))
 
+    @raises_callers_errors
     async def run_streaming(
         self,
         command: Sequence[str],

@@ -19,6 +19,7 @@ from utilityvm.errors import SetupError
 T = TypeVar("T")
 
 _NO_THREAD: Final = "can't start new thread"
+OURS: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM))  # they say nothing about the file
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 _REMEDIES: Final = {
     errno.EMFILE: "raise the limit on open files: ulimit -n",

@@ -37,7 +37,7 @@ from utilityvm.errors import (
     TemplateNotFound,
 )
 from utilityvm.log import logger
-from utilityvm.machine import paths
+from utilityvm.machine import forks, paths
 from utilityvm.machine.threads import aside, in_thread, to_the_end
 from utilityvm.store import Store
 from utilityvm.tasks import Deadline, Undo
@@ -215,7 +215,7 @@ def _begin(name: str) -> tuple[Path, int]:
         raise SetupError(
             f"cannot write to {parent}: {error.strerror}", remedy="set UTILITYVM_STATE_DIR to a folder of your own"
         ) from error
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = forks.keep_from(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     fcntl.flock(fd, fcntl.LOCK_SH)
     return folder, fd
 
@@ -378,7 +378,7 @@ def _manifest(path: Path) -> Manifest:
 def _locked(template: Template, kind: int, *, refusal: str) -> Iterator[None]:
     path = template.folder / MANIFEST
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = forks.keep_from(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     except FileNotFoundError:
         raise TemplateNotFound(f"template {template.name} was just removed") from None
     try:

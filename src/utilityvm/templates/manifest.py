@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 
 from utilityvm.errors import InvalidRequest, TemplateDamaged
+from utilityvm.machine import oserrors
 from utilityvm.scsi.ports import (
     AttachmentType,
     DiskFormat,
@@ -178,6 +179,8 @@ def read(path: Path) -> Manifest:
     except (NotADirectoryError, FileNotFoundError) as error:
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
     except OSError as error:
+        if error.errno in oserrors.OURS:
+            raise oserrors.as_ours(error, "cannot read a template") from error
         raise TemplateDamaged(f"{path} cannot be read: {error.strerror}", remedy="is it yours?") from error
     try:
         manifest = msgspec.json.decode(data, type=Manifest)

@@ -37,7 +37,7 @@ async def _take_over(undo: Undo, claim: Claim, deadline: Deadline) -> OwnedVM:
             who_uses=claim.who_uses(),
             frozen_by=catalog.frozen_by,
             memory=store.formats,
-            timeout_s=deadline.left(),
+            timeout_s=min(deadline.left(), lifecycle.CONNECT_S),
         )
     except VMGone as error:
         raise lifecycle.not_running(record) from error

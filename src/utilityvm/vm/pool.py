@@ -15,6 +15,7 @@ from typing import Final, Self
 
 from utilityvm.errors import DeadlineExceeded, InvalidRequest, SetupError, UtilityVMError, VMExists, VMNotRunning
 from utilityvm.log import logger
+from utilityvm.machine.oserrors import typed_errors
 from utilityvm.machine.threads import in_thread
 from utilityvm.tasks import Deadline, finish
 from utilityvm.templates import catalog
@@ -31,6 +32,7 @@ _LARGER: Final = "make the pool larger, or wait longer"
 _log = logger(__name__)
 
 
+@typed_errors
 class ClonePool:
     """Keeps `size` clones of a template waiting. They end with this process, however it ends.
 

@@ -16,6 +16,7 @@ from utilityvm.guestimage.build import GuestImage
 from utilityvm.guests.bridge_guest import BridgeGuest, CommandResult, OutputSink
 from utilityvm.hosts.qemu import QemuHost, QemuProcess
 from utilityvm.machine.hostpath import HostPath, absolute, identity_of, identity_within
+from utilityvm.machine.oserrors import raises_callers_errors, typed_errors
 from utilityvm.scsi.events import ScsiEvents
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S, ScsiManager
 from utilityvm.scsi.migration import ScsiState
@@ -42,6 +43,7 @@ SAVE_S: Final = 120.0
 OPEN_S: Final = 60.0
 
 
+@typed_errors
 class UtilityVM:
     """A running utility VM that this process owns. Made by `start` and `open`; for the event loop that made it."""
 
@@ -501,6 +503,7 @@ class UtilityVM:
         return await self._guest.run(command, stdin=stdin, env=env, cwd=cwd, timeout_s=timeout_s)
 
     @timed
+    @raises_callers_errors
     async def run_streaming(
         self,
         command: Sequence[str],

@@ -46,6 +46,7 @@ from utilityvm.hosts.qemu.launch import QemuConfig, QemuProcess
 from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.qmp import Answer, Event, Qmp, QmpRefused
 from utilityvm.log import logger
+from utilityvm.machine.oserrors import typed_errors
 from utilityvm.machine.threads import in_thread, lent
 from utilityvm.scsi.ports import SECTOR_SIZES, DiskFormat, DiskRequest, OpenDisk
 from utilityvm.scsi.slot import Slot
@@ -82,6 +83,7 @@ class ShownDevice:
     logical_block_bytes: int
 
 
+@typed_errors
 class QemuHost:
     """A running QEMU, by its monitor. One owner at a time: QEMU serves one client on that socket."""
 
