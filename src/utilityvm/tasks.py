@@ -11,7 +11,7 @@ import asyncio
 import inspect
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -97,33 +97,6 @@ async def finish(work: Coroutine[Any, Any, T], *, deadline: Deadline | None = No
     if not task.done():
         raise DeadlineExceeded("it goes on in the background")
     return task.result()
-
-
-async def gather_owned(works: Iterable[Coroutine[Any, Any, T]], let_go: Callable[[T], object]) -> list[T]:
-    """The results of works that run side by side, each of which owns something: all of them, or none is left.
-
-    If one fails the others are cancelled, and `let_go` is called (and awaited) for each result that came all the same;
-    so it is if the caller is cancelled. The first error is raised.
-    """
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        if tasks:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        return [task.result() for task in tasks]
-    except BaseException:
-        async with Undo() as undo:
-            for task in tasks:
-                task.cancel()
-                undo.add(_let_go, task, let_go)
-            raise
-
-
-async def _let_go(task: asyncio.Task[T], let_go: Callable[[T], object]) -> None:
-    await asyncio.wait([task])
-    if not task.cancelled() and task.exception() is None:
-        done = let_go(task.result())
-        if inspect.isawaitable(done):
-            await done
 
 
 @dataclass(frozen=True, slots=True)

@@ -362,7 +362,7 @@ async def shut_down(record: StoredVM, *, timeout_s: float) -> list[str]:
         async with asyncio.timeout(timeout_s), AsyncExitStack() as closing:
             host = await QemuHost.connect(process, timeout_s=CONNECT_S)
             closing.push_async_callback(host.close)
-            if launch.was_restored(process):
+            if await in_thread(launch.was_restored, process):
                 told.append(f"the runtime folder {process.folder} was removed while the VM ran, and was made again")
             guest = await BridgeGuest.connect(process.agent_socket, timeout_s=CONNECT_S, vm=record.name)
             closing.push_async_callback(guest.close)

@@ -41,7 +41,7 @@ def copy(target: int, process: QemuProcess, size_bytes: int, stop: Event) -> int
         if is_tmpfs(target):
             # A clone maps the file. A hole is a page that tmpfs has yet to find, and the clone dies if it cannot.
             os.posix_fallocate(target, 0, size_bytes)
-        memfd = _memfd(process)
+        memfd = _memfd(process, size_bytes)
         if memfd is None:
             return _copy_mapping(process, target, size_bytes, stop)
         return _copy_file(memfd, target, stop)
@@ -63,17 +63,39 @@ def copy(target: int, process: QemuProcess, size_bytes: int, stop: Event) -> int
         raise
 
 
-def _memfd(process: QemuProcess) -> int | None:
-    """A descriptor of our own of the memfd that is the RAM; None if the RAM is a mapping."""
-    folder = Path(f"/proc/{process.pid}/fd")
-    for entry in folder.iterdir():
-        try:
-            target = str(entry.readlink())
-        except FileNotFoundError:
-            continue  # closed meanwhile
-        if target.startswith(_MEMFD):
-            return os.open(entry, os.O_RDONLY | os.O_CLOEXEC)
-    return None
+def _memfd(process: QemuProcess, size_bytes: int) -> int | None:
+    """A descriptor of our own of the memfd that is the RAM; None if the RAM is a mapping.
+
+    QEMU may have been taken over, and offer others beside it: there must be one of the RAM's size, and no second.
+
+    Raises:
+        HostRefused: which one is the RAM cannot be told.
+    """
+    found: dict[tuple[int, int], int] = {}
+    is_there = False
+    with ExitStack() as undo:
+        for entry in Path(f"/proc/{process.pid}/fd").iterdir():
+            try:
+                if not str(entry.readlink()).startswith(_MEMFD):
+                    continue
+                fd = os.open(entry, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # closed meanwhile
+            undo.callback(os.close, fd)
+            is_there = True
+            status = os.fstat(fd)
+            if status.st_size == size_bytes:
+                found[status.st_dev, status.st_ino] = fd
+        if not is_there:
+            return None
+        if len(found) != 1:
+            raise HostRefused(
+                f"QEMU of VM {process.name} has {len(found)} memory files of {size_bytes >> 20} MiB, and not one",
+                vm=process.name,
+                remedy="its QEMU was tampered with: stop the VM, and trust none of its disks",
+            )
+        (only,) = found.values()
+        return os.dup(only)
 
 
 def is_tmpfs(file: int) -> bool:
