@@ -119,12 +119,17 @@ class Run:
         self.waiting.append((step, answer))
         await answer
 
-    def choose(self, count: int) -> int:
+    def choose(self, count: int, plain: Sequence[int] = ()) -> int:
+        """`plain`: the choices by which nothing goes wrong. By chance they are taken more often than not."""
         position = len(self.taken)
         if position < len(self.follow):
             choice = self.follow[position]
         else:
-            choice = 0 if self.chance is None else self.chance.randrange(count)
+            chance = self.chance
+            if chance is None:
+                choice = 0
+            else:
+                choice = chance.choice(plain) if plain and chance.random() < 0.6 else chance.randrange(count)
         self.taken.append(choice)
         self.options.append(count)
         return choice
@@ -139,7 +144,8 @@ class Run:
                 if self.budget.faults and step != "pause":
                     ways += [(number, how) for how in _BREAKS]
             cancellable = [task for task in callers if not task.done()] if self.budget.cancels else []
-            choice = self.choose(len(ways) + len(cancellable))
+            plain = [place for place, (_, how) in enumerate(ways) if how is None] if self.chance else ()
+            choice = self.choose(len(ways) + len(cancellable), plain)
             if choice >= len(ways):
                 self.budget.cancels -= 1
                 cancellable[choice - len(ways)].cancel()
