@@ -11,7 +11,7 @@ from owners import until_no_process_of
 from utilityvm import DeadlineExceeded, InvalidRequest, SetupError, StartFailed, UtilityVM, VMConfig, VMNotFound
 from utilityvm.guestimage.build import GuestImage
 from utilityvm.guests.bridge_guest import BridgeGuest
-from utilityvm.hosts.qemu import QemuHost, console, launch
+from utilityvm.hosts.qemu import QemuHost, confinement, console
 from utilityvm.hosts.qemu.qmp import Qmp
 from utilityvm.machine import paths as places
 from utilityvm.store import Store
@@ -89,7 +89,7 @@ async def test_a_folder_that_a_killed_starter_left_goes_and_one_that_is_owned_st
     [
         (Store, "add"),
         (console, "start_writer"),
-        (launch, "spawn"),
+        (confinement, "spawn"),
         (Qmp, "connect"),
         (QemuHost, "status"),
         (Store, "set_process"),

@@ -107,13 +107,24 @@ def is_running(pid: int, started: str) -> bool:
 def process_with(*words: str) -> tuple[int, str] | None:
     """The process that has `words` on its command line, as pid and start; None if there is none.
 
+    Of a launcher and what it launched, both of which have them, it is the latter.
+
     Raises:
         SetupError: it cannot be told: this process has too many files open.
     """
-    for pid, line in _every_command_line():
-        if _follow(words, line) and (started := started_at(pid)) is not None:
+    found = [pid for pid, line in _every_command_line() if _follow(words, line)]
+    launchers = {_parent_of(pid) for pid in found}
+    for pid in found:
+        if pid not in launchers and (started := started_at(pid)) is not None:
             return pid, started
     return None
+
+
+def _parent_of(pid: int) -> int | None:
+    try:
+        return int(_stat(pid)[1])
+    except OSError:
+        return None
 
 
 def values_of(option: str) -> set[str]:

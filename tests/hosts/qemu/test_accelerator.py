@@ -83,7 +83,7 @@ async def test_another_boot_is_another_verdict(install: Install, monkeypatch: py
     emulator = install()
     await accelerator.choose(emulator)
     before = starts(emulator)
-    monkeypatch.setattr(accelerator, "_boot", lambda: "the next one")
+    monkeypatch.setattr("utilityvm.hosts.qemu.emulator.boot_id", lambda: "the next one")
     await accelerator.choose(emulator)
     assert starts(emulator) > before
 

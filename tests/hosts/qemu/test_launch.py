@@ -11,12 +11,15 @@ import pytest
 from utilityvm.errors import InvalidRequest, SetupError
 from utilityvm.hosts.qemu import launch
 from utilityvm.hosts.qemu.accelerator import Accelerator
+from utilityvm.hosts.qemu.confinement import Inside
 from utilityvm.hosts.qemu.emulator import Emulator
 from utilityvm.hosts.qemu.launch import Descriptors, QemuConfig, QemuProcess
 from utilityvm.machine.processes import started_at
 
 EMULATOR = Emulator(Path("/usr/bin/qemu-system-x86_64"), "7.2.22", "pc-q35-7.2")
-FDS = Descriptors(qmp=(10, 11), agent=12, log=13, kernel=14, initramfs=15, root=16)
+FDS = Descriptors(
+    qmp=(10, 11), agent=12, log=13, root=16, kernel=Inside(14, "/boot/kernel"), initramfs=Inside(15, "/boot/initramfs")
+)
 CONFIG = QemuConfig(name="one", kernel=Path("/k"), initramfs=Path("/i"), root=Path("/r"), cmdline="console=ttyS0")
 PROCESS = QemuProcess(
     name="one",
@@ -48,7 +51,7 @@ def values(option: str, config: QemuConfig = CONFIG, fds: Descriptors = FDS) -> 
 def test_qemu_is_told_no_path_of_ours() -> None:
     paths = [word for word in words()[1:] if "/" in word]
     assert paths
-    assert all("/dev/fdset/" in word or "/proc/self/fd/" in word for word in paths)
+    assert all("/dev/fdset/" in word or "/boot/" in word for word in paths)
 
 
 def test_the_sandbox_denies_everything_it_can() -> None:

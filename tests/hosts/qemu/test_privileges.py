@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-import asyncio
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from utilityvm.errors import SetupError
 from utilityvm.hosts.qemu import privileges
 from utilityvm.hosts.qemu.privileges import Identity
-from utilityvm.machine.programs import find_program, spawn
+from utilityvm.machine.programs import find_program
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can change users")
 SETPRIV = find_program("setpriv", package="util-linux")
@@ -45,49 +43,6 @@ def test_another_user_has_its_own_group_and_no_capability(groups: tuple[int, ...
     assert status["Uid"] == status["Gid"] == "70123 70123 70123 70123"
     assert status["Groups"] == " ".join(map(str, groups))
     assert all(int(status[name], 16) == 0 for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb"))
-
-
-@as_root
-async def test_an_id_that_a_process_has_is_not_given_again() -> None:
-    async with privileges.identity(kvm=False, timeout_s=10) as first:
-        pid = spawn([*privileges.launcher(SETPRIV, first, dies_with_us=True), "/bin/sleep", "1000"], env={})
-        while not privileges.is_used_by(pid, first):
-            await asyncio.sleep(0)
-    async with privileges.identity(kvm=False, timeout_s=10) as second:
-        assert second.uid != first.uid
-    os.kill(pid, 9)
-
-
-@as_root
-async def test_who_chooses_an_id_is_alone() -> None:
-    async with privileges.identity(kvm=False, timeout_s=10):
-        with pytest.raises(SetupError, match="was locked"):
-            async with privileges.identity(kvm=False, timeout_s=0):
-                pytest.fail("two chose at once")
-
-
-@as_root
-async def test_the_range_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UTILITYVM_UIDS", "321000-321001")
-    async with privileges.identity(kvm=False, timeout_s=10) as who:
-        assert who.uid == 321000
-
-
-@as_root
-@pytest.mark.parametrize("text", ["x", "5-", "9-3", "0-5"])
-async def test_a_range_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setenv("UTILITYVM_UIDS", text)
-    with pytest.raises(SetupError, match="UTILITYVM_UIDS"):
-        async with privileges.identity(kvm=False, timeout_s=10):
-            pytest.fail("an id was chosen")
-
-
-@as_root
-async def test_a_range_of_accounts_only_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UTILITYVM_UIDS", "1-2")  # daemon and bin, on every Debian
-    with pytest.raises(SetupError, match="no free user id for the VM in 1-2"):
-        async with privileges.identity(kvm=False, timeout_s=10):
-            pytest.fail("an id was chosen")
 
 
 def test_an_orphan_does_not_start(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ async def test_what_an_earlier_vm_left_is_no_hindrance(start: Start, runtime: Pa
 
 
 AS_NOBODY = """
-import asyncio, concurrent.futures.thread, os, tempfile  # all of it now: Python may be where nobody may read
+import asyncio, concurrent.futures.thread, ctypes, os, tempfile  # all of it now: Python may be where nobody may read
 from pathlib import Path
 from utilityvm.hosts.qemu import QemuConfig, QemuHost
 from utilityvm.scsi.ports import DiskFormat, DiskRequest

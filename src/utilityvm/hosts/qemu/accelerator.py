@@ -17,7 +17,7 @@ from typing import Any, Final, cast
 
 from utilityvm.errors import SetupError
 from utilityvm.hosts.qemu import emulator as emulators
-from utilityvm.hosts.qemu import privileges
+from utilityvm.hosts.qemu import privileges, userids
 from utilityvm.hosts.qemu.emulator import Emulator
 from utilityvm.hosts.qemu.privileges import Identity
 from utilityvm.log import logger
@@ -66,7 +66,7 @@ async def choose(emulator: Emulator, *, wanted: str | None = None) -> Accelerato
 
 
 def _recall(emulator: Emulator) -> tuple[str, Accelerator | None]:
-    key = f"accelerator {emulator.key} {_boot()} {os.geteuid()}"
+    key = f"accelerator {emulator.key} {emulators.boot_id()} {os.geteuid()}"
     known = emulators.recall(key)
     if not isinstance(known, dict):
         return key, None
@@ -80,7 +80,7 @@ async def attempt(emulator: Emulator, name: str, *, timeout_s: float = TRIAL_S) 
     Raises:
         SetupError: QEMU cannot be started at all.
     """
-    async with privileges.identity(kvm=name == "kvm", timeout_s=30) as who:
+    async with userids.identity(kvm=name == "kvm") as who:
         return await in_thread(_attempt, emulator, name, who, timeout_s)
 
 
@@ -141,13 +141,6 @@ def _why(error: CommandFailed, program: str) -> str:
     lines = [line.removeprefix(f"{program}: ") for line in error.output.splitlines() if "warning:" not in line]
     ending = f"killed by signal {-error.status}" if error.status < 0 else f"status {error.status}"
     return f"{lines[0]} ({ending})" if lines else f"QEMU ended with {ending}"
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return "unknown boot"
 
 
 @contextmanager

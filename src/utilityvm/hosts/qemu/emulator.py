@@ -28,6 +28,7 @@ class Emulator:
     path: Path
     version: str
     machine: str
+    is_named: bool = False  # by UTILITYVM_QEMU
 
     @property
     def key(self) -> str:
@@ -55,13 +56,13 @@ def _find() -> Emulator:
     known = recall(f"emulator {key}")
     if isinstance(known, dict):
         fields = cast(dict[str, Any], known)
-        return Emulator(path, str(fields["version"]), str(fields["machine"]))
+        return Emulator(path, str(fields["version"]), str(fields["machine"]), is_named=bool(named))
     version = _VERSION.search(run([path, "--version"], timeout_s=10).decode())
     machine = _Q35_ALIAS.search(run([path, "-machine", "help"], timeout_s=10).decode())
     if not version or not machine:
         raise SetupError(f"{path} is not a QEMU with a q35 machine", remedy="apt-get install qemu-system-x86")
     remember(f"emulator {key}", {"version": version[1], "machine": machine[1]})
-    return Emulator(path, version[1], machine[1])
+    return Emulator(path, version[1], machine[1], is_named=bool(named))
 
 
 def recall(key: str) -> object:
@@ -84,6 +85,14 @@ def remember(key: str, value: object) -> None:
         temporary.replace(path)
     except OSError as error:
         _log.debug("cannot write %s: %s", path, error)
+
+
+def boot_id() -> str:
+    """What names this boot of the machine."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown boot"
 
 
 def _read() -> dict[str, object]:

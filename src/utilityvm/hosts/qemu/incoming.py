@@ -68,10 +68,10 @@ def needs_writable_memory(qemu_version: str) -> bool:
     return numbers < _READ_ONLY_FILE
 
 
-def memory_backend(fd: int, *, memory_mib: int, qemu_version: str) -> str:
+def memory_backend(path: str, *, memory_mib: int, qemu_version: str) -> str:
     """The VM's RAM, as a `-object`."""
     mode = "" if needs_writable_memory(qemu_version) else ",readonly=on,rom=off"
-    return f"memory-backend-file,id=ram,size={memory_mib}M,share=off,mem-path=/proc/self/fd/{fd}{mode}"
+    return f"memory-backend-file,id=ram,size={memory_mib}M,share=off,mem-path={path}{mode}"
 
 
 def words(incoming: Incoming, *, first_number: int) -> list[str]:

@@ -20,16 +20,17 @@ import stat
 import uuid
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from utilityvm.errors import InvalidRequest, OutcomeUnknown, SetupError, UtilityVMError, VMExists, VMGone
 from utilityvm.hosts.qemu import accelerator as accelerators
-from utilityvm.hosts.qemu import console, emulator, incoming, privileges
+from utilityvm.hosts.qemu import confinement, console, emulator, incoming, privileges, userids
 from utilityvm.hosts.qemu.accelerator import Accelerator
 from utilityvm.hosts.qemu.blockdev import FIRST_NUMBER, LOG_SET, ROOT_SET
+from utilityvm.hosts.qemu.confinement import Inside, Walls
 from utilityvm.hosts.qemu.emulator import Emulator
 from utilityvm.hosts.qemu.incoming import Incoming
 from utilityvm.hosts.qemu.lifetime import Watch
@@ -52,7 +53,6 @@ LONGEST_SOCKET_PATH: Final = 107  # bytes; unix(7)
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _COPY: Final = 1 << 20
 _END_S: Final = 5.0  # a killed process ends in milliseconds, unless the kernel waits for its storage
-_ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _REMEDIES: Final = (
     ("KVM", "set UTILITYVM_ACCEL=tcg, or make /dev/kvm work: `uvm doctor` says what it lacks"),
     ("allocate memory", "give the VM less memory"),
@@ -78,6 +78,7 @@ class QemuConfig:
     paused: bool = False  # run no processor until QemuHost.resume
     accelerator: str | None = None  # None: chosen by trying
     uuid: str | None = None  # None: a new one
+    confinement: str | None = None  # auto, require or off; None: as UTILITYVM_CONFINEMENT says, else auto
 
     def check(self) -> None:
         """Raises:
@@ -120,6 +121,8 @@ class QemuProcess:
     machine: str
     log_pid: int  # the log's writer, which ends by itself when QEMU has
     log_started: str
+    walls: tuple[str, ...] = ()  # the layers of its confinement
+    without: Mapping[str, str] = field(default_factory=dict)  # those that it has not, and why
 
     def to_json(self) -> dict[str, object]:
         return {**asdict(self), "folder": str(self.folder)}
@@ -127,7 +130,8 @@ class QemuProcess:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> QemuProcess:
         """The process that `to_json` wrote; KeyError or TypeError for another document."""
-        fields: dict[str, Any] = {**document, "folder": Path(document["folder"])}
+        walls = tuple(document.get("walls", ()))
+        fields: dict[str, Any] = {**document, "folder": Path(document["folder"]), "walls": walls}
         return cls(**fields)
 
     @property
@@ -157,13 +161,18 @@ class Descriptors:
     qmp: tuple[int, int]
     agent: int
     log: int
-    kernel: int | None
-    initramfs: int | None
     root: int | None
+    kernel: Inside | None
+    initramfs: Inside | None
+    memory: Inside | None = None  # a clone's
+
+    def files(self) -> list[Inside]:
+        """What QEMU opens by name."""
+        return [file for file in (self.kernel, self.initramfs, self.memory) if file is not None]
 
     def all(self) -> list[int]:
-        numbers = [*self.qmp, self.agent, self.log, self.kernel, self.initramfs, self.root]
-        return [number for number in numbers if number is not None]
+        numbers = [*self.qmp, self.agent, self.log, *(file.fd for file in self.files())]
+        return numbers if self.root is None else [*numbers, self.root]
 
 
 def command_line(
@@ -179,7 +188,9 @@ def command_line(
     if saved is None:
         memory = memory_backend(config)
     else:
-        memory = incoming.memory_backend(saved.memory, memory_mib=config.memory_mib, qemu_version=emulator.version)
+        assert fds.memory is not None, "a clone without memory"
+        path, version = fds.memory.path, emulator.version
+        memory = incoming.memory_backend(path, memory_mib=config.memory_mib, qemu_version=version)
     # fmt: off
     words = [
         str(emulator.path),
@@ -188,7 +199,8 @@ def command_line(
         "-nodefaults", "-no-user-config", "-no-reboot",
         "-display", "none",
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-        "-machine", f"{emulator.machine},memory-backend=ram,sata=off,smbus=off,vmport=off,suppress-vmdesc=on",
+        "-machine", f"{emulator.machine},memory-backend=ram,sata=off,smbus=off,vmport=off,suppress-vmdesc=on,"
+                    "dump-guest-core=off",
         "-accel",   accelerator.name,
         "-cpu",     accelerator.cpu,
         "-smp",     str(config.cpus),
@@ -218,9 +230,9 @@ def command_line(
             "-device",   f"scsi-hd,id=d{ROOT_SET},bus=scsi0.0,scsi-id=0,lun=0,drive=n{ROOT_SET},serial={ROOT_SERIAL}",
         ]
     if fds.kernel is not None:
-        words += ["-kernel", f"/proc/self/fd/{fds.kernel}", "-append", kernel_cmdline(config)]
+        words += ["-kernel", fds.kernel.path, "-append", kernel_cmdline(config)]
     if fds.initramfs is not None:
-        words += ["-initrd", f"/proc/self/fd/{fds.initramfs}"]
+        words += ["-initrd", fds.initramfs.path]
     if config.paused or saved is not None:
         words += ["-S"]
     # fmt: on
@@ -249,13 +261,14 @@ async def start(
     config.check()
     program = await emulator.find()
     accelerator = await accelerators.choose(program, wanted=config.accelerator)
+    walls = await confinement.survey(program, mode=confinement.mode(config.confinement))
     await in_thread(check_unused, folder, config.name)
     async with Undo() as undo:
         undo.add(to_the_end, clean, folder)
         await to_the_end(_make_folder, folder, config.name)
         children = _Children()
         undo.add(children.end)
-        process = await _spawn(config, program, accelerator, folder, children, saved, timeout_s=timeout_s)
+        process = await _spawn(config, program, accelerator, walls, folder, children, saved, timeout_s=timeout_s)
         try:
             qmp = await Qmp.connect(folder / QMP_SOCKETS[0], vm=config.name, timeout_s=timeout_s)
         except VMGone as error:
@@ -315,6 +328,7 @@ async def end(process: QemuProcess) -> None:
                 raise does_not_end(process.name, process.pid)
         finally:
             watch.close()
+    await in_thread(userids.rest, process.uid)
     await logged(process)
 
 
@@ -395,6 +409,7 @@ async def _spawn(
     config: QemuConfig,
     program: Emulator,
     accelerator: Accelerator,
+    walls: Walls,
     folder: Path,
     children: _Children,
     saved: Incoming | None,
@@ -402,9 +417,10 @@ async def _spawn(
     timeout_s: float,
 ) -> QemuProcess:
     vm_uuid = config.uuid or str(uuid.uuid4())
+    kvm = accelerator.name == "kvm"
     async with AsyncExitStack() as opened:
-        who = await opened.enter_async_context(privileges.identity(kvm=accelerator.name == "kvm", timeout_s=timeout_s))
-        boot = await in_thread(_open_boot, config, who, late=_Boot.close)
+        who = await opened.enter_async_context(userids.identity(kvm=kvm))
+        boot = await in_thread(_open_boot, config, who, walls, late=_Boot.close)
         opened.push_async_callback(partial(in_thread, boot.close, always=True))
         ports = await to_the_end(_open_ports, folder, late=_Ports.abandon)
         opened.push_async_callback(partial(in_thread, ports.close, always=True))
@@ -416,12 +432,22 @@ async def _spawn(
             kernel=boot.kernel,
             initramfs=boot.initramfs,
             root=boot.root,
+            memory=None if saved is None else _memory(walls, saved, program),
         )
-        words = privileges.launcher(boot.setpriv, who, dies_with_us=not config.keep)
-        words += command_line(config, program, accelerator, vm_uuid=vm_uuid, fds=fds, saved=saved)
+        words = command_line(config, program, accelerator, vm_uuid=vm_uuid, fds=fds, saved=saved)
         inherited = fds.all() + (saved.fds() if saved else [])
+        dies = not config.keep
         # In this thread and no other: without `keep` the VM ends with the thread that started it.
-        pid = spawn(words, env=_ENVIRONMENT, stdout=ports.log, stderr=ports.log, pass_fds=inherited)
+        if walls.is_jail:
+            jail = confinement.Jail(
+                program=program, who=who, setpriv=boot.setpriv, files=fds.files(), dies_with_us=dies, kvm=kvm
+            )
+            with jail.start(words, log=ports.log, inherited=inherited) as launched:
+                children.jail = Watch.child(launched.outer)
+                pid = await launched.qemu(timeout_s=timeout_s)
+        else:
+            words = [*privileges.launcher(boot.setpriv, who, dies_with_us=dies), *words]
+            pid = spawn(words, env=confinement.ENVIRONMENT, stdout=ports.log, stderr=ports.log, pass_fds=inherited)
         children.qemu = Watch.child(pid)
         if who.drops:
             await in_thread(privileges.await_use, pid, who)
@@ -440,6 +466,8 @@ async def _spawn(
         machine=program.machine,
         log_pid=ports.log_pid,
         log_started=children.log.started if children.log else "",
+        walls=tuple(walls.on),
+        without={str(layer): why for layer, why in walls.off.items()},
     )
 
 
@@ -447,20 +475,21 @@ class _Children:
     """QEMU and its log's writer while they are being started; None for one that has ended already."""
 
     def __init__(self) -> None:
+        self.jail: Watch | None = None  # what waits for a confined QEMU, and ends with it
         self.qemu: Watch | None = None
         self.log: Watch | None = None
 
     async def end(self) -> None:
-        """Kill QEMU and see both end: the writer does by itself then."""
+        """Kill QEMU and see all end: the jail of one that never began, and the writer, do by themselves."""
         if self.qemu is not None:
             self.qemu.kill()
-        for watch in (self.qemu, self.log):
+        for watch in (self.qemu, self.jail, self.log):
             if watch is not None and not await watch.wait(timeout_s=_END_S):
                 _log.warning("process %d did not end within %s s", watch.pid, _END_S)
         self.close()
 
     def close(self) -> None:
-        for watch in (self.qemu, self.log):
+        for watch in (self.qemu, self.jail, self.log):
             if watch is not None:
                 watch.close()
 
@@ -551,21 +580,21 @@ class _Boot:
 
     closing: ExitStack
     setpriv: Path
-    kernel: int | None
-    initramfs: int | None
+    kernel: Inside | None
+    initramfs: Inside | None
     root: int | None
 
     def close(self) -> None:
         self.closing.close()
 
 
-def _open_boot(config: QemuConfig, who: Identity) -> _Boot:
+def _open_boot(config: QemuConfig, who: Identity, walls: Walls) -> _Boot:
     """Blocks for as long as the storage of the guest image does."""
     with ExitStack() as opened:
         return _Boot(
             setpriv=find_program("setpriv", package="util-linux"),
-            kernel=_open_for(who, config.kernel, opened),
-            initramfs=_open_for(who, config.initramfs, opened),
+            kernel=_named(who, walls, config.kernel, confinement.KERNEL, opened),
+            initramfs=_named(who, walls, config.initramfs, confinement.INITRAMFS, opened),
             root=_open(config.root, opened),
             closing=opened.pop_all(),
         )
@@ -624,13 +653,25 @@ def _open(path: Path | None, opened: ExitStack) -> int | None:
     return descriptor
 
 
-def _open_for(who: Identity, path: Path | None, opened: ExitStack) -> int | None:
-    """A descriptor that QEMU can open again as /proc/self/fd/N: it takes kernels by name, and may not be a reader."""
+def _named(who: Identity, walls: Walls, path: Path | None, inside: str, opened: ExitStack) -> Inside | None:
+    """A file that QEMU opens by name: it takes no descriptor of a kernel. Its user may have no right to read it."""
     descriptor = _open(path, opened)
-    if descriptor is None or not who.drops or os.fstat(descriptor).st_mode & stat.S_IROTH:
-        return descriptor
-    copy = os.memfd_create("utilityvm-boot", os.MFD_CLOEXEC)
-    opened.callback(os.close, copy)
-    while os.sendfile(copy, descriptor, None, _COPY):
-        pass
-    return copy
+    if descriptor is None:
+        return None
+    is_readable = not who.drops or bool(os.fstat(descriptor).st_mode & stat.S_IROTH)
+    if walls.is_jail:
+        return Inside(descriptor, inside, is_copied=not is_readable)
+    if not is_readable:
+        copy = os.memfd_create("utilityvm-boot", os.MFD_CLOEXEC)
+        opened.callback(os.close, copy)
+        while os.sendfile(copy, descriptor, None, _COPY):
+            pass
+        descriptor = copy
+    return Inside(descriptor, f"/proc/self/fd/{descriptor}")
+
+
+def _memory(walls: Walls, saved: Incoming, program: Emulator) -> Inside:
+    """The file of a template's memory, which a clone maps privately."""
+    if walls.is_jail and not incoming.needs_writable_memory(program.version):
+        return Inside(saved.memory, confinement.MEMORY)
+    return Inside(saved.memory, f"/proc/self/fd/{saved.memory}")
