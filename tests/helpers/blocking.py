@@ -42,6 +42,8 @@ ALLOWED: Final = (
     ("utilityvm/machine/processes.py", "started_at"),
     # The VM ends with the thread that started it, so it has to be started on the thread that owns it.
     ("utilityvm/machine/programs.py", "spawn"),
+    # Files in memory, and pipes.
+    *(("utilityvm/hosts/qemu/confinement.py", name) for name in ("_file_of", "_tell", "close")),
     # One write into the page cache, on a connection that waits for nobody: a thread would cost more than it.
     ("utilityvm/store/journal.py", "_write"),
     # Sockets and locks lie in the runtime folder, which is in memory, and none of these waits for a lock.

@@ -56,7 +56,7 @@ def refusal(path: str | Path, kind: AttachmentType = AttachmentType.VIRTUAL_DISK
     with pytest.raises(UtilityVMError) as caught:
         open_disk(request)
     assert caught.value.remedy, "every refusal says what to do"
-    assert open_fds() == before, "a refusal leaves nothing open"
+    assert open_fds() <= before, "a refusal leaves nothing open"  # those of an earlier test may go meanwhile
     return caught.value
 
 
@@ -153,7 +153,7 @@ def test_a_writer_is_alone(opened: Callable[..., QemuDisk], first: bool, second:
     other = opened(read_only=second)
     with pytest.raises(DiskInUse, match="the VM called two"):
         other.open_locked(who_uses={other.identity: "the VM called two"}.get)
-    assert open_fds() == before + 1  # `other` itself
+    assert open_fds() <= before + 1  # `other` itself
     os.close(held)
     os.close(other.open_locked())
 

@@ -61,7 +61,7 @@ async def test_another_start_time_is_another_process(child: int) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(VMGone):
         Watch(child, "1")
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before  # those of an earlier test may go meanwhile
 
 
 async def test_a_child_that_ended_before_is_told_as_such() -> None:

@@ -92,11 +92,43 @@ class Inside:
     is_copied: bool = False  # QEMU's user may not read it: it gets a copy
 
 
+def prepare(emulator: Emulator, setpriv: Path) -> list[str]:
+    """The words of bubblewrap that give QEMU its program, libraries and firmware. Blocks.
+
+    A program that the user named may be a script, or have files beside it: it gets its folder, and all of /usr.
+
+    Raises:
+        SetupError: bubblewrap is not installed.
+        FilterUnavailable: there is no libseccomp.
+    """
+    seccomp.program()  # made now, and kept
+    program = emulator.path
+    if emulator.is_named:
+        words = ["--ro-bind", "/usr", "/usr", "--dir", "/boot", "--dir", "/dev"]
+        if not program.is_relative_to("/usr"):
+            for folder in list(reversed(program.parents))[1:-1]:  # those that bubblewrap makes are for root alone
+                words += ["--dir", str(folder)]
+            words += ["--ro-bind", str(program.parent), str(program.parent)]
+    else:
+        words = [word for folder in _FOLDERS for word in ("--dir", folder)]
+        there = [path for path in (*_LIBRARIES, *_FIRMWARE) if Path(path).is_dir()]
+        for path in (str(program), "/usr/bin/sh", str(setpriv), *there):
+            words += ["--ro-bind", path, path]
+    for name, target in _LINKS.items():
+        here = Path("/", name)
+        if here.is_symlink():
+            words += ["--symlink", target, str(here)]
+        elif here.is_dir() and name != "sbin":
+            words += ["--ro-bind", str(here), str(here)]
+    bwrap = find_program("bwrap", package="bubblewrap")
+    return [str(bwrap), *words, "--dev-bind", "/dev/null", "/dev/null"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jail:
     """How one QEMU is confined."""
 
-    program: Emulator
+    base: Sequence[str]  # what `prepare` gave
     who: Identity
     setpriv: Path
     files: Sequence[Inside] = ()
@@ -129,13 +161,12 @@ class Jail:
         """The words of bubblewrap. `info_fd`: where it writes which process it confines."""
         # fmt: off
         words = [
-            str(find_program("bwrap", package="bubblewrap")),
+            *self.base,
             "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
             "--hostname", "utilityvm",
             "--cap-drop", "ALL",
             "--info-fd", str(info_fd),
             "--seccomp", str(filter_fd),
-            *self._program_words(),
         ]
         # fmt: on
         if self.who.drops:
@@ -155,31 +186,6 @@ class Jail:
             else:
                 words += ["--ro-bind", f"/proc/self/fd/{file.fd}", file.path]
         return [*words, "--remount-ro", "/", "--chdir", "/", "--"]
-
-    def _program_words(self) -> list[str]:
-        """The words that give QEMU its program, libraries and firmware.
-
-        A program that the user named may be a script, or have files beside it: it gets its folder, and all of /usr.
-        """
-        program = self.program.path
-        if self.program.is_named:
-            words = ["--ro-bind", "/usr", "/usr", "--dir", "/boot", "--dir", "/dev"]
-            if not program.is_relative_to("/usr"):
-                for folder in list(reversed(program.parents))[1:-1]:  # those that bubblewrap makes are for root alone
-                    words += ["--dir", str(folder)]
-                words += ["--ro-bind", str(program.parent), str(program.parent)]
-        else:
-            words = [word for folder in _FOLDERS for word in ("--dir", folder)]
-            there = [path for path in (*_LIBRARIES, *_FIRMWARE) if Path(path).is_dir()]
-            for path in (str(program), "/usr/bin/sh", str(self.setpriv), *there):
-                words += ["--ro-bind", path, path]
-        for name, target in _LINKS.items():
-            here = Path("/", name)
-            if here.is_symlink():
-                words += ["--symlink", target, str(here)]
-            elif here.is_dir() and name != "sbin":
-                words += ["--ro-bind", str(here), str(here)]
-        return [*words, "--dev-bind", "/dev/null", "/dev/null"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +209,12 @@ class Launched:
             raise DeadlineExceeded(f"QEMU was not confined within {timeout_s:g} s", remedy="try again") from None
         if pid is None:
             return self.outer
+        self._tell()
+        return pid
+
+    def _tell(self) -> None:
         with suppress(BrokenPipeError):
             os.write(self._teller, b"go\n")
-        return pid
 
 
 def mode(wanted: str | None) -> Mode:
@@ -253,9 +262,9 @@ def _why_no_jail(emulator: Emulator) -> str | None:
     if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
         return "the kernel does not tell a process's children (CONFIG_PROC_CHILDREN)"
     try:
-        find_program("bwrap", package="bubblewrap")
         setpriv = find_program("setpriv", package="util-linux")
-        jail = Jail(program=emulator, who=Identity(os.geteuid(), drops=os.geteuid() == 0), setpriv=setpriv)
+        who = Identity(os.geteuid(), drops=os.geteuid() == 0)
+        jail = Jail(base=prepare(emulator, setpriv), who=who, setpriv=setpriv)
         with _file_of(seccomp.program()) as filter_fd, _Descriptor(os.open(os.devnull, os.O_WRONLY)) as null:
             words = [*jail.words(filter_fd=filter_fd, info_fd=null.number), "/bin/sh", "-c", "exit 0"]
             run(words, timeout_s=_TRIAL_S, pass_fds=[filter_fd, null.number])

@@ -18,7 +18,7 @@ import re
 import socket
 import stat
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -420,7 +420,7 @@ async def _spawn(
     kvm = accelerator.name == "kvm"
     async with AsyncExitStack() as opened:
         who = await opened.enter_async_context(userids.identity(kvm=kvm))
-        boot = await in_thread(_open_boot, config, who, walls, late=_Boot.close)
+        boot = await in_thread(_open_boot, config, program, who, walls, late=_Boot.close)
         opened.push_async_callback(partial(in_thread, boot.close, always=True))
         ports = await to_the_end(_open_ports, folder, late=_Ports.abandon)
         opened.push_async_callback(partial(in_thread, ports.close, always=True))
@@ -440,7 +440,7 @@ async def _spawn(
         # In this thread and no other: without `keep` the VM ends with the thread that started it.
         if walls.is_jail:
             jail = confinement.Jail(
-                program=program, who=who, setpriv=boot.setpriv, files=fds.files(), dies_with_us=dies, kvm=kvm
+                base=boot.jail, who=who, setpriv=boot.setpriv, files=fds.files(), dies_with_us=dies, kvm=kvm
             )
             with jail.start(words, log=ports.log, inherited=inherited) as launched:
                 children.jail = Watch.child(launched.outer)
@@ -580,6 +580,7 @@ class _Boot:
 
     closing: ExitStack
     setpriv: Path
+    jail: Sequence[str]  # the beginning of bubblewrap's words, where there is a jail
     kernel: Inside | None
     initramfs: Inside | None
     root: int | None
@@ -588,11 +589,13 @@ class _Boot:
         self.closing.close()
 
 
-def _open_boot(config: QemuConfig, who: Identity, walls: Walls) -> _Boot:
+def _open_boot(config: QemuConfig, program: Emulator, who: Identity, walls: Walls) -> _Boot:
     """Blocks for as long as the storage of the guest image does."""
     with ExitStack() as opened:
+        setpriv = find_program("setpriv", package="util-linux")
         return _Boot(
-            setpriv=find_program("setpriv", package="util-linux"),
+            setpriv=setpriv,
+            jail=confinement.prepare(program, setpriv) if walls.is_jail else (),
             kernel=_named(who, walls, config.kernel, confinement.KERNEL, opened),
             initramfs=_named(who, walls, config.initramfs, confinement.INITRAMFS, opened),
             root=_open(config.root, opened),

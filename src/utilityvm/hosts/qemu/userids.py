@@ -47,7 +47,7 @@ async def identity(*, kvm: bool) -> AsyncGenerator[Identity]:
         return
     uid, lock = await in_thread(_claim, late=lambda claimed: os.close(claimed[1]))
     try:
-        yield Identity(uid, _kvm_group() if kvm else ())
+        yield Identity(uid, await in_thread(_kvm_group) if kvm else ())
     finally:
         await in_thread(os.close, lock, always=True)
 
