@@ -68,7 +68,7 @@ def _python() -> Finding:
 
 
 def _qemu() -> Iterator[Finding]:
-    from utilityvm.hosts.qemu import accelerator, emulator
+    from utilityvm.hosts.qemu import accelerator, confinement, emulator
 
     try:
         found = asyncio.run(emulator.find())
@@ -76,6 +76,13 @@ def _qemu() -> Iterator[Finding]:
         yield Finding("qemu", "fault", str(error), error.remedy)
         return
     yield Finding("qemu", "ok", f"{found.version} ({found.path}, {found.machine})")
+    walls = asyncio.run(confinement.survey(found, confinement.Mode.AUTO))
+    yield Finding("confinement", "ok", "; ".join(walls.on))
+    if walls.off:
+        why = next(iter(walls.off.values()))
+        yield Finding(
+            "confinement", "note", f"QEMU has not: {'; '.join(walls.off)} ({why})", "apt-get install bubblewrap"
+        )
     try:
         chosen = asyncio.run(accelerator.choose(found))
     except UtilityVMError as error:

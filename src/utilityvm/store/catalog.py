@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sqlite3
 import threading
@@ -10,14 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from utilityvm.errors import StoreError, VMExists, VMNotFound
 from utilityvm.machine import paths
 from utilityvm.machine.processes import Life, life_of
-from utilityvm.machine.threads import Lane
 from utilityvm.store import database
 from utilityvm.store.formats import Formats
+
+if TYPE_CHECKING:
+    from utilityvm.machine.threads import Lane
 
 _COLUMNS: Final = "id, name, uuid, state, created, config, process, owner"
 
@@ -80,7 +83,6 @@ class Store:
         """Use `open`."""
         self.db = db
         self.path = path
-        self.lane = Lane()  # for event loops: `await store.lane.run(store.get, name)`
         self._unwaiting: sqlite3.Connection | None = None
         self.formats = Formats(path)  # a connection of its own, for threads
         self._writes = 0
@@ -91,6 +93,13 @@ class Store:
         """The store at `path`, made if it is missing; None: this user's. See `database.connect` for the errors."""
         where = path or paths.store_file()
         return cls(database.connect(where), where)
+
+    @functools.cached_property
+    def lane(self) -> Lane:
+        """For event loops: `await store.lane.run(store.get, name)`. Commands that only look need none."""
+        from utilityvm.machine.threads import Lane
+
+        return Lane()
 
     def close(self) -> None:
         """Twice is once."""

@@ -47,6 +47,7 @@ class VMConfig:
     controllers: int = 4  # virtual SCSI controllers of 64 disks each; the VM's root disk takes the first slot
     keep: bool = False  # outlive its owner
     accelerator: str | None = None  # kvm, hvf or tcg; None: the best that works
+    confinement: str | None = None  # of QEMU: auto, require or off; None: UTILITYVM_CONFINEMENT, else auto
 
     def check(self) -> None:
         """Refuse what cannot be.
@@ -73,6 +74,7 @@ class VMConfig:
             controllers=self.controllers,
             keep=self.keep,
             accelerator=self.accelerator,
+            confinement=self.confinement,
             uuid=uuid,
         )
 

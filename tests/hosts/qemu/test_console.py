@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -46,6 +47,18 @@ async def test_a_line_is_there_while_the_vm_lives(tmp_path: Path) -> None:
     assert console.read(tmp_path) == b"hello\n"
     os.close(fd)
     assert await watch.wait(timeout_s=10)
+
+
+async def test_the_writer_has_no_capability_and_can_gain_no_right(tmp_path: Path) -> None:
+    pid, fd = console.start_writer(tmp_path)
+    os.write(fd, b"hello\n")
+    while not console.read(tmp_path):
+        await asyncio.sleep(0)
+    status = Path(f"/proc/{pid}/status").read_text()
+    os.close(fd)
+    fields = dict(line.split(":\t") for line in status.splitlines() if ":\t" in line)
+    assert [int(fields[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")] == [0, 0, 0, 0]
+    assert fields["NoNewPrivs"] == "1"
 
 
 async def test_a_log_that_cannot_be_written_does_not_hold_up_the_guest(tmp_path: Path) -> None:

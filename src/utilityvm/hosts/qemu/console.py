@@ -2,7 +2,8 @@
 
 A guest may write for ever, QEMU bounds nothing, and the VM may outlive us. So QEMU writes into a pipe, and at its other
 end a shell has `head` fill one file after the other: the newest is `console.log`, the one before it `console.log.1`.
-The shell ends when QEMU does; what it cannot store (a full disk) it throws away, so that the guest never waits for it.
+The shell, which handles what a guest chose, has no capability and can gain none.
+It ends when QEMU does; what it cannot store (a full disk) it throws away, so that the guest never waits for it.
 docs/decisions/0002-console-log.md says what else was weighed.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from utilityvm.hosts.qemu.privileges import powerless
 from utilityvm.machine.programs import spawn
 
 NAME: Final = "console.log"
@@ -36,7 +38,7 @@ def start_writer(folder: Path, *, keeps: Sequence[int] = ()) -> tuple[int, int]:
     reader, writer = os.pipe()
     try:
         pid = spawn(
-            ["/bin/sh", "-c", _WRITER, folder / NAME, str(LIMIT_BYTES)],
+            [*powerless(), "/bin/sh", "-c", _WRITER, folder / NAME, str(LIMIT_BYTES)],
             env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
             stdin=reader,
             pass_fds=keeps,

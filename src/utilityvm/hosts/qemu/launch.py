@@ -97,6 +97,7 @@ class QemuConfig:
             raise InvalidRequest(
                 f"a VM of {self.controllers} SCSI controllers", vm=self.name, remedy=f"0 to {MAX_CONTROLLERS}"
             )
+        confinement.mode(self.confinement)
         if self.root is not None and not self.controllers:
             raise InvalidRequest("a root disk, and no controller for it", vm=self.name, remedy="give it a controller")
         if (self.initramfs or self.cmdline) and self.kernel is None:

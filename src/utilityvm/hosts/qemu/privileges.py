@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from utilityvm.machine.processes import started_at
+from utilityvm.machine.programs import find_program
 
 _SETPRIV_S: Final = 0.0005
 # argv[0] of the script is the owner's pid.
@@ -65,6 +66,12 @@ def launcher(setpriv: Path, who: Identity, *, dies_with_us: bool, is_told: bool 
         words += ["--pdeathsig=KILL"]
     script = _ONCE_TOLD if is_told else _UNLESS_ORPHANED if dies_with_us else _ALWAYS
     return [*words, "/bin/sh", "-c", script, str(os.getpid())]
+
+
+def powerless() -> list[str]:
+    """The words to put before a command so that it has no capability, though it is root's, and can gain no right."""
+    words = [str(find_program("setpriv", package="util-linux")), "--no-new-privs", "--inh-caps=-all"]
+    return [*words, "--bounding-set=-all"] if os.geteuid() == 0 else words
 
 
 def user_ids_of(process: str) -> set[int]:
