@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 from utilityvm.agent.faults import Fault
 
 _CONTROL: Final = Path("/dev/mapper/control")
+_DEV: Final = "/dev"
 _HEAD: Final = struct.Struct("=3I I I I i I I I Q 128s 129s 7x")  # struct dm_ioctl
 _SPEC: Final = struct.Struct("=Q Q i I 16s")  # struct dm_target_spec
 _BUFFER_BYTES: Final = 4096
@@ -169,7 +170,7 @@ def _create(name: str, kind: str, sectors: int, table: bytearray, *, read_only: 
             close(name)
         raise Fault(f"dm-{kind} refused: {error.strerror}") from None
     device = _HEAD.unpack_from(answer)[10]
-    return f"/dev/dm-{os.minor(device)}"
+    return f"{_DEV}/dm-{os.minor(device)}"
 
 
 def _load(name: str, kind: str, sectors: int, table: bytes | bytearray, *, read_only: bool) -> None:
