@@ -11,7 +11,8 @@ import pytest
 
 from utilityvm.agent import mounting
 from utilityvm.agent.faults import Fault
-from utilityvm.agent.mounting import MS_NOATIME, MS_RDONLY, mount, mount_again, words
+from utilityvm.agent.mounting import mount, mount_again, words
+from utilityvm.bridge.mount_options import MS_NOATIME, MS_RDONLY
 
 NODE = "/dev/sdb"
 
@@ -58,6 +59,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
         ("ext4", ["errors=continue"], False, "errors=continue"),
         ("ext4", ["errors=panic", "noload"], True, "errors=panic,noload"),
         ("ext4", ["noload"], True, "noload,errors=remount-ro"),
+        ("ext4", ['context="u:r,errors=panic,t"'], True, 'context="u:r,errors=panic,t",noload,errors=remount-ro'),
         ("xfs", [], False, ""),
         ("xfs", [], True, "norecovery"),
         ("btrfs", ["compress=zstd"], True, "compress=zstd,rescue=nologreplay"),

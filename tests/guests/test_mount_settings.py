@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from utilityvm.guests.mount_settings import disk_extension, disk_settings, nonzero
+from utilityvm.errors import InvalidRequest
+from utilityvm.guests.mount_settings import check_config, disk_extension, disk_settings, nonzero
 from utilityvm.scsi.ports import CallerKey, MountConfig, ScratchKey, Verity
 from utilityvm.scsi.slot import Slot
 
@@ -75,3 +76,9 @@ def test_what_gcs_has_no_word_for_is_apart() -> None:
         }
     }
     assert disk_extension(MountConfig()) == {}
+
+
+@pytest.mark.parametrize("option", ["remount,rw", "ro,loop", 'context="a,b', "rw"])
+def test_a_mount_option_that_cannot_be_is_refused_before_anything_is_sent(option: str) -> None:
+    with pytest.raises(InvalidRequest, match="the mount option"):
+        check_config(MountConfig(options=(option,), read_only=True))

@@ -29,6 +29,7 @@ from utilityvm.agent.faults import Fault
 from utilityvm.agent.find_disk import Bus, Device, write
 from utilityvm.agent.folders import Folders
 from utilityvm.bridge import guest_path
+from utilityvm.bridge.mount_options import MountOptions
 
 _STATE: Final = Path("/run/utilityvm/mounts.json")
 _MAX_LUN: Final = 63
@@ -364,7 +365,7 @@ class DiskTable:
         give_up = time.monotonic() + _PASSING_S
         while users := holders.after_unmount(entry.node):
             if time.monotonic() >= give_up:
-                how = mounting.Words(entry.flags, tuple(entry.propagation), entry.options)
+                how = MountOptions(entry.flags, tuple(entry.propagation), entry.options)
                 mounting.mount_again(entry.node, entry.path, entry.filesystem, how)
                 raise _busy(entry.path, users)
             time.sleep(_LOOK_AGAIN_S)  # a namespace or a program that has just ended still lets go of it

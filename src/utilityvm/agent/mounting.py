@@ -1,4 +1,4 @@
-"""mount(2) and umount2(2), the words of mount(8), and which file system a device holds."""
+"""mount(2) and umount2(2), and which file system a device holds."""
 
 from __future__ import annotations
 
@@ -7,55 +7,14 @@ import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Final, NamedTuple
+from typing import Final
 
 from utilityvm.agent.faults import Fault
+from utilityvm.bridge import mount_options
+from utilityvm.bridge.mount_options import MS_RDONLY, MountOptions
 
-# linux/mount.h
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_REMOUNT = 1, 2, 4, 8, 16, 32
-MS_DIRSYNC, MS_NOATIME, MS_NODIRATIME, MS_BIND, MS_REC, MS_SILENT = 128, 1024, 2048, 4096, 16384, 32768
-MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED, MS_RELATIME, MS_STRICTATIME = (
-    1 << bit for bit in (17, 18, 19, 20, 21, 24)
-)
-MS_LAZYTIME: Final = 1 << 25
+MS_BIND: Final = 4096  # linux/mount.h
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
-
-# A word sets the bits of the first number and clears those of the second.
-_FLAGS: Final[dict[str, tuple[int, int]]] = {
-    "defaults": (0, 0),
-    "ro": (MS_RDONLY, 0),
-    "rw": (0, MS_RDONLY),
-    "nosuid": (MS_NOSUID, 0),
-    "suid": (0, MS_NOSUID),
-    "nodev": (MS_NODEV, 0),
-    "dev": (0, MS_NODEV),
-    "noexec": (MS_NOEXEC, 0),
-    "exec": (0, MS_NOEXEC),
-    "sync": (MS_SYNCHRONOUS, 0),
-    "async": (0, MS_SYNCHRONOUS),
-    "dirsync": (MS_DIRSYNC, 0),
-    "noatime": (MS_NOATIME, 0),
-    "atime": (0, MS_NOATIME),
-    "nodiratime": (MS_NODIRATIME, 0),
-    "diratime": (0, MS_NODIRATIME),
-    "relatime": (MS_RELATIME, 0),
-    "norelatime": (0, MS_RELATIME),
-    "strictatime": (MS_STRICTATIME, 0),
-    "lazytime": (MS_LAZYTIME, 0),
-    "nolazytime": (0, MS_LAZYTIME),
-    "silent": (MS_SILENT, 0),
-}
-_PROPAGATION: Final = {
-    "shared": MS_SHARED,
-    "rshared": MS_SHARED | MS_REC,
-    "private": MS_PRIVATE,
-    "rprivate": MS_PRIVATE | MS_REC,
-    "slave": MS_SLAVE,
-    "rslave": MS_SLAVE | MS_REC,
-    "unbindable": MS_UNBINDABLE,
-    "runbindable": MS_UNBINDABLE | MS_REC,
-}
-_NOT_OURS: Final = {"bind", "rbind", "move", "remount", "loop"}  # these ask for another act than mounting a disk
 
 # Where a file system signs its superblock: (offset, signature, name).
 _SIGNATURES: Final[tuple[tuple[int, bytes, str], ...]] = (
@@ -127,36 +86,16 @@ _BTRFS_ID_AT: Final = 65536 + 32  # the file system's id, in its superblock
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Words(NamedTuple):
-    """Mount options, sorted by who takes them."""
-
-    flags: int
-    propagation: tuple[int, ...]
-    data: str
-
-
-def words(options: Sequence[str], *, read_only: bool) -> Words:
-    """Mount options as mount(2) wants them; what we do not know is the file system's to judge.
+def words(options: Sequence[str], *, read_only: bool) -> MountOptions:
+    """Mount options as mount(2) wants them.
 
     Raises:
-        Fault: an option asks for another act than mounting the disk, or contradicts `read_only`.
+        Fault: as `mount_options.parse`.
     """
-    flags = MS_RDONLY if read_only else 0
-    propagation: list[int] = []
-    data: list[str] = []
-    for option in (part for words_given in options for part in words_given.split(",")):
-        if option in _FLAGS:
-            add, drop = _FLAGS[option]
-            if read_only and drop & MS_RDONLY:
-                raise Fault("the option rw contradicts a read-only mount", kind="invalid")
-            flags = (flags & ~drop) | add
-        elif option in _PROPAGATION:
-            propagation.append(_PROPAGATION[option])
-        elif option in _NOT_OURS:
-            raise Fault(f"the option {option} does not mount a disk", kind="invalid")
-        elif option:
-            data.append(option)
-    return Words(flags, tuple(propagation), ",".join(data))
+    try:
+        return mount_options.parse(options, read_only=read_only)
+    except ValueError as why:
+        raise Fault(f"the mount option {why}", kind="invalid") from None
 
 
 def detect(node: str) -> str | None:
@@ -176,7 +115,7 @@ def detect(node: str) -> str | None:
     return None
 
 
-def mount(node: str, target: str, filesystem: str, how: Words) -> None:
+def mount(node: str, target: str, filesystem: str, how: MountOptions) -> None:
     """Mount `node` at `target`, and set its propagation. On an error nothing is mounted there.
 
     Raises:
@@ -197,7 +136,7 @@ def mount(node: str, target: str, filesystem: str, how: Words) -> None:
         raise
 
 
-def mount_again(node: str, target: str, filesystem: str, how: Words) -> None:
+def mount_again(node: str, target: str, filesystem: str, how: MountOptions) -> None:
     """As `mount`, of a file system that was mounted so and lives on, whatever has become of it: read-only, by an error.
 
     Raises:
@@ -211,9 +150,9 @@ def mount_again(node: str, target: str, filesystem: str, how: Words) -> None:
         mount(node, target, filesystem, how._replace(flags=how.flags | MS_RDONLY))
 
 
-def with_defaults(filesystem: str, how: Words) -> str:
+def with_defaults(filesystem: str, how: MountOptions) -> str:
     """The file system's options, with those that hold unless the caller says otherwise."""
-    given = how.data.split(",") if how.data else []
+    given = [option for option in mount_options.split([how.data]) if option]
     added = []
     if how.flags & MS_RDONLY and (never_write := _NO_RECOVERY.get(filesystem)) and never_write not in given:
         added.append(never_write)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any, Final
 
-from utilityvm.bridge import hazards, messages
+from utilityvm.bridge import hazards, messages, mount_options
 from utilityvm.bridge.guest_path import mountable, spelled
 from utilityvm.errors import InvalidRequest, NotSupported
 from utilityvm.scsi.ports import CallerKey, MountConfig, ScratchKey
@@ -31,6 +31,10 @@ def check_config(config: MountConfig) -> None:
     for option in config.options:
         if not option or any(sign in option for sign in "\0\n"):
             raise InvalidRequest(f"{option!r} is no mount option")
+    try:
+        mount_options.parse(config.options, read_only=config.read_only)
+    except ValueError as why:
+        raise InvalidRequest(f"the mount option {why}", remedy="leave it out") from None
     if config.filesystem is not None and not _NAME.fullmatch(config.filesystem):
         raise InvalidRequest(f"{config.filesystem!r} is no file system", remedy="name it as mount(8) does: ext4, xfs")
     if config.ensure_filesystem and config.read_only:

@@ -194,6 +194,8 @@ OPTIONS: tuple[tuple[list[str], set[str], set[str]], ...] = (
     (["data=journal", "lazytime"], {"rw", "data=journal", "lazytime"}, set()),
     (["rprivate", "noexec"], {"noexec"}, {"shared"}),
     (["private", "shared"], {"shared"}, set()),
+    (["nofail,_netdev,x-systemd.automount,comment=a", "nosymfollow"], {"rw", "nosymfollow"}, {"nofail"}),
+    (["user,exec"], {"nosuid", "nodev"}, {"noexec"}),
     (["unbindable"], {"unbindable"}, {"shared"}),
 )
 
@@ -231,6 +233,9 @@ IMPOSSIBLE: tuple[tuple[type[Exception], dict[str, Any]], ...] = (
     (GuestRefused, {"filesystem": "nosuchfs"}),
     (InvalidRequest, {"options": ["bind"]}),
     (InvalidRequest, {"options": ["remount,rw"]}),
+    (InvalidRequest, {"options": ['context="a,b']}),
+    (InvalidRequest, {"options": ["loop"]}),
+    (GuestRefused, {"options": ['nosuchoption="a,ro,b"']}),
     (InvalidRequest, {"options": ["rw"], "read_only": True}),
     (InvalidRequest, {"options": [""]}),
     (InvalidRequest, {"options": ["a\nb"]}),
