@@ -24,6 +24,27 @@ from typing import Final, NamedTuple
 # Source: hcsshim internal/guestpath/paths.go; its functional tests mount at /run/gcs/c/0/scsi0.
 _FOR_MOUNTS: Final = re.compile(r"/run/(mounts/(scsi/)?|layers/|drivers/|gcs/c/[^/]+/(scsi|mounts/))[^/]+(/.*)?")
 _PARENTS: Final = frozenset({"/run/mounts/scsi", "/run/gcs/c"})
+# The folders at the root that may hold files of the guest's own. Any other there is gcs's to make, and to remove.
+# Source: Filesystem Hierarchy Standard 3.0, section 3; and what Linux and systemd add.
+_SYSTEM: Final = frozenset(
+    {
+        "bin",
+        "boot",
+        "dev",
+        "etc",
+        "home",
+        "init",
+        "lib",
+        "lib32",
+        "lib64",
+        "libx32",
+        "lost+found",
+        "media",
+        "mnt",
+        "nix",
+    }
+    | {"opt", "proc", "root", "run", "sbin", "snap", "srv", "sys", "tmp", "usr", "var"}
+)
 PLACES: Final = "/run/mounts, /run/layers, /run/drivers, /run/gcs/c/ID/mounts or /run/gcs/c/ID/scsi*"
 
 PROPAGATION: Final = frozenset(
@@ -47,6 +68,8 @@ def is_for_mounts(path: PurePosixPath, vouched: Iterable[PurePosixPath] = ()) ->
         return False
     if any(folder in path.parents for folder in vouched):
         return True
+    if len(path.parts) == 2 and path.is_absolute():
+        return path.name not in _SYSTEM
     return text not in _PARENTS and _FOR_MOUNTS.fullmatch(text) is not None
 
 
@@ -55,7 +78,8 @@ def place_objection(path: PurePosixPath) -> Objection:
     return Objection(
         f"guest path {path} may hold files of the guest's own, and this guest's agent removes the path with all that "
         "is below it when the disk is unmounted, or its mount fails",
-        f"choose a path below {PLACES}; or vouch for a folder that holds nothing else, with allow_mounts_below",
+        f"choose a new folder at the root, or a path below {PLACES}; or vouch for a folder of mounts alone, with "
+        "allow_mounts_below",
     )
 
 

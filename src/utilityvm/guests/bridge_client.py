@@ -81,6 +81,7 @@ class BridgeClient:
         self._proof = (-1, "")  # number and activity of the request whose answer shows that we are in step
         self.first_answer: dict[str, Any] | None = None
         self.about: answers.About | None = None  # what our agent said of itself; another guest says nothing
+        self.capabilities: dict[str, Any] = {}  # as the guest told them; `about` is what we read of them
         self.was_negotiated_before = False  # by somebody, with a guest that takes only one negotiate
         self.is_watched = False  # something is waited for that is no request: look whether the agent is still there
         # Resolves with the reason when the connection is over; every request that waits ends with it.
@@ -327,6 +328,7 @@ class BridgeClient:
         if answer.version != messages.PROTOCOL_VERSION:
             text = f"the guest speaks protocol version {answer.version}, we {messages.PROTOCOL_VERSION}"
             raise ProtocolError(text, message=body, vm=self._vm)
+        self.capabilities = dict(body.get("Capabilities") or {})
         self.about = answer.capabilities.utilityvm if answer.capabilities else None
         self.was_negotiated_before = False
 

@@ -25,7 +25,6 @@ PROPAGATION: Final = frozenset(
 FILES: Final = frozenset(
     {
         "/bin/sh",
-        "/data/file",
         "/etc/passwd",
         "/home/u/file",
         "/lib64/ld.so",

@@ -251,7 +251,6 @@ NOT_FOR_MOUNTS = [
     "/root/keys",
     "/srv/site",
     "/mnt/data",
-    "/mounts",
     "/tmp/x",
     "/run",
     "/run/mounts",
@@ -273,6 +272,7 @@ FOR_MOUNTS = [
     "/run/drivers/d1",
     "/run/gcs/c/0/scsi1",
     "/run/gcs/c/c1/mounts/m0",
+    "/data",
 ]
 
 
