@@ -257,7 +257,7 @@ async def try_image(vm: UtilityVM, image: Image, disk: Path, folder: Path) -> Ro
     judges = "; ".join(filter(None, (told_by_qemu(path), told_by_judge(image, path))))
     before = digest(path, path.stat().st_size)
     try:
-        async with await vm.add_scsi(path, read_only=True, sector_size_bytes=image.sector):
+        async with vm.add_scsi(path, read_only=True, sector_size_bytes=image.sector):
             device = await newest(vm)
             seen = int(await inside(vm, f"blockdev --getsize64 /dev/{device}"))
             same = (await inside(vm, f"head -c {size} /dev/{device} | sha256sum")).split()[0] == digest(disk, size)
@@ -271,7 +271,7 @@ async def try_image(vm: UtilityVM, image: Image, disk: Path, folder: Path) -> Ro
 async def try_to_write(vm: UtilityVM, image: Image, path: Path, folder: Path) -> str:
     """The guest writes to it, and qemu-img must read the same afterwards."""
     try:
-        async with await vm.add_scsi(path, sector_size_bytes=image.sector):
+        async with vm.add_scsi(path, sector_size_bytes=image.sector):
             device = await newest(vm)
             await inside(vm, f"dd if=/dev/urandom of=/dev/{device} bs=1M seek=3 count=2 conv=fsync 2>/dev/null")
             seen = (await inside(vm, f"sha256sum /dev/{device}")).split()[0]
@@ -309,14 +309,14 @@ async def try_file_system(vm: UtilityVM, kind: FileSystem, folder: Path) -> Row:
     except Missing:
         judges = "blkid: nothing"
     try:
-        async with await vm.add_scsi(path, GENERATED, read_only=True) as mount:
+        async with vm.add_scsi(path, GENERATED, read_only=True) as mount:
             name = await inside(vm, f"findmnt -n -o FSTYPE {mount.guest_path} || stat -f -c %T {mount.guest_path}")
             found = await inside(vm, f"cat {mount.guest_path}/[Ff][Ii][Ll][Ee]* 2>/dev/null || true")
     except UtilityVMError as error:
         return Row(kind.name, [f"refused: {said(error, folder)}", "", judges])
     read = f"as {name}" + ((", with its file" if TEXT in found else ", WITHOUT its file") if kind.has_file else "")
     try:
-        async with await vm.add_scsi(path, GENERATED) as mount:
+        async with vm.add_scsi(path, GENERATED) as mount:
             await inside(vm, f"cd {mount.guest_path} && dd if=/dev/urandom of=new bs=64k count=16 2>/dev/null && sync")
         written = "written"
     except UtilityVMError as error:
@@ -373,7 +373,7 @@ async def main() -> int:
         images: list[Row] = []
         systems: list[Row] = []
         config = VMConfig(name=f"corpus-{top.name[-6:].replace('_', 'x')}")
-        async with await UtilityVM.start(config, image=GuestImage.build()) as vm:
+        async with UtilityVM.start(config, image=GuestImage.build()) as vm:
             for number, image in enumerate(IMAGES):
                 (folder := top / f"i{number}").mkdir()
                 images.append(await try_image(vm, image, disk, folder))

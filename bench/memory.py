@@ -31,14 +31,14 @@ def kib(pid: int, name: str, file: str = "status") -> int:
 async def measure(folder: Path) -> None:
     """In a process of its own, which has loaded what an owner of VMs needs and no more."""
     disks = sorted(folder.glob("*.qcow2"))
-    async with await UtilityVM.start(VMConfig(name=f"bench-{os.getpid()}", memory_mib=256)) as vm:
+    async with UtilityVM.start(VMConfig(name=f"bench-{os.getpid()}", memory_mib=256)) as vm:
         qemu = vm.process.pid
         before, qemu_before = kib(os.getpid(), "VmRSS"), kib(qemu, "VmRSS")
         await vm.add_scsi_many([DiskSpec(host_path=disk, read_only=True) for disk in disks])
         after, qemu_after = kib(os.getpid(), "VmRSS"), kib(qemu, "VmRSS")
     boots = []
     for memory_mib in (256, 128, 96):
-        async with await UtilityVM.start(VMConfig(name=f"bench-{os.getpid()}", memory_mib=memory_mib)) as vm:
+        async with UtilityVM.start(VMConfig(name=f"bench-{os.getpid()}", memory_mib=memory_mib)) as vm:
             free = await vm.run(["sh", "-c", "awk '/MemAvailable/ {print int($2 / 1024)}' /proc/meminfo"])
             boots.append([f"a VM of {memory_mib} MiB", f"boots; {free.stdout.decode().strip()} MiB available in it"])
     table(

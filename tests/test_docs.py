@@ -57,3 +57,8 @@ def test_the_tests_that_pages_name_exist() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_work(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_no_page_and_no_docstring_shows_async_with_await() -> None:
+    shown = [*PAGES, *(ROOT / "examples").rglob("*.py"), *(ROOT / "src").rglob("*.py")]
+    assert [page.name for page in shown if "async with await " in page.read_text()] == []

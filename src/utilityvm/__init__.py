@@ -2,8 +2,8 @@
 
 ::
 
-    async with await UtilityVM.start(VMConfig(name="worker")) as vm:
-        async with await vm.add_scsi("tools.vhdx", "/tools", read_only=True) as tools:
+    async with UtilityVM.start(VMConfig(name="worker")) as vm:
+        async with vm.add_scsi("tools.vhdx", "/tools", read_only=True) as tools:
             result = await vm.run(["ls", "/tools"])
 
 Every error is a `UtilityVMError`. After a `RequestError` nothing was sent and nothing changed; after `HostRefused` and
@@ -80,12 +80,14 @@ if TYPE_CHECKING:
     from utilityvm.scsi.slot import Slot
     from utilityvm.scsi.views import MountView, SlotView
     from utilityvm.templates.catalog import Template
+    from utilityvm.vm.acquiring import Acquiring
     from utilityvm.vm.pool import ClonePool
     from utilityvm.vm.utility_vm import GENERATED, DiskSpec, SCSIMount, UtilityVM, VMConfig
 
 __all__ = [
     "GENERATED",
     "AccessDenied",
+    "Acquiring",
     "AlreadyAttached",
     "AlreadyReleased",
     "AttachmentType",
@@ -167,6 +169,7 @@ _MODULES = {
         "Verity",
     ),
     "utilityvm.scsi.slot": ("Slot",),
+    "utilityvm.vm.acquiring": ("Acquiring",),
     "utilityvm.vm.pool": ("ClonePool",),
     "utilityvm.templates.catalog": ("Template",),
     "utilityvm.guestimage.build": ("GuestImage",),

@@ -47,7 +47,7 @@ async def test_what_no_journal_knows_keeps_its_slot(worker: str, images: tuple[P
         store.db.execute("DELETE FROM reservations")
     vm = await UtilityVM.open(worker)
     assert vm.findings == ("slot 0:1 has a disk that is in no journal: it stays taken",)
-    async with await vm.add_scsi(images[1], "/other") as other:
+    async with vm.add_scsi(images[1], "/other") as other:
         assert str(other.slot) == "0:2"
     await vm.close()
     assert uvm("stop", worker).returncode == 0

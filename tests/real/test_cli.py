@@ -321,7 +321,7 @@ def test_a_full_vm_says_so_and_takes_disks_again_when_one_is_gone(
     script = (
         "import asyncio, sys\nfrom utilityvm import DiskSpec, UtilityVM\n"
         "async def main():\n"
-        "    async with await UtilityVM.open('small') as vm:\n"
+        "    async with UtilityVM.open('small') as vm:\n"
         "        disks = [DiskSpec(host_path=f'{sys.argv[1]}/{n}.raw') for n in range(63)]\n"
         "        await vm.add_scsi_many(disks, holder='many')\n"
         "asyncio.run(main())"

@@ -107,7 +107,7 @@ class Check:
                 await mount.release()
             assert not vm.scsi_slots()
             if written := WRITTEN.get(self._operation):
-                async with await vm.add_scsi(self._folder / written, "/again"):
+                async with vm.add_scsi(self._folder / written, "/again"):
                     assert await read_in_guest(vm, "/again/greeting", "/again/written") == GREETING + task.text
             await check_agreement(vm, self._images)
             await until_guest_has_no_disks(vm)
@@ -244,7 +244,7 @@ async def test_wherever_the_agent_dies_the_next_one_takes_over_the_mount_or_undo
     vm_booted: UtilityVM, tmp_path: Path, tell: Tell
 ) -> None:
     image = ext4_image(tmp_path / "disk.raw", {}, size_mib=4)
-    async with await vm_booted.add_scsi(image) as held:
+    async with vm_booted.add_scsi(image) as held:
         assert held.slot == (0, 1)
         numbers = chosen(sys.maxsize, every=EVERY)
         words = [str(numbers.start), str(numbers.step)]

@@ -145,7 +145,7 @@ async def test_wherever_a_save_is_cut_short_there_is_a_template_or_the_vm_goes_o
                     with pytest.raises((VMNotRunning, VMNotFound)):
                         await UtilityVM.open(NAME)
                 await remove(NAME)
-                async with await UtilityVM.clone(SAVED, f"{NAME}-again") as clone:
+                async with UtilityVM.clone(SAVED, f"{NAME}-again") as clone:
                     assert await output(clone, "cat /data/written") == text
                 await sweep()
                 with Store.open() as store:

@@ -103,7 +103,7 @@ async def test_wherever_qemu_dies_everybody_hears_it_at_once(
         assert not places.vm_dir(vm.name).exists()
         assert not any(map(is_locked, images))
     for image in images:  # whole, and free for others
-        async with await vm_booted.add_scsi(image, "/again"):
+        async with vm_booted.add_scsi(image, "/again"):
             assert await read_in_guest(vm_booted, "/again/greeting") == "hello\n"
         run([find_program("e2fsck", package="e2fsprogs"), "-fn", image])
 

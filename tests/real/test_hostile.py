@@ -79,7 +79,7 @@ async def test_without_space_for_the_journal_nothing_is_sent(start: Start, disk:
         assert [str(view.slot) for view in vm.scsi_slots()] == ["0:1"]
         assert len(await vm._host.attachments()) == 1
         assert await output(vm, "cat /held/greeting") == "hello\n"
-    async with await vm.add_scsi(other, "/other"):
+    async with vm.add_scsi(other, "/other"):
         assert await output(vm, "cat /other/name") == "other"
     await held.release()
     assert vm.scsi_slots() == []
@@ -113,7 +113,7 @@ async def test_an_image_that_finds_no_space_on_the_host_hurts_its_writer_alone(
 ) -> None:
     with tmpfs(4 << 20) as folder:
         sparse = ext4_image(folder / "sparse.raw", {"old": "old"}, size_mib=32)
-        async with await vm_booted.add_scsi(disk, "/data"):
+        async with vm_booted.add_scsi(disk, "/data"):
             mount = await vm_booted.add_scsi(sparse, "/sparse")
             failed = await vm_booted.run(["dd", "if=/dev/urandom", "of=/sparse/new", "bs=1M", "count=16", "conv=fsync"])
             assert failed.exit_code != 0
@@ -140,7 +140,7 @@ async def test_without_a_free_descriptor_it_says_so_and_goes_on_later(vm_booted:
         for filler in fillers:
             os.close(filler)
     assert vm_booted.scsi_slots() == []
-    async with await vm_booted.add_scsi(disk, "/data"):
+    async with vm_booted.add_scsi(disk, "/data"):
         assert await output(vm_booted, "cat /data/greeting") == "hello\n"
 
 
@@ -159,7 +159,7 @@ async def test_an_image_that_is_cut_while_it_is_attached_hurts_its_reader_alone(
     vm_booted: UtilityVM, disk: Path, tmp_path: Path
 ) -> None:
     cut = ext4_image(tmp_path / "cut.raw", {"large": "x" * (6 << 20)})
-    async with await vm_booted.add_scsi(disk, "/data"):
+    async with vm_booted.add_scsi(disk, "/data"):
         doomed = await vm_booted.add_scsi(cut, "/cut", read_only=True)
         os.truncate(cut, 1 << 20)
         failed = await vm_booted.run(["sh", "-c", "cat /cut/large > /dev/null"])
@@ -171,7 +171,7 @@ async def test_an_image_that_is_cut_while_it_is_attached_hurts_its_reader_alone(
 
 
 async def test_an_image_that_is_pulled_away_stays_until_it_is_released(vm_booted: UtilityVM, disk: Path) -> None:
-    async with await vm_booted.add_scsi(disk, "/data") as mount:
+    async with vm_booted.add_scsi(disk, "/data") as mount:
         disk.unlink()
         assert await output(vm_booted, "cat /data/greeting; echo on > /data/on; cat /data/on") == "hello\non\n"
         with pytest.raises(InvalidRequest, match="No such file"):
@@ -199,7 +199,7 @@ async def test_after_a_reboot_every_vm_is_gone_and_its_disks_are_free(
         # The machine did not really boot: end what runs.
         store.set_process(record, before)
     await UtilityVM.remove("rebooted", force=True)
-    async with await vm_booted.add_scsi(disk, "/data"):
+    async with vm_booted.add_scsi(disk, "/data"):
         assert await output(vm_booted, "cat /data/greeting") == "hello\n"
 
 

@@ -65,7 +65,7 @@ async def kill(pid: int) -> None:
 
 async def test_what_the_guest_writes_is_in_the_image(vm_booted: UtilityVM, tmp_path: Path) -> None:
     image = ext4_image(tmp_path / "data.qcow2", {"in": "7\n"}, image_format=DiskFormat.QCOW2)
-    async with await vm_booted.add_scsi(image, "/data") as data:
+    async with vm_booted.add_scsi(image, "/data") as data:
         assert data.slot == Slot(0, 1)
         assert await output(vm_booted, "cat /data/in; echo 49 > /data/out") == "7\n"
     assert read_file(image, "/out", image_format=DiskFormat.QCOW2) == "49\n"
@@ -102,7 +102,7 @@ async def test_another_file_under_the_same_name_is_another_disk(vm_booted: Utili
 
 
 async def test_without_a_guest_path_it_is_attached_only(vm_booted: UtilityVM, disk: Path) -> None:
-    async with await vm_booted.add_scsi(disk) as attached:
+    async with vm_booted.add_scsi(disk) as attached:
         assert attached.guest_path is None
         assert vm_booted.scsi_guest_path(disk) is None
         assert not vm_booted.scsi_mounts()
@@ -111,7 +111,7 @@ async def test_without_a_guest_path_it_is_attached_only(vm_booted: UtilityVM, di
 
 
 async def test_a_path_can_be_made_up(vm_booted: UtilityVM, disk: Path) -> None:
-    async with await vm_booted.add_scsi(disk, GENERATED) as first, await vm_booted.add_scsi(disk, GENERATED) as second:
+    async with vm_booted.add_scsi(disk, GENERATED) as first, vm_booted.add_scsi(disk, GENERATED) as second:
         assert first.guest_path == second.guest_path
         assert await output(vm_booted, f"cat {first.guest_path}/greeting") == "hello\n"
 
@@ -182,7 +182,7 @@ async def test_events_tell_what_happens(vm_booted: UtilityVM, disk: Path) -> Non
     events = vm_booted.scsi_events()
     first = asyncio.ensure_future(anext(events))
     await asyncio.sleep(0)
-    async with await vm_booted.add_scsi(disk, "/data"):
+    async with vm_booted.add_scsi(disk, "/data"):
         assert (await first).host_path == str(disk)
 
 
@@ -273,7 +273,7 @@ async def test_a_guest_that_hangs_costs_its_caller_alone(
         with pytest.raises(DeadlineExceeded):
             await vm_booted.run(["true"], timeout_s=0.3)
         attached = await vm_booted.add_scsi(other_disk, read_only=True)  # the host needs no guest for that
-        async with await other.add_scsi(other_disk, "/data", read_only=True):
+        async with other.add_scsi(other_disk, "/data", read_only=True):
             assert await output(other, "cat /data/greeting") == "still here\n"
     finally:
         await vm_booted._host.resume()

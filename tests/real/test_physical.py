@@ -68,7 +68,7 @@ async def test_what_the_guest_writes_is_on_the_device_and_the_host_is_kept_out_m
     vm_booted: UtilityVM, loops: Loops
 ) -> None:
     device = filesystem(loops)
-    async with await vm_booted.add_scsi_physical_disk(device, "/data") as data:
+    async with vm_booted.add_scsi_physical_disk(device, "/data") as data:
         assert await output(vm_booted, "cat /data/greeting; echo written > /data/out") == "hello\n"
         with pytest.raises(subprocess.CalledProcessError):
             loops.mount(device)
@@ -96,7 +96,7 @@ async def test_a_read_only_device_is_not_written_and_shared_with_another_node_of
 @pytest.mark.parametrize("size", [512, 4096])
 async def test_the_guest_sees_the_devices_own_blocks(vm_booted: UtilityVM, loops: Loops, size: int) -> None:
     device = loops.attach(loops.file(), "--sector-size", str(size))
-    async with await vm_booted.add_scsi_physical_disk(device, "/data", ensure_filesystem=True):
+    async with vm_booted.add_scsi_physical_disk(device, "/data", ensure_filesystem=True):
         name = await output(vm_booted, "basename $(grep ' /data ' /proc/mounts | cut -d' ' -f1)")
         queue = f"/sys/block/{name.strip()}/queue"
         sizes = await output(vm_booted, f"cat {queue}/logical_block_size {queue}/physical_block_size")
@@ -128,7 +128,7 @@ async def test_a_partition_of_the_host_is_a_disk_and_its_neighbour_stays_the_hos
     for partition in (first, second):
         loops.run("mkfs.ext4", "-q", partition)
     point = loops.mount(first)
-    async with await vm_booted.add_scsi_physical_disk(second, "/data"):
+    async with vm_booted.add_scsi_physical_disk(second, "/data"):
         await output(vm_booted, "echo the guest > /data/who")
         (point / "who").write_text("the host\n")
         for device in (first, disk):
@@ -227,21 +227,21 @@ async def test_what_is_no_physical_disk_or_not_to_be_written_is_refused(vm_boote
     with pytest.raises(InvalidRequest, match="not an image") as caught:
         await vm_booted.add_scsi(read_only)
     assert "add_scsi_physical_disk" in str(caught.value.remedy)
-    async with await vm_booted.add_scsi_physical_disk(read_only, read_only=True):
+    async with vm_booted.add_scsi_physical_disk(read_only, read_only=True):
         pass
 
 
 async def test_an_image_behind_a_device_is_refused_beside_it(vm_booted: UtilityVM, loops: Loops) -> None:
     file = ext4_image(loops.folder / "disk.img", {})
     device = loops.attach(file)
-    async with await vm_booted.add_scsi_physical_disk(device, "/data"):
+    async with vm_booted.add_scsi_physical_disk(device, "/data"):
         with pytest.raises(DiskInUse, match=f"backs {Path(device).name}"):
             await vm_booted.add_scsi(file, "/image")
 
 
 async def test_a_physical_disk_is_not_grown_by_us(vm_booted: UtilityVM, loops: Loops) -> None:
     device = filesystem(loops)
-    async with await vm_booted.add_scsi_physical_disk(device, "/data") as data:
+    async with vm_booted.add_scsi_physical_disk(device, "/data") as data:
         with pytest.raises(NotSupported, match="cannot grow"):
             await vm_booted.scsi.resize(str(data.host_path), 32 << 20)
         assert await output(vm_booted, "cat /data/greeting") == "hello\n"
@@ -250,7 +250,7 @@ async def test_a_physical_disk_is_not_grown_by_us(vm_booted: UtilityVM, loops: L
 async def test_two_vms_have_one_physical_disk_only_to_read(vm_booted: UtilityVM, start: Start, loops: Loops) -> None:
     device = filesystem(loops)
     other = await start("second")
-    async with await vm_booted.add_scsi_physical_disk(device, "/data"):
+    async with vm_booted.add_scsi_physical_disk(device, "/data"):
         for read_only in (True, False):
             with pytest.raises(DiskInUse, match=vm_booted.name):
                 await other.add_scsi_physical_disk(device, "/data", read_only=read_only)
@@ -263,7 +263,7 @@ async def test_two_vms_have_one_physical_disk_only_to_read(vm_booted: UtilityVM,
         async with await start("third") as third:
             with pytest.raises(DiskInUse):
                 await third.add_scsi_physical_disk(node, "/data")
-    async with await other.add_scsi_physical_disk(device, "/data"):
+    async with other.add_scsi_physical_disk(device, "/data"):
         assert await output(other, "cat /data/greeting") == "hello\n"
     assert on_the_host(loops, device, "greeting") == "hello\n"
 

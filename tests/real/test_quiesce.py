@@ -184,6 +184,6 @@ async def test_who_the_system_is_stands_in_files_that_need_no_disk(vm_booted: Ut
         "print([ThisKernel().is_in_memory(os.open(path, os.O_RDONLY)) for path in"
         " ('/etc/hostname', '/run/utilityvm/mounts.json', '/data')])"
     )
-    async with await vm_booted.add_scsi(ext4_image(tmp_path / "disk.raw", {}), "/data"):
+    async with vm_booted.add_scsi(ext4_image(tmp_path / "disk.raw", {}), "/data"):
         done = await vm_booted.run(["python3", "-c", look])
     assert done.stdout == b"[True, True, False]\n", done.stderr

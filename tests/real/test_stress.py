@@ -153,7 +153,7 @@ async def test_every_slot_is_filled_used_and_given_back(vm_booted: UtilityVM, tm
     assert await vm.remove_scsi_many([one for one in mounts if isinstance(one, SCSIMount)]) == [None] * len(seen)
     free = Slot(1, 40)
     await held.pop(free).release()
-    async with await vm.add_scsi(one_more, "/mnt/more") as more:
+    async with vm.add_scsi(one_more, "/mnt/more") as more:
         assert more.slot == free
         assert await output(vm, "cat /mnt/more/mark") == mark(0)
     assert await vm.remove_scsi_many(held.values(), timeout_s=300) == [None] * 254

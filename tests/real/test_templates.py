@@ -118,7 +118,7 @@ def left_of(name: str) -> list[str]:
 
 
 async def test_a_clone_goes_on_where_the_template_was(warm: Warm) -> None:
-    async with await UtilityVM.clone("warm", "one") as vm:
+    async with UtilityVM.clone("warm", "one") as vm:
         assert [(str(view.slot), view.read_only, view.references) for view in vm.scsi_slots()] == [
             ("0:1", False, 1),
             ("0:2", False, 1),
@@ -153,7 +153,7 @@ async def test_clones_see_the_template_and_their_own_writes_only(warm: Warm, tmp
 
 
 async def test_the_disks_of_a_clone_are_released_one_by_one_and_others_come(warm: Warm, disk: Path) -> None:
-    async with await UtilityVM.clone("warm", "busy") as vm:
+    async with UtilityVM.clone("warm", "busy") as vm:
         extra = await vm.add_scsi(disk, "/extra")
         again = await vm.add_scsi(warm.shared, "/shared", read_only=True)
         assert (str(extra.slot), again.slot, again.ref_count) == ("0:5", SHARED, 2)
@@ -161,7 +161,7 @@ async def test_the_disks_of_a_clone_are_released_one_by_one_and_others_come(warm
             await mount.release()
         assert vm.scsi_slots() == []
         assert "/data" not in await output(vm, "cat /proc/mounts")
-        async with await vm.add_scsi(warm.shared, "/again", read_only=True) as mount:
+        async with vm.add_scsi(warm.shared, "/again", read_only=True) as mount:
             assert mount.slot == WRITTEN, "the slots are free"
             assert await output(vm, "cat /again/base") == "shared\n"
 
@@ -194,7 +194,7 @@ async def test_a_hook_makes_what_a_clone_must_not_share(booted: str) -> None:
     try:
         await output(vm, f"mkdir -p {HOOKS} && printf '{hook}' > {HOOKS}/10-keys && chmod +x {HOOKS}/10-keys")
         await vm.save_as_template("hooked")
-        async with await UtilityVM.clone("hooked", "keyed") as clone:
+        async with UtilityVM.clone("hooked", "keyed") as clone:
             assert await output(clone, "cat /run/hooked") == "save\nclone keyed\n"
     finally:
         await vm.stop()
@@ -229,7 +229,7 @@ async def test_a_failed_save_lets_the_vm_go_on(
         with pytest.raises(VMNotRunning, match="at-last"):
             await vm.add_scsi(disk, "/data")
         assert left_of("going") == []
-        async with await UtilityVM.clone("at-last", "going") as clone:
+        async with UtilityVM.clone("at-last", "going") as clone:
             assert await output(clone, "cat /data/after") == "after hook\ncopy\ndigest\nencode\n"
     finally:
         await vm.stop()
@@ -251,7 +251,7 @@ async def test_what_cannot_be_saved_is_refused_first(
     blank = tmp_path / "blank.raw"
     blank.write_bytes(bytes(64 << 20))
     key = CallerKey(os.urandom(64))
-    async with await vm_booted.add_scsi(blank, "/secret", encryption=key, ensure_filesystem=True):
+    async with vm_booted.add_scsi(blank, "/secret", encryption=key, ensure_filesystem=True):
         with pytest.raises(NotSupported, match="key"):
             await vm_booted.save_as_template("secret")
     assert "secret" not in catalog.names()
@@ -277,7 +277,7 @@ async def test_nothing_changes_while_a_template_is_saved(
         with pytest.raises(SetupError, match="cut short"):
             await vm.save_as_template("still")
         assert [type(error) for error in seen] == [Migrating]
-        async with await vm.add_scsi(disk, "/data"):
+        async with vm.add_scsi(disk, "/data"):
             assert await output(vm, "cat /data/greeting") == "hello\n"
     finally:
         await vm.stop()
@@ -287,9 +287,9 @@ async def test_a_templates_disks_are_kept_from_writers(warm: Warm, vm_booted: Ut
     for path in (warm.written, warm.shared):
         with pytest.raises(DiskInUse, match="template warm"):
             await vm_booted.add_scsi(path, "/data")
-        async with await vm_booted.add_scsi(path, "/data", read_only=True) as mount:
+        async with vm_booted.add_scsi(path, "/data", read_only=True) as mount:
             assert mount.read_only
-    async with await UtilityVM.clone("warm", "keeper"):
+    async with UtilityVM.clone("warm", "keeper"):
         with Store.open() as store, pytest.raises(TemplateInUse, match="VM keeper"):
             catalog.remove("warm", store)
         with pytest.raises(DiskInUse, match="template warm"):  # its clone has a lock on it now
@@ -359,7 +359,7 @@ async def test_a_clone_that_fails_leaves_nothing(warm: Warm, monkeypatch: pytest
     assert left_of("failing") == []
     await until_no_process_of("failing")
     monkeypatch.undo()
-    async with await UtilityVM.clone("warm", "failing") as vm:
+    async with UtilityVM.clone("warm", "failing") as vm:
         assert await output(vm, "cat /data/warm") == "warm\n"
 
 
@@ -414,7 +414,7 @@ async def test_a_state_that_qemu_does_not_take_is_told_in_its_words(warm: Warm) 
 
 
 async def test_names_are_taken_once(warm: Warm) -> None:
-    async with await UtilityVM.clone("warm", "taken"):
+    async with UtilityVM.clone("warm", "taken"):
         with pytest.raises(VMExists):
             await UtilityVM.clone("warm", "taken")
 
@@ -493,7 +493,7 @@ async def test_a_pool_replaces_what_died_in_it(warm: Warm) -> None:
             await doomed.run(["true"])
         os.kill(doomed.process.pid, 9)
         await doomed.wait()
-        async with await pool.acquire() as vm:
+        async with pool.acquire() as vm:
             assert vm.name != doomed.name
             assert await output(vm, "cat /data/warm") == "warm\n"
         assert left_of(doomed.name) == []
@@ -507,7 +507,7 @@ async def test_a_pool_tells_why_it_is_empty(warm: Warm) -> None:
             with pytest.raises(TemplateDamaged, match="more"):
                 await pool.acquire()
             os.utime(warm.more, ns=(status.st_atime_ns, status.st_mtime_ns))
-            async with await pool.acquire() as vm:
+            async with pool.acquire() as vm:
                 assert vm.is_running
     finally:
         os.utime(warm.more, ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -152,7 +152,7 @@ async def test_what_no_journal_knows_is_taken_out_unless_it_is_in_use(start: Sta
         assert len(await repair.mend("lost")) >= 2
         assert await repair.examine("lost") == []
         vm = await UtilityVM.open("lost")
-        async with await vm.add_scsi(disk, "/data") as mount:
+        async with vm.add_scsi(disk, "/data") as mount:
             assert mount.slot == Slot(0, 1), "the slot is free again"
     finally:
         await UtilityVM.remove("lost", force=True) if not vm.is_running else await vm.stop()

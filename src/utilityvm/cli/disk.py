@@ -150,7 +150,7 @@ async def _attach(name: str, spec: DiskSpec, *, holder: str, timeout_s: float, w
     from utilityvm.vm.utility_vm import UtilityVM
 
     spec.request()  # what is wrong by itself is told before the VM is waited for
-    async with await UtilityVM.open(name, wait_s=wait_s) as vm:
+    async with UtilityVM.open(name, wait_s=wait_s) as vm:
         begun = time.monotonic()
         mount = await vm.add(spec, holder=holder, timeout_s=timeout_s)
         seconds = time.monotonic() - begun
@@ -276,7 +276,7 @@ def resize_command(name: str, disk: str, size: str, timeout_s: float, wait_s: fl
 async def _resize(name: str, disk: str, to_bytes: int, *, timeout_s: float, wait_s: float, as_json: bool) -> None:
     from utilityvm.vm.utility_vm import UtilityVM
 
-    async with await UtilityVM.open(name, wait_s=wait_s) as vm:
+    async with UtilityVM.open(name, wait_s=wait_s) as vm:
         begun = time.monotonic()
         await vm.resize_scsi(disk, to_bytes, timeout_s=timeout_s)
         seconds = time.monotonic() - begun
@@ -317,7 +317,7 @@ async def _detach(
     from utilityvm.machine.hostpath import absolute
     from utilityvm.vm.utility_vm import UtilityVM
 
-    async with await UtilityVM.open(name, wait_s=wait_s) as vm:
+    async with UtilityVM.open(name, wait_s=wait_s) as vm:
         begun = time.monotonic()
         reservation = next((one for one in vm.scsi_reservations() if one.id == disk), None)
         if reservation is not None:

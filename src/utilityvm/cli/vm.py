@@ -68,7 +68,7 @@ async def _start(config: VMConfig, key: str | None, *, timeout_s: float, as_json
     image = find_image(key) if key is not None else await asyncio.to_thread(ensure_image)
     begun = time.monotonic()
     say(f"starting {config.name}…")
-    async with await UtilityVM.start(config, image=image, timeout_s=timeout_s) as vm:
+    async with UtilityVM.start(config, image=image, timeout_s=timeout_s) as vm:
         seconds = time.monotonic() - begun
         say(f"{vm.name} is up ({seconds:.1f} s, {vm.process.accelerator})")
         if as_json:
@@ -266,7 +266,7 @@ async def _exec(
     from utilityvm.vm.utility_vm import UtilityVM
 
     timeout_s, wait_s = limits
-    async with await UtilityVM.open(name, wait_s=wait_s) as vm:
+    async with UtilityVM.open(name, wait_s=wait_s) as vm:
         given = _own_input() if stdin else None
         if not as_json:
             return await vm.run_streaming(

@@ -58,7 +58,7 @@ async def mend(name: str, *, wait_s: float = 0.0) -> list[str]:
         As `examine`; and GuestBusy and others, if a disk that no journal knows cannot be taken out.
     """
     await _doubt(name, wait_s=wait_s)
-    async with await UtilityVM.open(name, wait_s=wait_s) as vm:
+    async with UtilityVM.open(name, wait_s=wait_s) as vm:
         await vm.scsi.repair()
         return [*vm.findings, *await vm.remove_strays()]
 

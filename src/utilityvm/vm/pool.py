@@ -20,6 +20,7 @@ from utilityvm.machine.threads import in_thread
 from utilityvm.tasks import Deadline, finish
 from utilityvm.templates import catalog
 from utilityvm.vm import rest as resting
+from utilityvm.vm.acquiring import acquires
 from utilityvm.vm.arguments import checked
 from utilityvm.vm.utility_vm import UtilityVM
 
@@ -39,7 +40,7 @@ class ClonePool:
     ::
 
         async with ClonePool("warm", size=4) as pool:
-            async with await pool.acquire() as vm:
+            async with pool.acquire() as vm:
                 await vm.run(["make", "test"])
 
     Owned by the event loop, and the thread, that entered it. What was handed out is the caller's to close.
@@ -90,6 +91,7 @@ class ClonePool:
     ) -> None:
         await self.close()
 
+    @acquires
     @checked
     async def acquire(self, *, timeout_s: float = 60.0) -> UtilityVM:
         """A running clone, which is the caller's from now on. Waits for one if none is ready.

@@ -32,6 +32,7 @@ from utilityvm.vm import end
 from utilityvm.vm import open as opening
 from utilityvm.vm import save as saving
 from utilityvm.vm import start as starting
+from utilityvm.vm.acquiring import acquires
 from utilityvm.vm.arguments import checked, timed
 from utilityvm.vm.config import GENERATED, DiskSpec, GuestPath, VMConfig
 from utilityvm.vm.lifecycle import BOOT_S, SHUTDOWN_S
@@ -54,6 +55,7 @@ class UtilityVM:
         self.findings = vm.findings  # what `open` found half done, and did about it: a line each
 
     @classmethod
+    @acquires
     @checked
     async def start(
         cls, config: VMConfig | str, *, image: GuestImage | None = None, timeout_s: float = BOOT_S
@@ -74,6 +76,7 @@ class UtilityVM:
         return cls(await starting.start(config, image=image, timeout_s=timeout_s))
 
     @classmethod
+    @acquires
     @checked
     async def clone(
         cls,
@@ -102,6 +105,7 @@ class UtilityVM:
         return cls(await cloning.clone(template, name, keep=keep, replace=replace, timeout_s=timeout_s))
 
     @classmethod
+    @acquires
     @checked
     async def open(cls, name: str, *, wait_s: float = 0.0, timeout_s: float = OPEN_S) -> UtilityVM:
         """Own a running VM whose owner let go of it, or died. What an owner left half done is finished or undone.
@@ -184,6 +188,7 @@ class UtilityVM:
 
     # Disks.
 
+    @acquires
     @checked
     async def add_scsi(
         self,
@@ -247,6 +252,7 @@ class UtilityVM:
         )
         return await self.add(spec, holder=holder, on_busy=on_busy, timeout_s=timeout_s)
 
+    @acquires
     @checked
     async def add_scsi_physical_disk(
         self,
@@ -288,6 +294,7 @@ class UtilityVM:
         )
         return await self.add(spec, holder=holder, on_busy=on_busy, timeout_s=timeout_s)
 
+    @acquires
     @timed
     async def add(
         self,

@@ -34,7 +34,7 @@ def is_readable(image: Path) -> bool:
 async def test_a_scratch_disk_is_noise_and_dies_with_its_mount(vm: UtilityVM, tmp_path: Path) -> None:
     images = [blank(tmp_path / f"{n}.raw", 16) for n in range(2)]
     for image in images:
-        async with await vm.add_scsi(image, "/data", encryption=ScratchKey(), **MADE):
+        async with vm.add_scsi(image, "/data", encryption=ScratchKey(), **MADE):
             await output(vm, WRITE)
             assert (await mount_at(vm, "/data")).device.startswith(("/dev/dm-", "/dev/mapper/"))
             assert await output(vm, "head -n 1 /data/secret") == f"{TEXT}\n"
@@ -45,13 +45,13 @@ async def test_a_scratch_disk_is_noise_and_dies_with_its_mount(vm: UtilityVM, tm
         with pytest.raises(GuestRefused):
             await vm.add_scsi(images[0], "/data", **settings)
     assert digest(images[0]) == before
-    async with await vm.add_scsi(images[0], "/data", encryption=ScratchKey(), reformat=True, **MADE):
+    async with vm.add_scsi(images[0], "/data", encryption=ScratchKey(), reformat=True, **MADE):
         assert await output(vm, "ls /data") == "lost+found\n"
 
 
 async def test_the_same_key_reads_it_again_and_no_other(vm: UtilityVM, tmp_path: Path) -> None:
     image = blank(tmp_path / "disk.raw", 16)
-    async with await vm.add_scsi(image, "/data", encryption=KEY, **MADE):
+    async with vm.add_scsi(image, "/data", encryption=KEY, **MADE):
         await output(vm, WRITE)
     assert not is_readable(image)
     before = digest(image)
@@ -65,10 +65,10 @@ async def test_the_same_key_reads_it_again_and_no_other(vm: UtilityVM, tmp_path:
         with pytest.raises(GuestRefused):
             await vm.add_scsi(image, "/data", **settings)
         assert not vm.scsi_slots()
-    async with await vm.add_scsi(image, "/data", encryption=KEY, read_only=True):
+    async with vm.add_scsi(image, "/data", encryption=KEY, read_only=True):
         assert await output(vm, "head -n 1 /data/secret; wc -c < /data/secret") == f"{TEXT}\n1000000\n"
     assert digest(image) == before
-    async with await vm.add_scsi(image, "/data", encryption=KEY, **MADE):  # it is there: it is not made again
+    async with vm.add_scsi(image, "/data", encryption=KEY, **MADE):  # it is there: it is not made again
         assert await output(vm, "wc -c < /data/secret") == "1000000\n"
 
 
@@ -91,7 +91,7 @@ async def test_partitions_have_keys_of_their_own(vm: UtilityVM, tmp_path: Path) 
 async def test_an_encrypted_device_can_be_published(vm: UtilityVM, tmp_path: Path) -> None:
     image = blank(tmp_path / "disk.raw", 4)
     for key in (KEY, ScratchKey()):
-        async with await vm.add_scsi(image, "/device", encryption=key, block_device=True):
+        async with vm.add_scsi(image, "/device", encryption=key, block_device=True):
             await output(vm, f"echo '{TEXT}' | dd of=/device conv=notrunc,fsync bs=512 seek=8 2>/dev/null")
             assert TEXT in await output(vm, "dd if=/device bs=512 skip=8 count=1 2>/dev/null | head -n 1")
         data = image.read_bytes()
@@ -135,7 +135,7 @@ async def test_a_key_is_nowhere_to_be_read(
     seen = repr(key) + repr(vm.scsi_slots())
     watch = "echo ready; while [ ! -e /tmp/enough ]; do cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ; done > /tmp/seen"
     async with Running(vm, watch):
-        async with await vm.add_scsi(image, "/data", encryption=key, holder="job-17", **MADE):
+        async with vm.add_scsi(image, "/data", encryption=key, holder="job-17", **MADE):
             seen += repr(vm.scsi_mounts()) + repr(vm.scsi_slots()) + repr(vm.scsi_reservations())
             in_guest = await vm.run(["sh", "-c", "cat /run/utilityvm/* /proc/self/mountinfo; dmesg; dmsetup table"])
         with pytest.raises(GuestRefused) as caught:

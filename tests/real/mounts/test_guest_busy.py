@@ -171,7 +171,7 @@ async def test_what_uses_an_attached_disk_or_a_part_of_it_keeps_it(vm: UtilityVM
     disk = gpt_disk(tmp_path / "disk.raw", parts)
     before = await output(vm, "ls /sys/block")
     mount = await vm.add_scsi(disk)
-    async with await vm.add_scsi(disk, "/seen", partition=1):  # the guest has it by then
+    async with vm.add_scsi(disk, "/seen", partition=1):  # the guest has it by then
         (name,) = set((await output(vm, "ls /sys/block")).split()) - set(before.split())
     device = f"/dev/{name}"
     for user in (
@@ -238,7 +238,7 @@ async def test_force_takes_it_away_all_the_same(vm: UtilityVM, full_disk: Path, 
         await mount.release(force=True)
         assert not vm.scsi_slots()
         await complaint(vm, f"test -e {device} || grep ' /data ' /proc/self/mountinfo")
-    async with await vm.add_scsi(full_disk, "/data"):
+    async with vm.add_scsi(full_disk, "/data"):
         assert await output(vm, "cat /data/greeting") == "hello\n"
 
 
@@ -252,5 +252,5 @@ async def test_a_mapping_that_is_forced_away_ends_with_its_last_user(vm: Utility
         assert not vm.scsi_slots()
         await output(vm, f"ls {mapping}")
     await output(vm, f"while [ -e {mapping} ]; do :; done")
-    async with await vm.add_scsi(image, "/data", encryption=key):
+    async with vm.add_scsi(image, "/data", encryption=key):
         assert await output(vm, "ls /data") == "lost+found\nopen\n"

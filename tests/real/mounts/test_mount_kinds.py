@@ -26,10 +26,10 @@ async def test_a_file_system_is_found_and_read_and_never_written_when_read_only(
 ) -> None:
     image = filesystem_image(kind, tmp_path / "disk.raw", FILES)
     if kind == "vfat":
-        async with await vm.add_scsi(image, "/data"):
+        async with vm.add_scsi(image, "/data"):
             await output(vm, "mkdir /data/folder; echo hello > /data/greeting; echo deep > /data/folder/deep")
     before = digest(image)
-    async with await vm.add_scsi(image, "/data", read_only=True):
+    async with vm.add_scsi(image, "/data", read_only=True):
         assert await output(vm, "cat /data/greeting /data/folder/deep") == "hello\ndeep\n"
         device, _, filesystem, options, _ = await mount_at(vm, "/data")
         assert filesystem == kind
@@ -59,16 +59,16 @@ def is_dirty(kind: str, image: Path) -> bool:
 @pytest.mark.parametrize("kind", JOURNALLED)
 async def test_a_journal_is_not_replayed_by_a_read_only_mount(vm: UtilityVM, tmp_path: Path, kind: str) -> None:
     image = filesystem_image(kind, tmp_path / "disk.raw", FILES)
-    async with await vm.add_scsi(image, "/data"):
+    async with vm.add_scsi(image, "/data"):
         await output(vm, "echo more > /data/new && sync /data/new")
         crashed = copy_sparse(image, tmp_path / "crashed.raw")
     assert is_dirty(kind, crashed)
     before = digest(crashed)
     for settings in ({"read_only": True}, {"options": ["ro"]}):  # of the disk; of the mount of a writable disk
-        async with await vm.add_scsi(crashed, "/data", **settings):
+        async with vm.add_scsi(crashed, "/data", **settings):
             assert await output(vm, "cat /data/greeting /data/folder/deep") == "hello\ndeep\n"
         assert digest(crashed) == before
-    async with await vm.add_scsi(crashed, "/data"):
+    async with vm.add_scsi(crashed, "/data"):
         assert await output(vm, "cat /data/new") == "more\n"
     assert not is_dirty(kind, crashed)
 
@@ -164,7 +164,7 @@ async def test_what_is_at_a_guest_path_stays_as_it_was(vm: UtilityVM, tmp_path: 
     )
     try:
         for path in ("/old/empty", "/old/full"):
-            async with await vm.add_scsi(image, path):
+            async with vm.add_scsi(image, path):
                 assert await output(vm, f"cat {path}/greeting") == "hello\n"
         for path in ("/old/link", "/old/link/below", "/old/file", "/old/file/below"):
             with pytest.raises((GuestRefused, InvalidRequest)):
@@ -176,7 +176,7 @@ async def test_what_is_at_a_guest_path_stays_as_it_was(vm: UtilityVM, tmp_path: 
         await output(vm, "mount --bind /old/full /old/empty")
         with pytest.raises(GuestPathInUse):
             await vm.add_scsi(image, "/old/empty")
-        async with await vm.add_scsi(image, "/old/full"):
+        async with vm.add_scsi(image, "/old/full"):
             pass
     finally:
         await output(vm, "umount /old/empty; rm -r /old")
@@ -201,9 +201,9 @@ OPTIONS: tuple[tuple[list[str], set[str], set[str]], ...] = (
 
 
 async def test_options_are_those_of_the_mount(vm: UtilityVM, disk: Path) -> None:
-    async with await vm.add_scsi(disk):
+    async with vm.add_scsi(disk):
         for options, is_so, is_not in OPTIONS:
-            async with await vm.add_scsi(disk, "/data", options=options):
+            async with vm.add_scsi(disk, "/data", options=options):
                 mounted = await mount_at(vm, "/data")
             assert is_so <= mounted.options | mounted.propagation, options
             assert not is_not & (mounted.options | mounted.propagation), options
@@ -212,7 +212,7 @@ async def test_options_are_those_of_the_mount(vm: UtilityVM, disk: Path) -> None
 async def test_a_slave_is_told_and_does_not_tell(vm: UtilityVM, disk: Path) -> None:
     await output(vm, "mkdir /near /far; mount -t tmpfs near /near; mount --bind /near /far")
     try:
-        async with await vm.add_scsi(disk, "/near/data", options=["rslave"]):
+        async with vm.add_scsi(disk, "/near/data", options=["rslave"]):
             assert (await mount_at(vm, "/near/data")).propagation == {"master"}
             assert await output(vm, "cat /far/data/greeting") == "hello\n"
             await output(vm, "mkdir /far/data/told /near/data/untold; mount -t tmpfs told /far/data/told")
@@ -258,7 +258,7 @@ async def test_what_cannot_be_mounted_so_is_refused_and_leaves_nothing(vm: Utili
 
 async def test_the_file_system_can_be_said(vm: UtilityVM, tmp_path: Path) -> None:
     image = filesystem_image("vfat", tmp_path / "disk.raw", {})
-    async with await vm.add_scsi(image, "/data", filesystem="msdos"):
+    async with vm.add_scsi(image, "/data", filesystem="msdos"):
         assert (await mount_at(vm, "/data")).filesystem == "msdos"
 
 
@@ -269,10 +269,10 @@ async def test_the_file_system_can_be_said(vm: UtilityVM, tmp_path: Path) -> Non
 async def test_a_blank_disk_gets_a_file_system_once(vm: UtilityVM, tmp_path: Path, kind: str, size_mib: int) -> None:
     image = blank(tmp_path / "disk.raw", size_mib)
     for number in range(2):
-        async with await vm.add_scsi(image, "/data", ensure_filesystem=True, filesystem=kind):
+        async with vm.add_scsi(image, "/data", ensure_filesystem=True, filesystem=kind):
             assert (await mount_at(vm, "/data")).filesystem == kind
             await output(vm, f"echo {number} >> /data/log")
-    async with await vm.add_scsi(image, "/data", read_only=True):
+    async with vm.add_scsi(image, "/data", read_only=True):
         assert await output(vm, "cat /data/log") == "0\n1\n"
 
 
@@ -309,9 +309,9 @@ async def test_only_a_blank_disk_is_formatted_unless_that_is_said(vm: UtilityVM,
     with pytest.raises(GuestRefused, match=f"not blank: it holds {what}"):
         await vm.add_scsi(image, "/data", ensure_filesystem=True)
     assert digest(image) == before
-    async with await vm.add_scsi(image, "/data", ensure_filesystem=True, reformat=True):
+    async with vm.add_scsi(image, "/data", ensure_filesystem=True, reformat=True):
         await output(vm, "echo new > /data/file")
-    async with await vm.add_scsi(image, "/data", read_only=True):  # found by itself: nothing old speaks first
+    async with vm.add_scsi(image, "/data", read_only=True):  # found by itself: nothing old speaks first
         assert await output(vm, "cat /data/file") == "new\n"
         assert (await mount_at(vm, "/data")).filesystem == "ext4"
 
@@ -351,16 +351,16 @@ async def test_a_device_can_be_published_instead_of_mounted(vm: UtilityVM, tmp_p
         assert await output(vm, "dd if=/devices/whole bs=512 skip=1 count=1 2>/dev/null | head -c 8") == "EFI PART"
         await output(vm, "mkdir /mine; mount /devices/part /mine; echo new > /mine/greeting; umount /mine; rmdir /mine")
     await complaint(vm, "ls -d /devices")
-    async with await vm.add_scsi(disk, "/data", partition=1, read_only=True):
+    async with vm.add_scsi(disk, "/data", partition=1, read_only=True):
         assert await output(vm, "cat /data/greeting") == "new\n"
-    async with await vm.add_scsi(disk, "/device", block_device=True, read_only=True):
+    async with vm.add_scsi(disk, "/device", block_device=True, read_only=True):
         await complaint(vm, "dd if=/dev/zero of=/device bs=512 count=1 conv=notrunc,fsync")
         assert await output(vm, "blockdev --getro /device") == "1\n"
 
 
 async def test_a_published_device_can_be_blank(vm: UtilityVM, tmp_path: Path) -> None:
     image = blank(tmp_path / "disk.raw", 2)
-    async with await vm.add_scsi(image, "/device", block_device=True):
+    async with vm.add_scsi(image, "/device", block_device=True):
         await output(vm, "printf written | dd of=/device bs=512 seek=3 conv=notrunc,fsync 2>/dev/null")
     assert image.read_bytes()[1536:1543] == b"written"
 

@@ -29,7 +29,7 @@ async def sizes(vm: UtilityVM, path: str) -> tuple[int, int]:
 @pytest.mark.parametrize(("kind", "to_mib"), [("ext4", 64), ("xfs", 400), ("btrfs", 300)])
 async def test_a_mounted_file_system_grows_with_its_disk(vm: UtilityVM, tmp_path: Path, kind: str, to_mib: int) -> None:
     image = filesystem_image(kind, tmp_path / "disk.raw", FILES)
-    async with await vm.add_scsi(image, "/data"), await vm.add_scsi(image, "/also", options=["noatime"]):
+    async with vm.add_scsi(image, "/data"), vm.add_scsi(image, "/also", options=["noatime"]):
         small = await sizes(vm, "/data")
         before = small[0]
         await output(vm, "exec 3> /data/open; echo kept >&3")
@@ -46,7 +46,7 @@ async def test_a_mounted_file_system_grows_with_its_disk(vm: UtilityVM, tmp_path
                 await vm.resize_scsi(image, wrong)
         assert await sizes(vm, "/data") == (device, filesystem)
         await output(vm, f"fallocate -l {before + 4 * MIB} /data/large; sync /data/large")  # more than went before
-    async with await vm.add_scsi(image, "/data", read_only=True):
+    async with vm.add_scsi(image, "/data", read_only=True):
         assert await sizes(vm, "/data") == (device, filesystem)
         assert await output(vm, "cat /data/greeting /data/open") == "hello\nkept\n"
 
@@ -55,7 +55,7 @@ async def test_a_qcow2_image_grows(vm: UtilityVM, tmp_path: Path) -> None:
     raw = ext4_image(tmp_path / "disk.raw", FILES)
     image = tmp_path / "disk.qcow2"
     convert(raw, image, source_format=DiskFormat.RAW, image_format=DiskFormat.QCOW2)
-    async with await vm.add_scsi(image, "/data"):
+    async with vm.add_scsi(image, "/data"):
         await vm.resize_scsi(image, 1 << 30)
         device, filesystem = await sizes(vm, "/data")
         assert device == 1 << 30
@@ -67,7 +67,7 @@ async def test_a_qcow2_image_grows(vm: UtilityVM, tmp_path: Path) -> None:
 async def test_an_encrypted_disk_grows(vm: UtilityVM, tmp_path: Path) -> None:
     encryption = CallerKey(bytes(range(64)))
     image = blank(tmp_path / "disk.raw", 16)
-    async with await vm.add_scsi(image, "/data", encryption=encryption, ensure_filesystem=True):
+    async with vm.add_scsi(image, "/data", encryption=encryption, ensure_filesystem=True):
         await output(vm, "echo before > /data/file")
         await vm.resize_scsi(image, 40 * MIB)
         device, filesystem = await sizes(vm, "/data")
@@ -75,14 +75,14 @@ async def test_an_encrypted_disk_grows(vm: UtilityVM, tmp_path: Path) -> None:
         assert filesystem > 30 * MIB
         await output(vm, f"fallocate -l {20 * MIB} /data/large; sync /data/large")
         assert await output(vm, "cat /data/file") == "before\n"
-    async with await vm.add_scsi(image, "/data", encryption=encryption, read_only=True):
+    async with vm.add_scsi(image, "/data", encryption=encryption, read_only=True):
         assert await output(vm, "cat /data/file; stat -c %s /data/large") == f"before\n{20 * MIB}\n"
 
 
 async def test_what_is_not_the_whole_disk_stays_as_it_was(vm: UtilityVM, tmp_path: Path) -> None:
     part = ext4_image(tmp_path / "part.raw", FILES)
     disk = mbr_disk(tmp_path / "disk.raw", [part])
-    async with await vm.add_scsi(disk, "/device", block_device=True), await vm.add_scsi(disk, "/data", partition=1):
+    async with vm.add_scsi(disk, "/device", block_device=True), vm.add_scsi(disk, "/data", partition=1):
         before = await sizes(vm, "/data")
         await vm.resize_scsi(disk, 64 * MIB)
         assert await output(vm, "blockdev --getsize64 /device") == f"{64 * MIB}\n"
@@ -92,7 +92,7 @@ async def test_what_is_not_the_whole_disk_stays_as_it_was(vm: UtilityVM, tmp_pat
 
 async def test_a_read_only_mount_of_a_writable_disk_is_not_written_to(vm: UtilityVM, disk: Path) -> None:
     before = disk.read_bytes()
-    async with await vm.add_scsi(disk, "/data", options=["ro"]):
+    async with vm.add_scsi(disk, "/data", options=["ro"]):
         of_filesystem = (await sizes(vm, "/data"))[1]
         await vm.resize_scsi(disk, 32 * MIB)
         assert await sizes(vm, "/data") == (32 * MIB, of_filesystem)
@@ -102,11 +102,11 @@ async def test_a_read_only_mount_of_a_writable_disk_is_not_written_to(vm: Utilit
 async def test_what_cannot_grow_says_so(vm: UtilityVM, tmp_path: Path, disk: Path) -> None:
     with pytest.raises(NotAttached):
         await vm.resize_scsi(disk, 64 * MIB)
-    async with await vm.add_scsi(disk, "/data", read_only=True):
+    async with vm.add_scsi(disk, "/data", read_only=True):
         with pytest.raises((NotAttached, NotSupported)):
             await vm.resize_scsi(disk, 64 * MIB)
     fat = filesystem_image("vfat", tmp_path / "fat.raw", {})
-    async with await vm.add_scsi(fat, "/data"):
+    async with vm.add_scsi(fat, "/data"):
         before = fat.stat().st_size, await sizes(vm, "/data")
         with pytest.raises(GuestRefused, match="vfat") as caught:
             await vm.resize_scsi(fat, 8 * MIB)
@@ -120,7 +120,7 @@ async def test_a_verity_mount_keeps_its_size_and_hinders_nobody(vm: UtilityVM, t
     root_hash, offset = add_hash_tree(image, "--data-block-size", "1024", "--hash-block-size", "1024")
     verity = Verity(root_hash=root_hash, hash_offset_bytes=offset)
     key = CallerKey(bytes(range(64)))
-    async with await vm.add_scsi(image):
+    async with vm.add_scsi(image):
         request = DiskRequest(host_path=str(image), read_only=False)
         config = MountConfig(read_only=True, verity=verity)
         where = PurePosixPath("/verity")
@@ -132,7 +132,7 @@ async def test_a_verity_mount_keeps_its_size_and_hinders_nobody(vm: UtilityVM, t
         assert await output(vm, "cat /verity/greeting") == "hello\n"
         await vm.scsi.release(mounted)
     other = blank(tmp_path / "other.raw", 16)
-    async with await vm.add_scsi(other, "/data", encryption=key, ensure_filesystem=True, options=["ro"]):
+    async with vm.add_scsi(other, "/data", encryption=key, ensure_filesystem=True, options=["ro"]):
         node = (await mount_at(vm, "/data")).device
         await vm.resize_scsi(other, 32 * MIB)
         assert await output(vm, f"blockdev --getsize64 {node}") == f"{32 * MIB}\n"

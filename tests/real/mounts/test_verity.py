@@ -36,15 +36,15 @@ async def test_a_whole_disk_is_read_and_a_flipped_byte_is_an_io_error(
     root_hash, offset = add_hash_tree(image, *options)
     verity = Verity(root_hash=root_hash, hash_offset_bytes=offset)
     before = digest(image)
-    async with await vm.add_scsi(image, "/data", read_only=True, verity=verity):
+    async with vm.add_scsi(image, "/data", read_only=True, verity=verity):
         assert await output(vm, "cat /data/small /data/great") == f"small\n{GREAT}"
         await complaint(vm, "echo x > /data/small")
     assert digest(image) == before
     flip_byte(image, place_of(image, "line 10000 of the great file"))
-    async with await vm.add_scsi(image, "/data", read_only=True, verity=verity):
+    async with vm.add_scsi(image, "/data", read_only=True, verity=verity):
         assert await output(vm, "cat /data/small") == "small\n"
         assert "Input/output error" in await complaint(vm, "cat /data/great")
-    async with await vm.add_scsi(image, "/data", read_only=True):  # without the tree nobody notices
+    async with vm.add_scsi(image, "/data", read_only=True):  # without the tree nobody notices
         await output(vm, "cat /data/great > /dev/null")
 
 
@@ -73,7 +73,7 @@ async def test_a_tree_without_a_superblock_is_described_by_the_caller(vm: Utilit
         algorithm="sha512",
         block_size_bytes=1024,
     )
-    async with await vm.add_scsi(image, "/data", read_only=True, verity=verity):
+    async with vm.add_scsi(image, "/data", read_only=True, verity=verity):
         assert await output(vm, "cat /data/small") == "small\n"
     for wrong in (
         replace(verity, salt=salt[::-1]),
@@ -98,9 +98,9 @@ async def test_a_partition_has_its_own_tree_and_can_be_published(vm: UtilityVM, 
     root_hash, offset = add_hash_tree(part)
     disk = gpt_disk(tmp_path / "disk.raw", [blank(tmp_path / "first.raw", 3), part])
     verity = Verity(root_hash=root_hash, hash_offset_bytes=offset)
-    async with await vm.add_scsi(disk, "/data", partition=2, read_only=True, verity=verity):
+    async with vm.add_scsi(disk, "/data", partition=2, read_only=True, verity=verity):
         assert await output(vm, "cat /data/small") == "small\n"
-    async with await vm.add_scsi(disk, "/device", partition=2, read_only=True, verity=verity, block_device=True):
+    async with vm.add_scsi(disk, "/device", partition=2, read_only=True, verity=verity, block_device=True):
         assert await output(vm, "head -c 4 /device") == "hsqs"
         assert await output(vm, "blockdev --getsize64 /device") == f"{offset}\n"  # the tree itself is not shown
     with pytest.raises((GuestRefused, InvalidRequest)):
