@@ -20,7 +20,7 @@ from utilityvm.diskimage import blockdev, headers
 from utilityvm.errors import DiskInUse, InvalidRequest, TemplateDamaged, TemplateDiffers
 from utilityvm.hosts.qemu import accelerator as accelerators
 from utilityvm.hosts.qemu import emulator as emulators
-from utilityvm.hosts.qemu.disk import describe, lock, open_disk
+from utilityvm.hosts.qemu.disk import Locked, describe, lock, open_disk
 from utilityvm.hosts.qemu.format import FormatMemory
 from utilityvm.hosts.qemu.incoming import Incoming, IncomingDisk, Layer, needs_writable_memory
 from utilityvm.hosts.qemu.launch import QemuProcess
@@ -185,7 +185,7 @@ def _taken_over(disk: DiskEntry, folder: Path, closing: ExitStack) -> tuple[Inco
         closing.callback(os.close, fd)
         lock(fd, host_path=str(path), read_only=False)
         header = headers.read(fd, name=str(path), expected=DiskFormat.QCOW2)
-        top = Layer(fd=fd, path=path, header=header, kind=AttachmentType.VIRTUAL_DISK)
+        top = Layer(fd=fd, path=path, header=header, kind=AttachmentType.VIRTUAL_DISK, locks=True)
         layers = [top, *layers]
         host_path = str(path)
     return _incoming(disk, tuple(layers)), host_path
@@ -202,7 +202,8 @@ def _open_layer(layer: LayerEntry, disk: DiskEntry, closing: ExitStack) -> Layer
         raise _damaged(path, "is not the file that it was, or was written to since", slot=disk.slot)
     if layer.kind is AttachmentType.PASS_THRU:
         blockdev.check_unused(fd, host_path=str(path), exclusive=False)
-    if not lock(fd, host_path=str(path), read_only=True):
+    locked = lock(fd, host_path=str(path), read_only=True)
+    if locked is Locked.BY_ANOTHER:
         raise DiskInUse(
             f"{path}: another VM writes to it, and the template needs it as it was",
             host_path=path,
@@ -210,7 +211,7 @@ def _open_layer(layer: LayerEntry, disk: DiskEntry, closing: ExitStack) -> Layer
             remedy="detach it there; the template may be damaged by then",
         )
     header = headers.read(fd, name=str(path), expected=layer.format)
-    return Layer(fd=fd, path=path, header=header, kind=layer.kind)
+    return Layer(fd=fd, path=path, header=header, kind=layer.kind, locks=locked is Locked.OURS)
 
 
 def _check_size(layer: Layer, disk: DiskEntry) -> None:
@@ -239,9 +240,15 @@ def _replaced(disk: DiskEntry, request: DiskRequest, memory: FormatMemory | None
             host_path=request.host_path,
             remedy="give one with the same sectors: sector_size_bytes of an image",
         )
-    fd = opened.open_locked()
+    fd, locked = opened.open_locked()
     closing.callback(os.close, fd)
-    layer = Layer(fd=fd, path=Path(request.host_path), header=opened.header, kind=request.kind)
+    layer = Layer(
+        fd=fd,
+        path=Path(request.host_path),
+        header=opened.header,
+        kind=request.kind,
+        locks=locked is Locked.OURS,
+    )
     return _incoming(disk, (layer,))
 
 

@@ -32,7 +32,7 @@ def make(tmp_path: Path) -> Callable[..., QemuDisk]:
 def test_every_layer_names_its_driver_and_the_descriptor(
     make: Callable[..., QemuDisk], image_format: DiskFormat, read_only: bool
 ) -> None:
-    node = blockdev.node(make(image_format, read_only=read_only), 7)
+    node = blockdev.node(make(image_format, read_only=read_only), 7, locks=True)
     protocol = node["file"] if image_format is not DiskFormat.RAW else node
     assert isinstance(protocol, dict)
     assert protocol["driver"] == "file"
@@ -42,9 +42,20 @@ def test_every_layer_names_its_driver_and_the_descriptor(
     assert node["node-name"] == "n7"
 
 
+@pytest.mark.parametrize("image_format", list(DiskFormat))
+@pytest.mark.parametrize("locks", [True, False])
+def test_qemu_locks_no_file_where_no_locks_are(
+    make: Callable[..., QemuDisk], image_format: DiskFormat, locks: bool
+) -> None:
+    node = blockdev.node(make(image_format, read_only=True), 7, locks=locks)
+    protocol = node["file"] if image_format is not DiskFormat.RAW else node
+    assert isinstance(protocol, dict)
+    assert protocol.get("locking") == (None if locks else "off")
+
+
 @pytest.mark.parametrize("image_format", [DiskFormat.QCOW2, DiskFormat.VMDK])
 def test_a_backing_file_is_never_followed(make: Callable[..., QemuDisk], image_format: DiskFormat) -> None:
-    node = blockdev.node(make(image_format), 7)
+    node = blockdev.node(make(image_format), 7, locks=True)
     assert node["backing"] is None
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import socket
+import struct
 import subprocess
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -20,7 +23,7 @@ from utilityvm.errors import (
     NotSupported,
     UtilityVMError,
 )
-from utilityvm.hosts.qemu.disk import QemuDisk, describe, open_disk
+from utilityvm.hosts.qemu.disk import Locked, QemuDisk, describe, is_locked_by_a_program, open_disk
 from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest
 
 SIZE = 1 << 20
@@ -141,37 +144,73 @@ def test_a_file_that_cannot_be_written_now(tmp_path: Path) -> None:
 
 
 def test_readers_share(opened: Callable[..., QemuDisk]) -> None:
-    locked = [opened(read_only=True).open_locked() for _ in range(3)]
+    locked = [opened(read_only=True).open_locked()[0] for _ in range(3)]
     for fd in locked:
         os.close(fd)
 
 
 @pytest.mark.parametrize(("first", "second"), [(False, False), (False, True), (True, False)])
 def test_a_writer_is_alone(opened: Callable[..., QemuDisk], first: bool, second: bool) -> None:
-    held = opened(read_only=first).open_locked()
+    held, _ = opened(read_only=first).open_locked()
     before = open_fds()
     other = opened(read_only=second)
     with pytest.raises(DiskInUse, match="the VM called two"):
         other.open_locked(who_uses={other.identity: "the VM called two"}.get)
     assert open_fds() <= before + 1  # `other` itself
     os.close(held)
-    os.close(other.open_locked())
+    os.close(other.open_locked()[0])
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_without_locks_there_are_readers_only(
+    opened: Callable[..., QemuDisk], reason: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bytes:
+        raise OSError(reason, os.strerror(reason))
+
+    reader, writer = opened(read_only=True), opened()
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    fd, locked = reader.open_locked()
+    os.close(fd)
+    assert locked is Locked.NOWHERE
+    with pytest.raises(NotSupported, match="cannot lock files"):
+        writer.open_locked()
+
+
+@pytest.mark.parametrize(
+    ("byte", "readers", "writers"),
+    [
+        (100, False, False),
+        (101, True, True),
+        (103, True, True),
+        (200, True, True),
+        (201, False, True),
+        (299, False, False),
+    ],
+)
+def test_a_lock_of_qemus_forbids_readers_or_writers(image: Path, byte: int, readers: bool, writers: bool) -> None:
+    ours, theirs = os.open(image, os.O_RDWR), os.open(image, os.O_RDWR)
+    fcntl.fcntl(theirs, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+    assert (is_locked_by_a_program(ours, True), is_locked_by_a_program(ours, False)) == (readers, writers)
+    assert not is_locked_by_a_program(theirs, False), "one's own lock forbids nothing"
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_the_lock_outlives_the_disk_it_was_taken_from(opened: Callable[..., QemuDisk]) -> None:
     disk = opened()
-    held = disk.open_locked()
+    held, _ = disk.open_locked()
     disk.close()
     copy = os.dup(held)  # as QEMU has one
     os.close(held)
     with pytest.raises(DiskInUse):
         opened().open_locked()
     os.close(copy)
-    os.close(opened().open_locked())
+    os.close(opened().open_locked()[0])
 
 
 def test_the_rights_of_the_descriptor_are_those_asked_for(opened: Callable[..., QemuDisk]) -> None:
-    reader = opened(read_only=True).open_locked()
+    reader, _ = opened(read_only=True).open_locked()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.write(reader, b"x")
     os.close(reader)
@@ -183,7 +222,7 @@ def test_a_path_that_changes_after_the_open_changes_nothing(
     disk = opened()
     (tmp_path / "other").write_bytes(bytes(SIZE))
     (tmp_path / "other").rename(image)
-    fd = disk.open_locked()
+    fd, _ = disk.open_locked()
     status = os.fstat(fd)
     assert f"file:{status.st_dev}:{status.st_ino}" == disk.identity != describe(image)
     os.close(fd)

@@ -8,9 +8,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import pytest
 
+from lockless import lockless
 from utilityvm.errors import (
     AlreadyAttached,
     DeadlineExceeded,
@@ -412,6 +414,44 @@ async def test_a_program_that_has_locked_the_image_is_respected(vm: QemuHost, im
     other.stdin.close()
     await other.wait()
     await attach(vm, path, Slot(0, 1), "a")
+
+
+@pytest.mark.parametrize("image_format", [DiskFormat.RAW, DiskFormat.QCOW2])
+async def test_an_image_on_a_file_system_without_locks_is_attached_read_only_as_the_refusal_says(
+    start: Start, image: Make, tmp_path: Path, image_format: DiskFormat
+) -> None:
+    try:
+        with lockless(tmp_path / "mounted", image(image_format=image_format)) as path:
+            one, two = await start("one"), await start("two")
+            with pytest.raises(NotSupported, match="cannot lock files") as refusal:
+                await attach(one, path, Slot(0, 1), "a")
+            assert "attach it read-only" in (refusal.value.remedy or "")
+            for host in (one, two):
+                await attach(host, path, Slot(0, 1), "a", read_only=True)
+                assert holds(host, path)
+                await host.detach(Slot(0, 1), attachment="a", timeout_s=T)
+                assert not holds(host, path)
+    except OSError as error:
+        pytest.skip(f"no FUSE here: {error}")
+
+
+async def test_why_qemu_refused_is_decided_by_what_is_so_and_not_by_its_words(
+    vm: QemuHost, image: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "Failed to lock byte 100, already used by 'd2'"
+
+    async def refuse(commands: list[tuple[str, dict[str, object]]], **_: object) -> list[object]:
+        return [QmpRefused(command, "GenericError", words) for command, _ in commands]
+
+    async def nothing(*_: object, **__: object) -> None:
+        pass
+
+    monkeypatch.setattr(vm._qmp, "execute_all", refuse)
+    monkeypatch.setattr(vm, "_undo", nothing)
+    monkeypatch.setattr(vm, "attachments", attachments := AsyncMock(return_value=[]))
+    with pytest.raises(HostRefused, match="QEMU refused"):
+        await attach(vm, image(), Slot(0, 1), "a")
+    attachments.assert_awaited_once()
 
 
 async def test_a_disk_opened_elsewhere_is_refused(vm: QemuHost) -> None:

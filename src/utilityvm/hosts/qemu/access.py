@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from utilityvm.errors import AccessDenied, DiskInUse, SetupError
 from utilityvm.hosts.qemu import acl
-from utilityvm.hosts.qemu.disk import QemuDisk, WhoUses, open_disk, unlock
+from utilityvm.hosts.qemu.disk import Locked, QemuDisk, WhoUses, open_disk, unlock
 from utilityvm.hosts.qemu.format import FormatMemory
 from utilityvm.machine.programs import CommandFailed, find_program, run
 from utilityvm.scsi.ports import DiskRequest, VMAccess
@@ -28,6 +28,7 @@ class Taken:
     """A disk that is open and locked for one attachment: the owner of `fd` closes it, or gives it all back."""
 
     fd: int
+    locks: bool  # False: its file system has none, and QEMU is not to ask for one either
     before: acl.Before | None  # the file's rights before it was opened to the VMs' group
 
     def give_back(self) -> None:
@@ -78,17 +79,17 @@ class Access:
             NotSupported: its file system cannot lock, and it is to be written.
         """
         try:
-            locked = disk.open_locked(fd, who_uses=self.who_uses)
+            fd, locked = disk.open_locked(fd, who_uses=self.who_uses)
         except DiskInUse:
             self._check_not_frozen(disk)  # then the template says it better than a lock of its clones does
             raise
         with ExitStack() as undo:
-            undo.callback(os.close, locked)
+            undo.callback(os.close, fd)
             # With our lock held: a save holds that lock until its template is visible.
             self._check_not_frozen(disk)
-            before = self._grant(locked, disk.request) if disk.request.access is VMAccess.GROUP else None
+            before = self._grant(fd, disk.request) if disk.request.access is VMAccess.GROUP else None
             undo.pop_all()
-        return Taken(fd=locked, before=before)
+        return Taken(fd=fd, locks=locked is not Locked.NOWHERE, before=before)
 
     def _check_not_frozen(self, disk: QemuDisk) -> None:
         if disk.request.read_only or self.frozen_by is None:

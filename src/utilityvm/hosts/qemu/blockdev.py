@@ -68,13 +68,14 @@ def parse_base(text: str) -> str | None:
     return text.removeprefix(_BASE) if text.startswith(_BASE) else None
 
 
-def node(disk: QemuDisk, number: int) -> dict[str, object]:
+def node(disk: QemuDisk, number: int, *, locks: bool) -> dict[str, object]:
     """The arguments of `blockdev-add`."""
     described = layer_node(
         headers.driver_options(disk.header),
         disk.request.kind,
         file=f"/dev/fdset/{number}",
         read_only=disk.request.read_only,
+        locks=locks,
     )
     return {"node-name": node_name(number), **described}
 
@@ -85,16 +86,20 @@ def layer_node(
     *,
     file: str,
     read_only: bool,
+    locks: bool,
     backing: Mapping[str, object] | None = None,
     is_backing: bool = False,
 ) -> dict[str, object]:
     """A node without its name: a driver (`driver_options`) over a file, and over `backing` if that is given.
 
-    `is_backing`: it is to be under another, which takes nodes of formats only.
+    `locks`: its file system has locks; without, QEMU refuses a file that it is to lock. `is_backing`: it is to be under
+    another, which takes nodes of formats only.
     """
     # Writable is the default; what the guest trims is given back to the host's file system.
     mode: dict[str, object] = {"read-only": True} if read_only else {"discard": "unmap"}
     below = {"driver": "host_device" if kind is AttachmentType.PASS_THRU else "file", "filename": file}
+    if not locks:
+        below["locking"] = "off"
     if options == {"driver": DiskFormat.RAW.value} and not is_backing:
         return {**below, **mode}  # a layer `raw` over it would add nothing
     chain = {} if backing is None else {"backing": backing}
@@ -142,11 +147,11 @@ def _block_sizes(logical_bytes: int | None) -> dict[str, object]:
     return {"logical_block_size": logical_bytes, "physical_block_size": logical_bytes}
 
 
-def attach(disk: QemuDisk, number: int, slot: Slot, attachment: str) -> list[Command]:
+def attach(disk: QemuDisk, number: int, slot: Slot, attachment: str, *, locks: bool) -> list[Command]:
     """All of an attach. After a refusal of one, those behind it name what does not exist, and are refused too."""
     return [
         ("add-fd", {"fdset-id": number, "opaque": opaque(attachment, slot)}),
-        ("blockdev-add", node(disk, number)),
+        ("blockdev-add", node(disk, number, locks=locks)),
         ("device_add", device(disk, number, slot)),
     ]
 

@@ -20,6 +20,7 @@ import stat
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from enum import Enum, auto
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -72,8 +73,8 @@ class QemuDisk:
         """
         return hashlib.sha256(self.identity.encode()).hexdigest()[:16]
 
-    def open_locked(self, via: int | None = None, *, who_uses: WhoUses | None = None) -> int:
-        """A new descriptor of the disk for one attachment, locked; the caller closes it. Blocks.
+    def open_locked(self, via: int | None = None, *, who_uses: WhoUses | None = None) -> tuple[int, Locked]:
+        """A new descriptor of the disk for one attachment, locked, and how; the caller closes it. Blocks.
 
         `via` is a descriptor of the disk, for a thread that outlives its caller; None: this object's own. The lock is
         shared for a read-only attachment, else exclusive, on a physical disk also against the host's own use.
@@ -102,10 +103,11 @@ class QemuDisk:
                     blockdev.check_unused(fd, host_path=path, exclusive=not read_only)
                 except DiskInUse as error:
                     raise self._claimed(via, who_uses) from error
-            if not lock(fd, host_path=path, read_only=read_only):
+            locked = lock(fd, host_path=path, read_only=read_only)
+            if locked is Locked.BY_ANOTHER:
                 raise self._in_use(who_uses)
             undo.pop_all()
-        return fd
+        return fd, locked
 
     def _claimed(self, via: int, who_uses: WhoUses | None) -> DiskInUse:
         """The kernel has given the device to somebody, and does not say whom."""
@@ -217,10 +219,16 @@ def _check_sectors(fd: int, request: DiskRequest, header: headers.ImageHeader) -
         )
 
 
-def lock(fd: int, *, host_path: str, read_only: bool) -> bool:
-    """Take our lock on the description behind `fd`: shared if `read_only`, else exclusive. Its last close frees it.
+class Locked(Enum):
+    """What became of a lock that was asked for."""
 
-    False: another attachment of the disk, in whatever VM, holds a lock that forbids this one.
+    OURS = auto()
+    BY_ANOTHER = auto()  # another attachment of the disk, in whatever VM, holds a lock that forbids this one
+    NOWHERE = auto()  # the file system has no locks; the disk is only read
+
+
+def lock(fd: int, *, host_path: str, read_only: bool) -> Locked:
+    """Take our lock on the description behind `fd`: shared if `read_only`, else exclusive. Its last close frees it.
 
     Raises:
         NotSupported: the file system cannot lock, and the disk is to be written.
@@ -230,7 +238,7 @@ def lock(fd: int, *, host_path: str, read_only: bool) -> bool:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, LOCK_BYTE, 1, 0))
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
+            return Locked.BY_ANOTHER
         if error.errno not in _NO_LOCKS:
             raise _cannot_open(host_path, error) from error
         if not read_only:
@@ -241,7 +249,26 @@ def lock(fd: int, *, host_path: str, read_only: bool) -> bool:
                 remedy="attach it read-only, or move it to a local file system",
             ) from error
         _log.warning("no lock on %s: %s", host_path, error.strerror)
-    return True
+        return Locked.NOWHERE
+    return Locked.OURS
+
+
+def is_locked_by_a_program(fd: int, read_only: bool) -> bool:
+    """Does a program outside utilityvm hold one of QEMU's own locks that forbids this use of the disk behind `fd`?
+
+    QEMU locks one byte for each right that it uses (from 100) and one for each that it denies to others (from 200):
+    0 consistent reads, 1 writing, 3 resizing. No VM of ours lets others write or resize beside it.
+    Source: QEMU block/file-posix.c, raw_check_lock_bytes; include/block/block-common.h, BLK_PERM_WRITE.
+    """
+    forbidding = (101, 103, 200) if read_only else (101, 103, 200, 201, 203)
+    try:
+        for byte in forbidding:
+            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+            if _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK:
+                return True
+    except OSError:
+        return False  # no locks are to be had there, so nobody holds one
+    return False
 
 
 def unlock(fd: int) -> None:

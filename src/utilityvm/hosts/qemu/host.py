@@ -38,7 +38,7 @@ from utilityvm.errors import (
 )
 from utilityvm.hosts.qemu import blockdev, console, launch
 from utilityvm.hosts.qemu.access import Access, FrozenBy, Taken
-from utilityvm.hosts.qemu.disk import QemuDisk, WhoUses, describe
+from utilityvm.hosts.qemu.disk import QemuDisk, WhoUses, describe, is_locked_by_a_program
 from utilityvm.hosts.qemu.format import FormatMemory
 from utilityvm.hosts.qemu.incoming import Incoming, IncomingDisk, not_taken
 from utilityvm.hosts.qemu.incoming import check as check_disks
@@ -235,7 +235,7 @@ class QemuHost:
             ) from error
         number, self._next_number = self._next_number, self._next_number + 1
         self._numbers[attachment] = number
-        commands = blockdev.attach(disk, number, slot, attachment)
+        commands = blockdev.attach(disk, number, slot, attachment, locks=taken.locks)
         try:
             answers = await self._qmp.execute_all(commands, fd=taken.fd, timeout_s=timeout_s)
             refusals = [answer for answer in answers if isinstance(answer, QmpRefused)]
@@ -247,8 +247,10 @@ class QemuHost:
         except BaseException:
             await in_thread(os.close, taken.fd, always=True)
             raise
-        await in_thread(taken.give_back, always=True)
-        raise self._attach_error(refusals[0], slot, disk)
+        try:
+            raise await self._attach_error(refusals[0], slot, disk, taken.fd, timeout_s=timeout_s)
+        finally:
+            await in_thread(taken.give_back, always=True)
 
     async def allocated(self, slot: Slot) -> Ranges | None:
         """The ranges of the disk at `slot` that may hold data now. None: it cannot be told.
@@ -627,9 +629,12 @@ class QemuHost:
     def _refused(self, error: QmpRefused, slot: Slot) -> HostRefused:
         return HostRefused(f"{error.command} at {slot}: {error.description}", vm=self.process.name, slot=slot)
 
-    def _attach_error(self, error: QmpRefused, slot: Slot, disk: QemuDisk) -> UtilityVMError:
+    async def _attach_error(
+        self, error: QmpRefused, slot: Slot, disk: QemuDisk, fd: int, *, timeout_s: float
+    ) -> UtilityVMError:
+        """Why QEMU refused the disk behind `fd`: what is the case decides, and QEMU's words are for people."""
         path, vm = disk.request.host_path, self.process.name
-        if " lock" in error.description:  # Failed to get "write" lock; Failed to get shared "write" lock
+        if await in_thread(lent(fd, is_locked_by_a_program), disk.request.read_only):
             return DiskInUse(
                 f"attach {path} at {slot}: a program outside utilityvm uses it: {error.description}",
                 vm=vm,
@@ -637,7 +642,7 @@ class QemuHost:
                 host_path=path,
                 remedy=f"see who has it open: fuser -v {path}",
             )
-        if "already used by" in error.description:
+        if any(other.slot == slot and other.whole for other in await self.attachments(timeout_s=timeout_s)):
             return AlreadyAttached(f"attach {path} at {slot}: {error.description}", vm=vm, slot=slot, host_path=path)
         return HostRefused(
             f"attach {path} at {slot}: QEMU refused {error.command}: {error.description}",

@@ -35,6 +35,7 @@ class Layer:
     path: Path  # for messages
     header: headers.ImageHeader
     kind: AttachmentType
+    locks: bool  # see `blockdev.layer_node`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +100,7 @@ def _node(disk: IncomingDisk, numbers: Sequence[int]) -> dict[str, object]:
             disk.layers[depth].kind,
             file=f"/dev/fdset/{numbers[depth]}",
             read_only=read_only,
+            locks=disk.layers[depth].locks,
             backing=below,
             is_backing=depth > 0,
         )
