@@ -18,7 +18,7 @@ import click
 
 import utilityvm
 from utilityvm import errors
-from utilityvm.cli import main as uvm
+from utilityvm.cli.commands import uvm
 from utilityvm.scsi import transitions
 from utilityvm.vm import state as vm_state
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utilityvm.cli import group, output
+from utilityvm.cli import output
 from utilityvm.text import clean
 
 
@@ -50,8 +50,9 @@ def test_errors_and_warnings_of_the_command_line_are_clean(
 ) -> None:
     """Whatever they are made of: a file may have any name."""
     evil = "\x1b]52;c;cm0=\x07\x1b[2Ja\rb"
-    for as_json in (False, True):
-        group._tell("GuestRefused", evil, evil, 1, as_json=as_json)
+    for as_json in (True, False):
+        output.begin(as_json=as_json)
+        output.tell_errors([output.Told("GuestRefused", evil, evil)], 1)
     ours = logging.getLogger("utilityvm")
     for name in ("handlers", "propagate", "level"):
         monkeypatch.setattr(ours, name, getattr(ours, name))

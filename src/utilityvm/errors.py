@@ -212,7 +212,12 @@ class HostRefused(UtilityVMError):
 
 
 class GuestRefused(UtilityVMError):
-    """The guest said no. The disk is still attached and nothing in the guest changed."""
+    """The guest said no. The disk is still attached and nothing in the guest changed.
+
+    `kind` is the agent's word for why, if it has one: "not_found", "refused", ….
+    """
+
+    kind: str | None = None
 
 
 class GuestBusy(GuestRefused):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from utilityvm.cli import main
+from utilityvm.cli.commands import uvm as command
 from utilityvm.store import Store
 
 Uvm = Callable[..., Result]
@@ -38,7 +38,7 @@ def logging_as_before() -> Iterator[None]:
 @pytest.fixture
 def uvm() -> Uvm:
     def run(*words: str | Path, input: str | None = None) -> Result:
-        return CliRunner().invoke(main, [os.fspath(word) for word in words], input=input, catch_exceptions=False)
+        return CliRunner().invoke(command, [os.fspath(word) for word in words], input=input, catch_exceptions=False)
 
     return run
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import Result
 
 from utilityvm import errors
-from utilityvm.cli import EPILOG, exitcodes
+from utilityvm.cli import exitcodes
 from utilityvm.machine.processes import own_start
 from utilityvm.store import Store, VMState
 
@@ -32,8 +32,8 @@ WRONG = [
     ("detach dead disk.raw", 7, "VM dead is dead", "uvm log dead"),
     ("exec dead -- true", 125, "VM dead is dead", "uvm log dead"),
     ("path alive disk.raw", 3, "disk.raw is not attached", "uvm ls alive"),
-    ("attach alive disk.raw:data", 2, "guest path 'data'", "absolute"),
-    ("attach alive disk.raw:/a/../b", 2, "'/a/../b'", "without .."),
+    ("attach alive disk.raw:data", 2, "guest path 'data' is not absolute", "/mnt/data"),
+    ("attach alive disk.raw:/a/../b", 2, "'/a/../b' has ..", "/mnt/data"),
     ("attach alive disk.raw:/", 2, "belongs to the guest's system", "/mnt/data"),
     ("attach alive disk.raw:/proc/x", 2, "belongs to the guest's system", "/mnt/data"),
     ("attach alive disk.raw:/sys", 2, "belongs to the guest's system", "/mnt/data"),
@@ -42,15 +42,15 @@ WRONG = [
     ("attach alive disk.raw:/x --access everybody", 2, "'everybody'", "--help"),
     ("attach alive disk.raw --partition 1", 2, "no guest path", "give a guest path"),
     ("attach alive disk.raw:/x --partition -1", 2, "partition -1", "count from 1"),
-    ("attach alive disk.raw:/x --reformat", 2, "reformat without ensure_filesystem", "drop one"),
+    ("attach alive disk.raw:/x --reformat", 2, "reformat without --ensure-filesystem", "drop one"),
     ("attach alive disk.raw:/x --read-only --ensure-filesystem", 2, "read-only", "drop one"),
-    ("attach alive disk.raw:/x --mount", 2, "one was given", "--help"),
+    ("attach alive disk.raw:/x --mount", 2, "one is given", "--help"),
     ("attach alive", 2, "Missing argument", "--help"),
     ("attach alive disk.raw:/x --key-file nowhere", 2, "'nowhere'", "--help"),
     ("attach alive disk.raw:/x --key-file disk.raw --encrypt-scratch", 2, "--key-file gives one", "--help"),
     ("attach alive disk.raw:/x --verity 00", 2, "--verity-offset", "--help"),
     ("attach alive disk.raw:/x --verity xyz --verity-offset 0", 2, "xyz", "--help"),
-    ("resize alive disk.raw large", 2, "'large' is no size", "--help"),
+    ("resize alive disk.raw large", 2, "'large' is not a size", "--help"),
     ("resize alive disk.raw -1", 2, "-1", "--help"),
     ("resize nobody disk.raw 1G", 3, "there is no VM named 'nobody'", "there are alive, dead"),
     ("attach alive disk.raw --timeout 0", 2, "--timeout", "--help"),
@@ -123,7 +123,7 @@ def test_the_program_s_own_json_option_is_not_ours(uvm: Uvm) -> None:
 
 
 def test_every_error_has_a_code_that_the_help_tells(uvm: Uvm) -> None:
-    told = {int(line.split()[0]) for line in EPILOG.splitlines() if line.split() and line.split()[0].isdigit()}
+    told = {int(line.split()[0]) for line in exitcodes.HELP.splitlines() if line.split() and line.split()[0].isdigit()}
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     codes = {next(code for base, code in exitcodes.TABLE if issubclass(kind, base)) for kind in kinds}
     assert codes <= told

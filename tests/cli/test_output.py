@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utilityvm.cli import COMMANDS, main, output
-from utilityvm.cli.disk import split_disk
+from utilityvm.cli import output
+from utilityvm.cli.commands import COMMANDS
+from utilityvm.cli.commands import uvm as command
+from utilityvm.cli.values import Place, place
 from utilityvm.machine.processes import own_start
 from utilityvm.scsi.ports import (
     AttachmentType,
@@ -168,14 +170,14 @@ def test_disk_and_guest_path_are_told_apart(folders: Path, text: str, disk: str,
     (folders / "there").touch()
     (folders / "with:").mkdir()
     (folders / "with:/colon").touch()
-    assert split_disk(text) == (disk, guest_path)
+    assert place(text) == Place(disk, guest_path)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30))
 def test_a_guest_path_given_is_found_whatever_the_disk_is_called(name: str) -> None:
-    disk, guest_path = split_disk(f"{name}:/data")
-    assert f"{disk}:{guest_path}" == f"{name}:/data"
-    assert guest_path == "/data"
+    found = place(f"{name}:/data")
+    disk, guest_path = found.disk, found.guest_path
+    assert (disk, guest_path) == ((name, "/data") if name else (":/data", None))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -196,7 +198,7 @@ def test_completion_scripts_name_the_command(uvm: Uvm, shell: str) -> None:
 def test_vms_and_their_disks_are_completed(vm: Path) -> None:
     from click.shell_completion import ShellComplete
 
-    complete = ShellComplete(main, {}, "uvm", "_UVM_COMPLETE")
+    complete = ShellComplete(command, {}, "uvm", "_UVM_COMPLETE")
     assert [item.value for item in complete.get_completions(["ls"], "wor")] == ["worker"]
     assert [item.value for item in complete.get_completions(["path", "worker"], "")] == [str(vm)]
     assert complete.get_completions(["path", "nobody"], "") == []
@@ -205,8 +207,8 @@ def test_vms_and_their_disks_are_completed(vm: Path) -> None:
 @pytest.mark.parametrize("words", [["ls", "worker"], ["ps"], ["path", "worker", "disk.qcow2"]], ids=" ".join)
 def test_looking_at_the_store_loads_nothing_slow(vm: Path, words: list[str]) -> None:
     script = (
-        "import sys\nfrom utilityvm.cli import main\n"
-        f"try:\n    main({words!r})\n"
+        "import sys\nfrom utilityvm.cli.commands import uvm\n"
+        f"try:\n    uvm.main({words!r})\n"
         "except SystemExit as end:\n    assert not end.code, end.code\n"
         "slow = {'asyncio', 'rich', 'qemu', 'msgspec', 'subprocess', 'utilityvm.vm.utility_vm'} & set(sys.modules)\n"
         "assert not slow, slow"

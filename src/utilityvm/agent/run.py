@@ -131,7 +131,7 @@ class Program:
 
     def __init__(self, number: int, command: _Command, notify: Notify, forget: Callable[[int], None]) -> None:
         self._number = number
-        self.name = f"process {number}: {' '.join(command.argv)[:_SHOWN]}"
+        self.name = f"process {number}: {command.argv[0][:_SHOWN]}"  # its arguments may be secrets
         self._command = command
         self._notify = notify
         self._forget = forget

@@ -5,10 +5,13 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from utilityvm.cli import output
+from utilityvm.cli.group import Command
+
 SHELLS = ("bash", "zsh", "fish")
 
 
-@click.command("completion")
+@click.command("completion", cls=Command)
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion_command(shell: str) -> None:
     """Print the script that completes uvm's commands, VMs and disks in a shell.
@@ -21,4 +24,4 @@ def completion_command(shell: str) -> None:
     root = click.get_current_context().find_root()
     kind = get_completion_class(shell)
     assert kind is not None
-    click.echo(kind(root.command, {}, "uvm", "_UVM_COMPLETE").source())
+    output.write(kind(root.command, {}, "uvm", "_UVM_COMPLETE").source())

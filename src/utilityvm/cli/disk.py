@@ -2,79 +2,98 @@
 
 from __future__ import annotations
 
-import os
 import time
-from typing import IO, TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import IO, TYPE_CHECKING, Protocol, TypeVar
 
 import click
 
-from utilityvm.cli.options import attached_argument, json_option, run, timeout_option, vm_argument, wait_option
-from utilityvm.cli.output import age, print_fields, print_json, print_table, say
+from utilityvm.cli import output
+from utilityvm.cli.group import Command
+from utilityvm.cli.options import (
+    attached_argument,
+    complete_attached,
+    json_option,
+    run,
+    timeout_option,
+    vm_argument,
+    wait_option,
+)
+from utilityvm.cli.output import OutputFailed, age, count, print_fields, print_json, print_table, say, size
+from utilityvm.cli.owners import opened
+from utilityvm.cli.values import SIZE, Place, place
+from utilityvm.errors import UtilityVMError
 
 if TYPE_CHECKING:
+    from typing import Never
+
     from utilityvm.scsi.ports import Verity
+    from utilityvm.scsi.slot import Slot
+    from utilityvm.scsi.views import SlotView
     from utilityvm.store.view import SlotRow
     from utilityvm.vm.config import DiskSpec
+    from utilityvm.vm.mount import SCSIMount
 
 HOLDER = "cli"
 _LONGEST_KEY = 64
-_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 TIMEOUT_S = 60.0
 
 
-@click.command("attach")
+@click.command("attach", cls=Command, short_help="Attach a disk, and mount it in the guest.")
 @vm_argument
-@click.argument("disk", metavar="DISK[:GUEST_PATH]", shell_complete=lambda *_: [_file_completion()])
-@click.option("--read-only", is_flag=True, help="Neither the guest nor QEMU can write to it; others may read it too.")
+@click.argument("disk", metavar="DISK[:GUEST_PATH][:ro|:rw]", shell_complete=lambda *_: [_file_completion()])
+@click.option("--guest-path", metavar="PATH", help="Where to mount it, if the path has a colon.")
+@click.option("--mount", "generated", is_flag=True, help="Mount it at a path that uvm chooses.")
+@click.option("--read-only", is_flag=True, help="As :ro. Nobody can write to it, and other VMs may read it too.")
 @click.option("--option", "-o", "options", multiple=True, metavar="O", help="A mount option. Repeatable.")
+@click.option("--holder", default=HOLDER, metavar="H", help=f"Who the reservation is for.  [default: {HOLDER}]")
+@click.option("--partition", type=int, default=0, metavar="N", help="Mount partition N; 0 is the whole disk.")
+@click.option("--filesystem", metavar="F", help="Mount as this file system, and no other.")
+@click.option("--ensure-filesystem", is_flag=True, help="Make a file system if the disk is blank.")
+@click.option("--reformat", is_flag=True, help="With --ensure-filesystem: make it in any case. The data is lost.")
+@click.option("--block-device", is_flag=True, help="Put the device itself at GUEST_PATH.")
 @click.option("--physical", is_flag=True, help="DISK is a block device of this host.")
-@click.option(
-    "--access",
-    type=click.Choice(["noop", "group", "individual"]),
-    default="individual",
-    show_default=True,
-    help="Give the VM a right to the image's file: none, its group, or this VM alone.",
-)
-@click.option("--holder", default=HOLDER, show_default=True, metavar="H", help="Who the reservation is for.")
 @click.option(
     "--format",
     "image_format",
     metavar="F",
-    help="raw, qcow2, vpc, vhdx or vmdk; else what its header said when it was first opened.",
+    help="raw, qcow2, vpc, vhdx or vmdk.  [default: as its header said when it was first opened]",
 )
 @click.option(
     "--sector-size",
     type=click.Choice(["512", "4096"]),
-    help="The guest sees sectors of so many bytes. 4096: the image is a copy of a disk with such sectors.",
+    help="The sector size that the guest sees. Use 4096 for an image of a disk with such sectors.",
 )
-@click.option("--partition", type=int, default=0, metavar="N", help="Mount the N-th partition. 0: the whole disk.")
-@click.option("--filesystem", metavar="F", help="Mount as this file system, and no other.")
-@click.option("--ensure-filesystem", is_flag=True, help="Make a file system if the disk is blank.")
-@click.option("--reformat", is_flag=True, help="With --ensure-filesystem: make it in any case. The data is lost.")
-@click.option("--block-device", is_flag=True, help="Publish the device itself at GUEST_PATH.")
+@click.option(
+    "--access",
+    type=click.Choice(["noop", "group", "individual"]),
+    default="individual",
+    help="Whom to grant access to the image file: nobody, all VMs of the group, or only this VM.  "
+    "[default: individual]",
+)
 @click.option("--encrypt-scratch", is_flag=True, help="Encrypt with a random key that dies with the mount.")
 @click.option(
     "--key-file",
     type=click.File("rb"),
     metavar="FILE",
-    help="Encrypt with the 32 or 64 bytes of FILE (-: the standard input), for aes-xts-plain64.",
+    help="Encrypt with the 32 or 64 bytes of FILE (aes-xts-plain64); `-` is the standard input.",
 )
 @click.option(
     "--verity",
     "root_hash",
     metavar="HASH",
-    help="Check each block against dm-verity's root hash; with --verity-offset.",
+    help="Check each block against this root hash of dm-verity. Needs --verity-offset.",
 )
-@click.option(
-    "--verity-offset", type=click.IntRange(min=0), metavar="BYTES", help="Where on the disk the hash tree begins."
-)
-@click.option("--mount", "generated", is_flag=True, help="Mount it at a path of uvm's choosing.")
+@click.option("--verity-offset", type=SIZE, metavar="SIZE", help="Where on the disk the hash tree begins.")
 @timeout_option(TIMEOUT_S)
 @wait_option
 @json_option
 def attach_command(
     name: str,
     disk: str,
+    guest_path: str | None,
+    generated: bool,
     read_only: bool,
     options: tuple[str, ...],
     physical: bool,
@@ -91,28 +110,33 @@ def attach_command(
     key_file: IO[bytes] | None,
     root_hash: str | None,
     verity_offset: int | None,
-    generated: bool,
     timeout_s: float,
     wait_s: float,
     as_json: bool,
 ) -> None:
-    """Reserve a disk for the VM: it is attached, and mounted at GUEST_PATH.
+    """Attach a disk to the VM, and mount it at GUEST_PATH.
 
-    Without GUEST_PATH it is attached only. A disk that is attached is shared, and counted. Each reservation is given
-    back by one `uvm detach`.
+    Without GUEST_PATH the disk is attached only. With :ro it can only be read.
+
+    A disk that is attached already is shared: each `uvm attach` takes one more reservation, and each `uvm detach` gives
+    one back.
     """
     from utilityvm.scsi.ports import CallerKey, ScratchKey, VMAccess
     from utilityvm.vm.config import GENERATED, DiskSpec
 
-    host_path, guest_path = split_disk(disk)
+    where = place(disk) if guest_path is None else Place(disk, guest_path)
+    if where.mode == "rw" and read_only:
+        raise click.UsageError("--read-only contradicts :rw")
+    if generated and where.guest_path is not None:
+        raise click.UsageError("--mount chooses the guest path, but one is given")
     if encrypt_scratch and key_file is not None:
-        raise click.UsageError("--encrypt-scratch makes a key, and --key-file gives one")
+        raise click.UsageError("--encrypt-scratch makes a key, but --key-file gives one")
     if generated and guest_path is not None:
         raise click.UsageError("--mount chooses the guest path, and one was given")
     spec = DiskSpec(
-        host_path=host_path,
-        guest_path=GENERATED if generated else guest_path,
-        read_only=read_only,
+        host_path=where.disk,
+        guest_path=GENERATED if generated else where.guest_path,
+        read_only=read_only or where.mode == "ro",
         options=options,
         access=VMAccess(access),
         partition=partition,
@@ -130,6 +154,7 @@ def attach_command(
         verity=_verity(root_hash, verity_offset),
         physical=physical,
     )
+    spec.request()  # what is wrong by itself is told before the VM is waited for
     run(_attach(name, spec, holder=holder, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
 
 
@@ -143,14 +168,11 @@ def _verity(root_hash: str | None, offset: int | None) -> Verity | None:
     try:
         return Verity(root_hash=bytes.fromhex(root_hash), hash_offset_bytes=offset)
     except ValueError as error:
-        raise click.UsageError(f"--verity {root_hash}: not a number in hexadecimal digits") from error
+        raise click.UsageError(f"--verity {root_hash}: it is not written in hexadecimal digits") from error
 
 
 async def _attach(name: str, spec: DiskSpec, *, holder: str, timeout_s: float, wait_s: float, as_json: bool) -> None:
-    from utilityvm.vm.utility_vm import UtilityVM
-
-    spec.request()  # what is wrong by itself is told before the VM is waited for
-    async with UtilityVM.open(name, wait_s=wait_s) as vm:
+    async with await opened(name, wait_s=wait_s) as vm:
         begun = time.monotonic()
         mount = await vm.add(spec, holder=holder, timeout_s=timeout_s)
         seconds = time.monotonic() - begun
@@ -162,14 +184,32 @@ async def _attach(name: str, spec: DiskSpec, *, holder: str, timeout_s: float, w
         }
         where = f", mounted at {mount.guest_path}" if mount.guest_path else ", attached only"
         say(f"{mount.host_path.name} at {mount.slot}{where} ({seconds * 1000:.0f} ms)")
-        if as_json:
-            document = {"vm": name, "host_path": str(mount.host_path), "read_only": mount.read_only, "holder": holder}
-            print_json({**document, **fields, "seconds": round(seconds, 4)})
-        else:
-            print_fields(fields)
+        try:
+            if as_json:
+                document = {
+                    "vm": name,
+                    "host_path": str(mount.host_path),
+                    "read_only": mount.read_only,
+                    "holder": holder,
+                }
+                print_json({**document, **fields, "seconds": round(seconds, 4)})
+            else:
+                print_fields(fields)
+        except OutputFailed as error:
+            await _take_back(mount, error, timeout_s=timeout_s)
 
 
-@click.command("ls")
+async def _take_back(mount: SCSIMount, failed: OutputFailed, *, timeout_s: float) -> Never:
+    """Nobody learnt the reservation's name, so nobody would give it back."""
+    try:
+        await mount.release(timeout_s=timeout_s)
+    except UtilityVMError as error:
+        output.done(f"reservation {mount.id} of {mount.host_path} is held, because it could not be given back: {error}")
+        raise failed from error
+    raise OutputFailed(failed.reason, ", so the reservation was given back") from failed
+
+
+@click.command("ls", cls=Command)
 @vm_argument
 @click.option("--reservations", "-r", is_flag=True, help="A line for each reservation, with its name.")
 @json_option
@@ -235,18 +275,19 @@ def _document(row: SlotRow, now: float) -> dict[str, object]:
     }
 
 
-@click.command("path")
+@click.command("path", cls=Command)
 @vm_argument
 @attached_argument
 @json_option
 def path_command(name: str, disk: str, as_json: bool) -> None:
     """Print where the disk is mounted in the guest."""
     from utilityvm.errors import NotAttached
+    from utilityvm.machine.hostpath import absolute, identity_of
 
-    row = _find(_rows(name), disk, vm=name)
+    row, _ = find(_rows(name), disk, absolute(disk), identity_of(disk), vm=name)
     if not row.guest_paths:
         raise NotAttached(
-            f"{row.host_path} is attached at {row.slot}, and mounted nowhere",
+            f"{row.host_path} is attached at {row.slot}, but is not mounted",
             vm=name,
             slot=row.slot,
             host_path=row.host_path,
@@ -255,95 +296,111 @@ def path_command(name: str, disk: str, as_json: bool) -> None:
     if as_json:
         print_json({"host_path": row.host_path, "slot": str(row.slot), "guest_paths": list(map(str, row.guest_paths))})
     else:
-        click.echo(str(row.guest_paths[0]))
+        output.write(str(row.guest_paths[0]))
 
 
-@click.command("resize")
+@click.command("resize", cls=Command, short_help="Grow a disk while it is in use.")
 @vm_argument
 @attached_argument
-@click.argument("size", metavar="SIZE")
+@click.argument("size_bytes", metavar="SIZE", type=SIZE)
 @timeout_option(TIMEOUT_S)
 @wait_option
 @json_option
-def resize_command(name: str, disk: str, size: str, timeout_s: float, wait_s: float, as_json: bool) -> None:
-    """Grow the disk to SIZE while it is in use: its image, and what is mounted from all of it.
+def resize_command(name: str, disk: str, size_bytes: int, timeout_s: float, wait_s: float, as_json: bool) -> None:
+    """Grow the disk to SIZE while it is in use: its image, and each file system that is mounted from all of it.
 
-    SIZE is in bytes, or ends in K, M, G or T (of 1024). A disk cannot shrink.
+    SIZE is a number of bytes, or is written as 512M, 64MiB or 1.5G. A disk cannot shrink.
     """
-    run(_resize(name, disk, size_bytes(size), timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
+    from utilityvm.machine.hostpath import absolute
+
+    run(_resize(name, disk, absolute(disk), size_bytes, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
 
 
-async def _resize(name: str, disk: str, to_bytes: int, *, timeout_s: float, wait_s: float, as_json: bool) -> None:
-    from utilityvm.vm.utility_vm import UtilityVM
+async def _resize(
+    name: str, disk: str, path: str, to_bytes: int, *, timeout_s: float, wait_s: float, as_json: bool
+) -> None:
+    from utilityvm.machine.hostpath import identity_within
 
-    async with UtilityVM.open(name, wait_s=wait_s) as vm:
+    async with await opened(name, wait_s=wait_s) as vm:
         begun = time.monotonic()
-        await vm.resize_scsi(disk, to_bytes, timeout_s=timeout_s)
+        row, _ = find(vm.scsi_slots(), disk, path, await identity_within(disk, timeout_s), vm=name)
+        await vm.resize_scsi(row.host_path, to_bytes, timeout_s=timeout_s)
         seconds = time.monotonic() - begun
-        say(f"{disk}: {to_bytes} bytes ({seconds * 1000:.0f} ms)")
+        output.done(f"{row.host_path} has {size(to_bytes)} ({seconds * 1000:.0f} ms)")
         if as_json:
-            print_json({"vm": name, "host_path": disk, "size_bytes": to_bytes, "seconds": round(seconds, 4)})
+            print_json({"vm": name, "host_path": row.host_path, "size_bytes": to_bytes, "seconds": round(seconds, 4)})
 
 
-def size_bytes(text: str) -> int:
-    """Bytes, of a number that may end in K, M, G or T."""
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in _UNITS else (text, "")
-    if not (number.isascii() and number.isdigit()):
-        raise click.UsageError(f"{text!r} is no size: give bytes, or a whole number and one of K, M, G and T")
-    return int(number) << _UNITS.get(unit, 0)
-
-
-@click.command("detach")
+@click.command("detach", cls=Command, short_help="Give a disk back; the last time detaches it.")
 @vm_argument
-@click.argument("disk", metavar="DISK|RESERVATION")
+@click.argument("disk", metavar="DISK|RESERVATION", shell_complete=complete_attached)
 @click.option("--holder", metavar="H", help="Only a reservation of H.")
-@click.option("--force", is_flag=True, help="Unmount and eject what the guest still uses.")
+@click.option("--force", is_flag=True, help="Unmount and eject it although the guest uses it.")
 @timeout_option(TIMEOUT_S)
 @wait_option
 @json_option
 def detach_command(
     name: str, disk: str, holder: str | None, force: bool, timeout_s: float, wait_s: float, as_json: bool
 ) -> None:
-    """Give back one reservation: the one of that name, or the newest of the disk.
+    """Give back one reservation: the one with that name, or the newest of the disk.
 
-    The last one of a disk unmounts it, lets the guest forget it, and returns when its file is closed.
+    DISK is any path of the image, or its guest path. The last reservation of a disk unmounts it, removes it from the
+    guest, and returns once QEMU has closed the file.
     """
-    run(_detach(name, disk, holder=holder, force=force, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
+    from utilityvm.machine.hostpath import absolute
+
+    run(
+        _detach(
+            name, disk, absolute(disk), holder=holder, force=force, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json
+        )
+    )
 
 
 async def _detach(
-    name: str, disk: str, *, holder: str | None, force: bool, timeout_s: float, wait_s: float, as_json: bool
+    name: str, disk: str, path: str, *, holder: str | None, force: bool, timeout_s: float, wait_s: float, as_json: bool
 ) -> None:
-    from utilityvm.machine.hostpath import absolute
-    from utilityvm.vm.utility_vm import UtilityVM
+    from utilityvm.machine.hostpath import identity_within
 
-    async with UtilityVM.open(name, wait_s=wait_s) as vm:
+    async with await opened(name, wait_s=wait_s) as vm:
         begun = time.monotonic()
-        reservation = next((one for one in vm.scsi_reservations() if one.id == disk), None)
+        held, slots = vm.scsi_reservations(), vm.scsi_slots()
+        reservation = next((one for one in held if one.id == disk), None)
+        row: SlotView | None
+        if reservation is not None:
+            row = next((view for view in slots if view.slot == reservation.slot), None)
+            path = str(reservation.host_path)
+        else:
+            row, guest_path = find(slots, disk, path, await identity_within(disk, timeout_s), vm=name)
+            path = row.host_path
+            if guest_path is not None:
+                reservation = _newest(held, row, guest_path, holder)
         if reservation is not None:
             await reservation.release(force=force, timeout_s=timeout_s)
         else:
-            await vm.remove_scsi(disk, holder=holder, force=force, timeout_s=timeout_s)
+            await vm.remove_scsi(path, holder=holder, force=force, timeout_s=timeout_s)
         seconds = time.monotonic() - begun
-        path = str(reservation.host_path) if reservation else absolute(disk)
-        left = next((view.references for view in vm.scsi_slots() if view.host_path == path), 0)
-        say(f"{path}: {f'{left} references left' if left else 'detached'} ({seconds * 1000:.0f} ms)")
+        left = next((view.references for view in vm.scsi_slots() if row and view.attachment == row.attachment), 0)
+        became = f"{count(left, 'reference')} left" if left else "detached"
+        output.done(f"{path}: {became} ({seconds * 1000:.0f} ms)")
         if as_json:
             print_json({"vm": name, "host_path": path, "references": left, "seconds": round(seconds, 4)})
 
 
-def split_disk(text: str) -> tuple[str, str | None]:
-    """`DISK[:GUEST_PATH]`: split at the last `:/`. A path that is there as it stands is a disk, whatever it holds.
+def _newest(held: Sequence[SCSIMount], row: SlotView, guest_path: PurePosixPath, holder: str | None) -> SCSIMount:
+    """The newest reservation of a mount.
 
-    What stands behind another colon of a path that is not there was meant as a guest path; it is refused as one.
+    Raises:
+        NotAttached: there is none, or none of the holder.
     """
-    if os.path.lexists(text):
-        return text, None
-    for mark in (":/", ":"):
-        before, found, _ = text.rpartition(mark)
-        if found and (mark == ":/" or os.path.lexists(before)):
-            return before, text[len(before) + 1 :]
-    return text, None
+    from utilityvm.errors import NotAttached
+
+    for one in reversed(held):
+        if (one.slot, one.guest_path) == (row.slot, guest_path) and holder in (None, one.holder):
+            return one
+    whose = f" of {holder}" if holder is not None else ""
+    raise NotAttached(
+        f"there is no reservation{whose} of {row.host_path} at {guest_path}", slot=row.slot, host_path=row.host_path
+    )
 
 
 def _rows(name: str) -> list[SlotRow]:
@@ -368,19 +425,49 @@ def _rows(name: str) -> list[SlotRow]:
         return slots(SqliteJournal(store, vm).read())
 
 
-def _find(rows: list[SlotRow], disk: str, *, vm: str) -> SlotRow:
-    """The row of the disk that the path leads to; or, if it leads nowhere any more, that was attached by this path."""
-    from utilityvm.errors import NotAttached
-    from utilityvm.machine.hostpath import absolute, identity_of
+class _Row(Protocol):
+    """A disk of the VM, as the store or the manager tells it."""
 
-    path, identity = absolute(disk), identity_of(disk)
+    @property
+    def slot(self) -> Slot: ...
+    @property
+    def host_path(self) -> str: ...
+    @property
+    def identity(self) -> str: ...
+    @property
+    def guest_paths(self) -> tuple[PurePosixPath, ...]: ...
+
+
+_R = TypeVar("_R", bound=_Row)
+
+
+def find(rows: Sequence[_R], disk: str, path: str, identity: str | None, *, vm: str) -> tuple[_R, PurePosixPath | None]:
+    """The disk that is meant, by any of its names; and its guest path, if that was the name.
+
+    `path` is `disk` made absolute, and `identity` that of its file. A path that leads nowhere any more is the one by
+    which the disk was attached.
+
+    Raises:
+        NotAttached: there is none.
+        InvalidRequest: it is the path of one, and the guest path of another.
+    """
+    from utilityvm.errors import InvalidRequest, NotAttached
+
     row = next((row for row in rows if row.identity == identity), None)
     row = row or next((row for row in rows if row.host_path == path), None)
-    if row is None:
-        raise NotAttached(
-            f"{disk} is not attached to VM {vm}", vm=vm, host_path=path, remedy=f"see what is: uvm ls {vm}"
+    guest_path = PurePosixPath(disk)
+    inside = next((row for row in rows if guest_path in row.guest_paths), None)
+    if row is not None and inside is not None and row is not inside:
+        raise InvalidRequest(
+            f"{disk} is the disk at {row.slot}, and the guest path of the disk at {inside.slot}",
+            vm=vm,
+            remedy=f"name the image of the one that you mean: {row.host_path} or {inside.host_path}",
         )
-    return row
+    if row is not None:
+        return row, None
+    if inside is not None:
+        return inside, guest_path
+    raise NotAttached(f"{disk} is not attached to VM {vm}", vm=vm, host_path=path, remedy=f"see what is: uvm ls {vm}")
 
 
 def _file_completion() -> object:

@@ -15,6 +15,7 @@ from typing import Literal
 import click
 
 from utilityvm.cli import exitcodes
+from utilityvm.cli.group import Command
 from utilityvm.cli.options import json_option
 from utilityvm.cli.output import print_json, print_table, size
 from utilityvm.errors import UtilityVMError
@@ -33,7 +34,7 @@ class Finding:
     fix: str | None = None
 
 
-@click.command("doctor")
+@click.command("doctor", cls=Command)
 @json_option
 def doctor_command(as_json: bool) -> int:
     """Look at all that VMs need of this machine; say how to mend what is missing.

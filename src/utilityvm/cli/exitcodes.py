@@ -15,9 +15,33 @@ NO_ANSWER: Final = 5
 SETUP: Final = 6
 NOT_RUNNING: Final = 7
 IMAGE: Final = 8
-EXEC_FAILED: Final = 125  # `uvm exec` itself failed; the program's own codes are passed on
-EXEC_NOT_STARTED: Final = 127
+EXEC_TIMEOUT: Final = 124  # `uvm exec`, which passes on the program's own codes
+EXEC_FAILED: Final = 125
+EXEC_NOT_EXECUTABLE: Final = 126
+EXEC_NOT_FOUND: Final = 127
 INTERRUPTED: Final = 130
+
+HELP: Final = """\b
+Exit codes:
+  0    Done
+  1    Refused by the hypervisor or the guest, or another error
+  2    Wrong usage: an unknown option, an invalid value, or no command
+  3    No such VM, disk, reservation or template
+  4    Busy: in use by another process, VM or disk
+  5    No answer in time; the outcome is unknown
+  6    This machine lacks something, or the store cannot be used
+  7    The VM is not running
+  8    A disk image is damaged or unsafe, or a template is damaged
+  130  Interrupted
+
+\b
+`uvm exec` passes on the exit code of the program. Its own are:
+  124  The program did not end within --timeout, and was killed
+  125  uvm failed
+  126  The program cannot be executed
+  127  The program was not found
+  128+N  Signal N killed the program
+"""
 
 # The first that fits.
 TABLE: Final[tuple[tuple[type[errors.UtilityVMError], int], ...]] = (

@@ -1,31 +1,59 @@
-"""A click group that loads a command's module when the command is used, and ends in one line when it fails."""
+"""Commands and groups as `uvm` needs them: loaded when they are used, with one way out.
+
+Whatever ends a command comes to `LazyGroup.main`, which tells it once, in the form that was asked for, and ends the
+process with a documented code.
+"""
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import click
 
-from utilityvm.cli import exitcodes
+from utilityvm.cli import exitcodes, output, words
 from utilityvm.errors import UtilityVMError
-from utilityvm.machine import oserrors
-from utilityvm.text import clean
+from utilityvm.machine.processes import introduce
 
 
 class Failed(Exception):
-    """An error that ends the process with another code than its kind says."""
+    """Errors that end the process with a code of the command's choice: the first is the worst."""
 
-    def __init__(self, error: UtilityVMError, code: int) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.code = code
+    def __init__(self, errors: Sequence[UtilityVMError], code: int | None = None) -> None:
+        super().__init__(str(errors[0]))
+        self.errors = errors
+        self.code = exitcodes.code_of(errors[0]) if code is None else code
 
 
-class LazyGroup(click.Group):
+class Command(click.Command):
+    """A command that knows which of the words after its name are its own."""
+
+    def own_words(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """The words that may be options: those before `--`."""
+        return args[: args.index("--")] if "--" in args else args
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        output.begin(as_json="--json" in self.own_words(ctx, args))
+        introduce(ctx.command_path)  # to those who find a VM in use
+        words.speak_of(self.get_params(ctx))
+        return super().parse_args(ctx, args)
+
+
+class Group(click.Group):
+    """A group of commands; without one it prints its help."""
+
+    command_class = Command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            output.echo_error(ctx.get_help())
+            ctx.exit(exitcodes.USAGE)
+        return super().parse_args(ctx, args)
+
+
+class LazyGroup(Group):
     """`commands_in` says which module of `utilityvm.cli` has which command, as a variable of its name."""
 
     def __init__(self, *args: Any, commands_in: Mapping[str, str], **settings: Any) -> None:
@@ -45,41 +73,31 @@ class LazyGroup(click.Group):
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **settings: Any) -> NoReturn:
         """Run, and end the process with a documented code; an error is one line on the standard error."""
-        words = list(sys.argv[1:] if args is None else args)
-        own = words[: words.index("--")] if "--" in words else words
+        given = list(sys.argv[1:] if args is None else args)
+        output.begin(as_json="--json" in given)  # until the command is known
         try:
-            code = super().main(words, *rest, **{**settings, "standalone_mode": False})
-        except (UtilityVMError, Failed) as failure:
-            error = failure.error if isinstance(failure, Failed) else failure
-            code = failure.code if isinstance(failure, Failed) else exitcodes.code_of(error)
-            _tell(type(error).__name__, str(error), error.remedy, code, as_json="--json" in own)
+            result = super().main(given, *rest, **{"prog_name": "uvm", **settings, "standalone_mode": False})
+            code = result if isinstance(result, int) else exitcodes.OK
+            output.tell_warnings()
+        except UtilityVMError as error:
+            code = exitcodes.code_of(error)
+            _tell([error], code)
+        except Failed as failure:
+            code = failure.code
+            _tell(failure.errors, code)
         except click.ClickException as failure:
             code = failure.exit_code
             context = failure.ctx if isinstance(failure, click.UsageError) else None
             hint = f"{context.command_path} --help" if context else None
-            _tell(type(failure).__name__, failure.format_message(), hint, code, as_json="--json" in own)
+            output.tell_errors([output.Told(type(failure).__name__, failure.format_message(), hint)], code)
         except (KeyboardInterrupt, click.Abort):
             code = exitcodes.INTERRUPTED
-        except BrokenPipeError:
-            # Who read our output has enough. What Python still holds of it must not fail again at the exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = exitcodes.ERROR
-        except OSError as failure:
-            error = oserrors.as_ours(failure, "uvm")
-            code = exitcodes.code_of(error)
-            _tell(type(error).__name__, str(error), error.remedy, code, as_json="--json" in own)
-        sys.exit(code if isinstance(code, int) else exitcodes.OK)
+        sys.exit(code)
 
 
-def _tell(kind: str, message: str, hint: str | None, code: int, *, as_json: bool) -> None:
-    # A guest's words are clean already; those of a file's name, or of QEMU, may not be.
-    text, hint = " ".join(clean(message).split()), hint and " ".join(clean(hint).split())
-    if as_json:
-        import json
-
-        click.echo(json.dumps({"error": kind, "message": text, "hint": hint, "exit_code": code}), err=True)
-        return
-    label = click.style("error:", fg="red", bold=True)
-    click.echo(f"{label} {text}", err=True)
-    if hint:
-        click.echo(f"{click.style('hint:', fg='cyan')} {hint}", err=True)
+def _tell(errors: Sequence[UtilityVMError], code: int) -> None:
+    told = [
+        output.Told(type(error).__name__, words.spoken(str(error)), error.remedy and words.spoken(error.remedy))
+        for error in errors
+    ]
+    output.tell_errors(told, code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,15 +10,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from utilityvm.cli.group import Group
 from utilityvm.cli.options import json_option
-from utilityvm.cli.output import age, print_fields, print_json, print_table, say, size
+from utilityvm.cli.output import age, is_watched, print_fields, print_json, print_table, say, size
 
 if TYPE_CHECKING:
     from utilityvm.guestimage.build import GuestImage
     from utilityvm.guestimage.custom import GuestRecipe
 
 
-@click.group("image")
+@click.group("image", cls=Group)
 def image_command() -> None:
     """The guest image that VMs boot."""
 
@@ -190,7 +190,7 @@ def ensure_image(recipe: GuestRecipe | None = None, *, refresh: bool = False) ->
 @contextmanager
 def _progress() -> Iterator[Callable[[str, float], None]]:
     """A bar on a terminal, else nothing."""
-    if not sys.stderr.isatty():
+    if not is_watched():
         yield lambda what, done: None
         return
     from rich.console import Console

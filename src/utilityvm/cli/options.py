@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from utilityvm.cli.values import SECONDS, WAIT
+
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
@@ -29,7 +31,7 @@ def _complete_vm(ctx: click.Context, param: click.Parameter, incomplete: str) ->
         return []
 
 
-def _complete_disk(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_attached(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem
 
     from utilityvm.errors import UtilityVMError
@@ -49,9 +51,14 @@ def vm_argument(command: F) -> F:
     return click.argument("name", shell_complete=_complete_vm)(command)
 
 
+def vms_argument(command: F) -> F:
+    """NAME...: VMs that there are."""
+    return click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=_complete_vm)(command)
+
+
 def attached_argument(command: F) -> F:
     """DISK: one that is attached."""
-    return click.argument("disk", shell_complete=_complete_disk)(command)
+    return click.argument("disk", shell_complete=complete_attached)(command)
 
 
 def json_option(command: F) -> F:
@@ -62,11 +69,10 @@ def wait_option(command: F) -> F:
     return click.option(
         "--wait",
         "wait_s",
-        type=click.FloatRange(min=0),
+        type=WAIT,
         default=WAIT_S,
-        show_default=True,
         metavar="SECONDS",
-        help="How long to stand in the queue while another command uses the VM.",
+        help=f"How long to wait while another process uses the VM.  [default: {WAIT_S:g}]",
     )(command)
 
 
@@ -74,11 +80,10 @@ def timeout_option(default_s: float) -> Callable[[F], F]:
     return click.option(
         "--timeout",
         "timeout_s",
-        type=click.FloatRange(min=0, min_open=True),
+        type=SECONDS,
         default=default_s,
-        show_default=True,
         metavar="SECONDS",
-        help="How long it may take.",
+        help=f"How long it may take.  [default: {default_s:g}]",
     )
 
 

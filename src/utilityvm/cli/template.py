@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from utilityvm.cli import output
+from utilityvm.cli.group import Command, Group
 from utilityvm.cli.options import json_option, run, timeout_option, vm_argument, wait_option
 from utilityvm.cli.output import age, print_fields, print_json, print_table, say, size
+from utilityvm.cli.owners import opened
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -32,7 +35,7 @@ def _complete_template(ctx: click.Context, param: click.Parameter, incomplete: s
     return [CompletionItem(name) for name in catalog.names() if name.startswith(incomplete)]
 
 
-@click.group("template")
+@click.group("template", cls=Group)
 def template_command() -> None:
     """VMs that were saved to be cloned."""
 
@@ -49,16 +52,14 @@ def save_command(name: str, template: str, timeout_s: float, wait_s: float, as_j
 
 
 async def _save(name: str, template: str, *, timeout_s: float, wait_s: float, as_json: bool) -> None:
-    from utilityvm.vm.utility_vm import UtilityVM
-
-    async with UtilityVM.open(name, wait_s=wait_s) as vm:
+    async with await opened(name, wait_s=wait_s) as vm:
         begun = time.monotonic()
         saved = await vm.save_as_template(template, timeout_s=timeout_s)
         seconds = time.monotonic() - begun
+    output.done(f"{name} is saved as template {saved.name} ({seconds:.1f} s)")
     if as_json:
         print_json({**_document(saved, []), "seconds": round(seconds, 3)})
     else:
-        say(f"saved in {seconds:.1f} s")
         print_fields({"name": saved.name, "size": size(saved.disk_bytes()), "folder": saved.folder})
 
 
@@ -153,7 +154,7 @@ def rm_command(template: str, as_json: bool) -> None:
         print_json({"name": template})
 
 
-@click.command("clone")
+@click.command("clone", cls=Command)
 @click.argument("template", shell_complete=_complete_template)
 @click.argument("name")
 @click.option("--count", type=click.IntRange(1, 1000), default=1, help="Start N of them, named NAME-1 to NAME-N.")
@@ -200,7 +201,7 @@ async def _clone(
                 vm = await UtilityVM.clone(template, name, keep=keep, replace=replace, timeout_s=timeout_s)
                 closing.push_async_callback(vm.close)
                 seconds = time.monotonic() - begun
-                say(f"{name} is up ({seconds * 1000:.0f} ms)")
+                output.done(f"{name} is up ({seconds * 1000:.0f} ms)")
                 rows.append({"name": name, "uuid": vm.uuid, "pid": vm.process.pid, "seconds": round(seconds, 3)})
         finally:
             if rows and (keep or len(rows) == len(names)):  # also if the next failed: these run

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from utilityvm.cli import output
+from utilityvm.cli.group import Command, Failed
 from utilityvm.cli.options import json_option, run, vm_argument, wait_option
 from utilityvm.cli.output import print_json, print_table, say, size
 
@@ -13,12 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from utilityvm.errors import UtilityVMError
+    from utilityvm.store import Store
     from utilityvm.upkeep.leftovers import Leftover
 
 apply_option = click.option("--apply", "is_applied", is_flag=True, help="Do it. Without this nothing is changed.")
 
 
-@click.command("repair")
+@click.command("repair", cls=Command)
 @vm_argument
 @apply_option
 @wait_option
@@ -50,7 +53,7 @@ async def _repair(name: str, *, is_applied: bool, wait_s: float, as_json: bool) 
         say(f"nothing was changed; to do it: uvm repair {name} --apply")
 
 
-@click.command("gc")
+@click.command("gc", cls=Command)
 @apply_option
 @json_option
 def gc_command(is_applied: bool, as_json: bool) -> None:
@@ -59,29 +62,31 @@ def gc_command(is_applied: bool, as_json: bool) -> None:
     Dead VMs, runtime folders, overlays of clones, half-made templates, guest images that nothing uses, and what builds
     of them left.
     """
-    run(_gc(is_applied=is_applied, as_json=as_json))
-
-
-async def _gc(*, is_applied: bool, as_json: bool) -> None:
-    import asyncio
-
-    from utilityvm.errors import UtilityVMError
     from utilityvm.store.recover import open_store
     from utilityvm.upkeep import leftovers
 
     with open_store() as store:
         found = leftovers.leftovers(store)
-        removed: list[Leftover] = []
-        failed: dict[str, UtilityVMError] = {}
-        for one in found if is_applied else []:
-            await asyncio.sleep(0)  # Ctrl-C is heard between two
-            try:
-                removed += [one] if await leftovers.remove(one, store) else []
-            except UtilityVMError as error:  # the others can go all the same
-                failed[str(one.path)] = error
+        removed, failed = run(_remove(found, store)) if is_applied and found else ([], {})
+    if removed:
+        output.done(f"removed {', '.join(f'{one.kind} {one.name}' for one in removed)}")
     _print_leftovers(found, removed, failed, is_applied=is_applied, as_json=as_json)
     if failed:
-        raise next(iter(failed.values()))
+        raise Failed(list(failed.values()))
+
+
+async def _remove(found: list[Leftover], store: Store) -> tuple[list[Leftover], dict[str, UtilityVMError]]:
+    from utilityvm.errors import UtilityVMError
+    from utilityvm.upkeep import leftovers
+
+    removed: list[Leftover] = []
+    failed: dict[str, UtilityVMError] = {}
+    for one in found:
+        try:
+            removed += [one] if await leftovers.remove(one, store) else []
+        except UtilityVMError as error:  # the others can go all the same
+            failed[str(one.path)] = error
+    return removed, failed
 
 
 def _print_leftovers(

@@ -9,14 +9,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from utilityvm.cli import exitcodes
-from utilityvm.cli.group import Failed
-from utilityvm.cli.options import json_option, run, timeout_option, vm_argument, wait_option
+from utilityvm.cli import exitcodes, output
+from utilityvm.cli.group import Command, Failed
+from utilityvm.cli.options import (
+    json_option,
+    run,
+    timeout_option,
+    vm_argument,
+    vms_argument,
+    wait_option,
+)
 from utilityvm.cli.output import age, print_fields, print_json, print_table, say
+from utilityvm.cli.owners import opened, owner_of, waiting_for
+from utilityvm.cli.values import MEMORY, SECONDS
 
 if TYPE_CHECKING:
     import asyncio
 
+    from utilityvm.errors import UtilityVMError
     from utilityvm.store import Store, StoredVM
     from utilityvm.store.ownership import Owner
     from utilityvm.vm.config import VMConfig
@@ -25,9 +35,16 @@ if TYPE_CHECKING:
 BOOT_S = 120.0
 
 
-@click.command("start")
+@click.command("start", cls=Command)
 @click.argument("name")
-@click.option("--memory", "memory_mib", type=int, default=256, show_default=True, metavar="MIB", help="Its memory.")
+@click.option(
+    "--memory",
+    "memory_mib",
+    type=MEMORY,
+    default=256,
+    metavar="SIZE",
+    help="Memory, such as 512M or 2G.  [default: 256M]",
+)
 @click.option("--cpus", type=int, default=1, show_default=True, metavar="N", help="Its processors.")
 @click.option(
     "--controllers", type=int, default=4, show_default=True, metavar="N", help="Its SCSI controllers, of 64 disks each."
@@ -70,7 +87,7 @@ async def _start(config: VMConfig, key: str | None, *, timeout_s: float, as_json
     say(f"starting {config.name}…")
     async with UtilityVM.start(config, image=image, timeout_s=timeout_s) as vm:
         seconds = time.monotonic() - begun
-        say(f"{vm.name} is up ({seconds:.1f} s, {vm.process.accelerator})")
+        output.done(f"{vm.name} is up ({seconds:.1f} s, {vm.process.accelerator})")
         if as_json:
             print_json({**_description(vm), "seconds": round(seconds, 3)})
         elif not sys.stdout.isatty():
@@ -101,7 +118,7 @@ def _description(vm: UtilityVM) -> dict[str, object]:
     }
 
 
-@click.command("ps")
+@click.command("ps", cls=Command)
 @json_option
 def ps_command(as_json: bool) -> None:
     """List the VMs of this user, and the process that owns each."""
@@ -109,7 +126,7 @@ def ps_command(as_json: bool) -> None:
 
     now = time.time()
     with open_store() as store:
-        vms = [(vm, _disks(store, vm), _owner(vm)) for vm in store.vms()]
+        vms = [(vm, _disks(store, vm), owner_of(vm)) for vm in store.vms()]
     if as_json:
         print_json(
             [
@@ -161,14 +178,6 @@ def _disks(store: Store, vm: StoredVM) -> int | None:
         return None
 
 
-def _owner(vm: StoredVM) -> Owner | None:
-    from utilityvm.machine import paths
-    from utilityvm.store.catalog import is_plain
-    from utilityvm.store.ownership import owner_of
-
-    return owner_of(paths.vm_dir(vm.name), vm.owner) if is_plain(vm.name) else None
-
-
 def _state(vm: StoredVM, owner: Owner | None) -> str:
     """The VM's state as it is: one that was being started or stopped by a process that died is dead."""
     from utilityvm.store import VMState
@@ -177,47 +186,115 @@ def _state(vm: StoredVM, owner: Owner | None) -> str:
     return VMState.DEAD if is_left else vm.seen_state
 
 
-@click.command("stop")
-@vm_argument
-@click.option(
-    "--force", is_flag=True, help="Kill it at once, whoever uses it. What the guest has not written out is lost."
-)
+@click.command("stop", cls=Command, short_help="End VMs and remove what is left of them.")
+@vms_argument
+@click.option("--force", is_flag=True, help="Kill them, whoever uses them. What a guest has not written is lost.")
 @wait_option
 @json_option
-def stop_command(name: str, force: bool, wait_s: float, as_json: bool) -> None:
-    """End the VM, in whatever state it is, and remove all that is left of it."""
+def stop_command(names: tuple[str, ...], force: bool, wait_s: float, as_json: bool) -> None:
+    """End the VMs, in whatever state they are, and remove all that is left of them.
+
+    Each guest is asked to write out its data and to power off. One that fails does not keep the others.
+    """
+    names = tuple(dict.fromkeys(names))
+    failed = run(_stop(names, force=force, wait_s=wait_s))
+    stopped = [name for name in names if name not in failed]
+    if as_json and (stopped or len(names) > 1):
+        documents = [{"name": name, "stopped": name not in failed} for name in names]
+        print_json(documents[0] if len(names) == 1 else documents)
+    if failed:
+        raise Failed(list(failed.values()))
+
+
+async def _stop(names: tuple[str, ...], *, force: bool, wait_s: float) -> dict[str, UtilityVMError]:
+    """What went wrong with each."""
+    import asyncio
+
+    from utilityvm.errors import UtilityVMError
     from utilityvm.vm.utility_vm import UtilityVM
 
-    begun = time.monotonic()
-    for line in run(UtilityVM.remove(name, wait_s=wait_s, force=force)):
-        click.echo(f"warning: {line}", err=True)
-    say(f"{name} is gone ({time.monotonic() - begun:.1f} s)")
-    if as_json:
-        print_json({"name": name, "stopped": True})
+    failed: dict[str, UtilityVMError] = {}
+
+    async def stop(name: str) -> None:
+        begun = time.monotonic()
+        try:
+            async with waiting_for(name, wait_s=0 if force else wait_s):
+                lost = await UtilityVM.remove(name, wait_s=wait_s, force=force)
+        except UtilityVMError as error:
+            failed[name] = error
+            return
+        output.done(f"{name} is gone ({time.monotonic() - begun:.1f} s)")
+        for line in lost:
+            output.warn(line)
+
+    async with asyncio.TaskGroup() as group:
+        for name in names:
+            group.create_task(stop(name))
+    return {name: failed[name] for name in names if name in failed}
 
 
-class _ExecCommand(click.Command):
-    """Takes options up to the program's name; up to `--`, where that is."""
+class _ExecCommand(Command):
+    """Its options stand before or after NAME. The next word begins the program, which gets all the rest; so does `--`.
+
+    No word means something else because of one that follows it.
+    """
+
+    def own_words(self, ctx: click.Context, args: list[str]) -> list[str]:
+        before, name, after, _ = self._divided(ctx, args)
+        return [*before, *name, *after]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.allow_interspersed_args = "--" in args
-        return super().parse_args(ctx, args)
+        before, name, after, program = self._divided(ctx, args)
+        if program[:1] == ["--"]:
+            program = program[1:]
+        return super().parse_args(ctx, [*before, *after, *(["--", *name, *program] if name else [])])
+
+    def _divided(self, ctx: click.Context, args: list[str]) -> tuple[list[str], list[str], list[str], list[str]]:
+        """The options before NAME, NAME, the options behind it, and the program with a `--` before it."""
+        before, rest = self._options(ctx, args)
+        if rest[:1] == ["--"]:
+            return before, rest[1:2], [], rest[2:]
+        after, program = self._options(ctx, rest[1:])
+        return before, rest[:1], after, program
+
+    def _options(self, ctx: click.Context, args: list[str]) -> tuple[list[str], list[str]]:
+        """The options at the beginning, with their values; and what follows."""
+        with_value = {
+            word
+            for option in self.get_params(ctx)
+            if isinstance(option, click.Option) and not option.is_flag
+            for word in option.opts
+        }
+        at = 0
+        while at < len(args) and args[at].startswith("-") and args[at] not in ("-", "--"):
+            word, at = args[at], at + 1
+            if word.startswith("--"):
+                at += word in with_value
+            else:  # of `-ne A=B` the last letter takes the next word; of `-eA=B` none does
+                takes = next((place for place in range(1, len(word)) if f"-{word[place]}" in with_value), None)
+                at += takes == len(word) - 1
+        return args[:at], args[at:]
 
 
 @click.command("exec", cls=_ExecCommand)
 @vm_argument
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED, metavar="PROGRAM [ARGUMENT]...")
 @click.option("--no-stdin", "-n", is_flag=True, help="Give the program no input.")
-@click.option("--cwd", metavar="PATH", help="The guest's folder to run it in.")
-@click.option("--env", "-e", "variables", multiple=True, metavar="NAME=VALUE", help="A variable for it. Repeatable.")
+@click.option("--cwd", metavar="GUEST_PATH", help="The folder in the guest to run it in.")
 @click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Then it is killed."
+    "--env",
+    "-e",
+    "variables",
+    multiple=True,
+    metavar="NAME[=VALUE]",
+    help="Set a variable for it. NAME alone passes on uvm's own, which keeps the value out of `ps`. Repeatable.",
 )
+@click.option("--timeout", "timeout_s", type=SECONDS, metavar="SECONDS", help="Kill it after so long.")
 @wait_option
 @json_option
 def exec_command(
     name: str,
-    command: tuple[str, ...],
+    program: tuple[str, ...],
     no_stdin: bool,
     cwd: str | None,
     variables: tuple[str, ...],
@@ -225,35 +302,62 @@ def exec_command(
     wait_s: float,
     as_json: bool,
 ) -> int:
-    """Run a program in the guest: uvm exec NAME -- CMD...
+    """Run a program in the guest.
 
-    Its input, output and errors are ours, and its exit code (128 + N if signal N killed it). The VM is ours while the
-    program runs: other commands wait in the queue.
+    Options of uvm stand before PROGRAM. All that follows belongs to the program; a `--` before it is allowed.
+
+    uvm passes its standard input to the program, prints its output and errors, and ends with its exit code. While it
+    runs, other commands that need the VM wait.
     """
-    from utilityvm.errors import GuestRefused, UtilityVMError
+    from utilityvm.errors import DeadlineExceeded, GuestRefused, UtilityVMError
 
-    env: dict[str, str] = {}
-    for variable in variables:
-        key, equals, value = variable.partition("=")
-        if not key or not equals:
-            raise click.UsageError(f"{variable!r} is not NAME=VALUE")
-        env[key] = value
-    words = list(command[1:] if command[0] == "--" else command)
-    if not words:
-        raise click.UsageError("Missing argument 'COMMAND...'.")
+    env = dict(map(_variable, variables))
+    begun: list[bool] = []
     try:
         code = run(
-            _exec(name, words, stdin=not no_stdin, cwd=cwd, env=env, limits=(timeout_s, wait_s), as_json=as_json)
+            _exec(
+                name,
+                list(program),
+                begun,
+                stdin=not no_stdin,
+                cwd=cwd,
+                env=env,
+                limits=(timeout_s, wait_s),
+                as_json=as_json,
+            )
         )
     except UtilityVMError as error:
-        started = not isinstance(error, GuestRefused)
-        raise Failed(error, exitcodes.EXEC_FAILED if started else exitcodes.EXEC_NOT_STARTED) from error
+        code = exitcodes.EXEC_FAILED
+        if isinstance(error, GuestRefused) and error.kind in _NOT_STARTED:
+            code = _NOT_STARTED[error.kind]
+        elif isinstance(error, DeadlineExceeded) and begun and timeout_s is not None:
+            code = exitcodes.EXEC_TIMEOUT
+        raise Failed([error], code) from error
     return 128 - code if code < 0 else code
+
+
+# The kinds of a guest's no to starting a program.
+_NOT_STARTED = {"not_found": exitcodes.EXEC_NOT_FOUND, "refused": exitcodes.EXEC_NOT_EXECUTABLE}
+
+
+def _variable(text: str) -> tuple[str, str]:
+    import os
+
+    name, equals, value = text.partition("=")
+    if not name:
+        raise click.UsageError(f"--env {text!r}: write it as NAME=VALUE, or NAME to pass on your own")
+    if not equals:
+        own = os.environ.get(name)
+        if own is None:
+            raise click.UsageError(f"--env {name}: there is no such variable to pass on; set one with NAME=VALUE")
+        value = own
+    return name, value
 
 
 async def _exec(
     name: str,
     command: list[str],
+    begun: list[bool],
     *,
     stdin: bool,
     cwd: str | None,
@@ -263,17 +367,16 @@ async def _exec(
 ) -> int:
     import base64
 
-    from utilityvm.vm.utility_vm import UtilityVM
-
     timeout_s, wait_s = limits
-    async with UtilityVM.open(name, wait_s=wait_s) as vm:
+    async with await opened(name, wait_s=wait_s) as vm:
+        begun.append(True)
         given = _own_input() if stdin else None
         if not as_json:
             return await vm.run_streaming(
                 command,
                 stdin=given,
-                stdout=lambda data: _pass_on(data, 1),
-                stderr=lambda data: _pass_on(data, 2),
+                stdout=lambda data: output.write_bytes(data, 1),
+                stderr=lambda data: output.write_bytes(data, 2),
                 env=env,
                 cwd=cwd,
                 timeout_s=timeout_s,
@@ -290,13 +393,6 @@ async def _exec(
             document[f"{stream}_base64"] = base64.b64encode(data).decode()
     print_json(document)
     return code
-
-
-def _pass_on(data: bytes, descriptor: int) -> None:
-    import os
-
-    while data:
-        data = data[os.write(descriptor, data) :]
 
 
 def _set(future: asyncio.Future[None]) -> None:
@@ -332,7 +428,7 @@ async def _own_input() -> AsyncIterator[bytes]:
         yield data
 
 
-@click.command("log")
+@click.command("log", cls=Command)
 @vm_argument
 @click.option("--lines", "-n", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
 @json_option
@@ -354,4 +450,4 @@ def log_command(name: str, lines: int | None, as_json: bool) -> None:
     for line in kept:
         # The guest wrote it: what would steer the terminal is not passed on.
         shown = "".join(character if character.isprintable() or character == "\t" else "" for character in line)
-        click.echo(shown if sys.stdout.isatty() else line)
+        output.write(shown if sys.stdout.isatty() else line)

@@ -51,7 +51,7 @@ _MAX_UNSENT_BYTES: Final = 8 << 20
 _FLUSH_S: Final = 1.0
 _SHOWN_BYTES: Final = 200
 _NEGOTIATED: Final = messages.response_to(messages.NEGOTIATE)
-_SECRETS: Final = frozenset(("Key", "Env", "Data", "Seed"))  # Data is what programs read and write
+_SECRETS: Final = frozenset(("Key", "Argv", "Env", "Data", "Seed"))  # Data is what programs read and write
 _NOT_IMPLEMENTED: Final = messages.signed(messages.E_NOT_IMPLEMENTED)
 
 Notified = Callable[[int, dict[str, Any]], None]

@@ -59,4 +59,6 @@ def refusal(response: Response, where: Where | None, *, vm: str | None) -> Utili
         case None if "context deadline exceeded" in said:
             # Go's text: gcs gave up in the middle, and does not say where.
             return DeadlineExceeded(text, vm=vm, slot=slot)
-    return GuestRefused(text, vm=vm, slot=slot, remedy=advice)
+    error = GuestRefused(text, vm=vm, slot=slot, remedy=advice)
+    error.kind = response.kind
+    return error

@@ -180,13 +180,22 @@ def own_start() -> str:
     return started_at(os.getpid()) or ""
 
 
-def own_command() -> str:
-    """This process as a person would know it again: its command line, cut to a sane length."""
-    import shlex
+_introduced: str | None = None
 
-    try:
-        words = Path("/proc/self/cmdline").read_bytes().split(b"\0")[:-1]
-        text = shlex.join(word.decode(errors="replace") for word in words)
-    except OSError:
-        text = shlex.join(sys.argv)
+
+def introduce(command: str) -> None:
+    """From now on this process is known to others as `command`."""
+    global _introduced
+    _introduced = command
+
+
+def own_command() -> str:
+    """This process as a person would know it again: which program it is, and none of its arguments.
+
+    Others read it, and it lasts longer than the process: an argument may be a secret.
+    """
+    if _introduced is not None:
+        return _introduced
+    interpreter, script = Path(sys.executable or "python").name, (getattr(sys, "argv", None) or [""])[0]
+    text = f"{interpreter} {script}".strip()
     return text if len(text) <= 200 else f"{text[:199]}…"

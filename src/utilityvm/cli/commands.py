@@ -1,0 +1,41 @@
+"""The root command: which commands there are, and in which module each is."""
+
+from __future__ import annotations
+
+import click
+
+from utilityvm.cli import exitcodes, output
+from utilityvm.cli.group import LazyGroup
+
+COMMANDS = {
+    "start": "vm",
+    "ps": "vm",
+    "stop": "vm",
+    "exec": "vm",
+    "log": "vm",
+    "attach": "disk",
+    "ls": "disk",
+    "path": "disk",
+    "resize": "disk",
+    "detach": "disk",
+    "template": "template",
+    "clone": "template",
+    "image": "image",
+    "doctor": "doctor",
+    "repair": "upkeep",
+    "gc": "upkeep",
+    "completion": "completion",
+}
+
+
+@click.group(
+    cls=LazyGroup,
+    commands_in=COMMANDS,
+    epilog=exitcodes.HELP,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="utilityvm", prog_name="uvm", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, help="Log what is sent and answered to the standard error.")
+def uvm(debug: bool) -> None:
+    """Small VMs, and disks that come and go while they run."""
+    output.log_to_stderr(debug=debug)

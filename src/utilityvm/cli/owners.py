@@ -1,0 +1,70 @@
+"""VMs that other processes own: a command waits for its turn, and says for whom."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from utilityvm.cli.output import note
+
+if TYPE_CHECKING:
+    from utilityvm.store import StoredVM
+    from utilityvm.store.ownership import Owner
+    from utilityvm.vm.utility_vm import UtilityVM
+
+_QUIET_S = 1.0  # a wait shorter than this is not worth a word
+
+
+def owner_of(vm: StoredVM) -> Owner | None:
+    """The process that owns the VM now."""
+    from utilityvm.machine import paths
+    from utilityvm.store import ownership
+    from utilityvm.store.catalog import is_plain
+
+    return ownership.owner_of(paths.vm_dir(vm.name), vm.owner) if is_plain(vm.name) else None
+
+
+async def opened(name: str, *, wait_s: float) -> UtilityVM:
+    """`UtilityVM.open`, which says for whom it waits."""
+    from utilityvm.vm.utility_vm import UtilityVM
+
+    async with waiting_for(name, wait_s=wait_s):
+        return await UtilityVM.open(name, wait_s=wait_s)
+
+
+@asynccontextmanager
+async def waiting_for(name: str, *, wait_s: float) -> AsyncIterator[None]:
+    """While the block takes long, name the process that has the VM; and the next, if that is another."""
+    import asyncio
+
+    async def watch() -> None:
+        told = None
+        while True:
+            await asyncio.sleep(_QUIET_S)
+            owner = await asyncio.to_thread(_other_owner, name)
+            if owner is not None and owner != told:
+                note(f"waiting up to {wait_s:g} s for {owner}, which uses VM {name}")
+                told = owner
+
+    watcher = asyncio.create_task(watch()) if wait_s > _QUIET_S else None
+    try:
+        yield
+    finally:
+        if watcher is not None:
+            watcher.cancel()
+            await asyncio.wait([watcher])
+
+
+def _other_owner(name: str) -> Owner | None:
+    from utilityvm.errors import UtilityVMError
+    from utilityvm.store import Store
+
+    try:
+        with Store.open() as store:
+            vm = store.find(name)
+            owner = owner_of(vm) if vm is not None else None
+    except UtilityVMError:
+        return None
+    return owner if owner is not None and owner.pid != os.getpid() else None

@@ -1,0 +1,115 @@
+"""How values are written on the command line: sizes, times, and a disk with its place in the guest."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    _Int = click.ParamType[int]
+    _Float = click.ParamType[float]
+else:  # click 8.1 has no type arguments
+    _Int = _Float = click.ParamType
+
+MIB = 1 << 20
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_DECIMAL = ("KB", "MB", "GB", "TB")  # of 1000 to some, of 1024 to others
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?:([KMGT])(?:iB)?)?|([0-9]+)B", re.IGNORECASE | re.ASCII)
+_TIME = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)(s|m|h)?", re.ASCII)
+_SECONDS = {None: 1, "s": 1, "m": 60, "h": 3600}
+
+
+class Size(_Int):
+    """`256M`, `1G`, `64MiB`, `1.5G`; a number alone is in `unit`. Gives units: bytes, or MiB."""
+
+    name = "size"
+
+    def __init__(self, unit: int = 1) -> None:
+        self._unit = unit
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value)
+        found = _SIZE.fullmatch(text)
+        if found is None:
+            advice = (
+                "units are of 1024: write M or MiB" if text[-2:].upper() in _DECIMAL else "write 256M, 64MiB or 1.5G"
+            )
+            self.fail(f"{text!r} is not a size; {advice}", param, ctx)
+        number, letter = found[1] or found[3], (found[2] or "").upper()
+        is_bare = found[1] and not letter
+        size = Decimal(number) * (self._unit if is_bare else 1 << _UNITS[letter])
+        if size % self._unit:
+            what = "bytes" if self._unit == 1 else "MiB"
+            self.fail(f"{text!r} is not a whole number of {what}", param, ctx)
+        return int(size) // self._unit
+
+
+class Seconds(_Float):
+    """`30`, `0.5`, `90s`, `5m`, `1h`; gives seconds."""
+
+    name = "seconds"
+
+    def __init__(self, *, zero: bool = False) -> None:
+        self._zero = zero
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, (int, float)):
+            return float(value)
+        found = _TIME.fullmatch(str(value))
+        if found is None:
+            self.fail(f"{value!r} is not a time: write it as 30, 0.5, 90s, 5m or 1h", param, ctx)
+        seconds = float(found[1]) * _SECONDS[found[2]]
+        if not seconds and not self._zero:
+            self.fail("it must be more than 0", param, ctx)
+        return seconds
+
+
+SIZE = Size()
+MEMORY = Size(MIB)
+SECONDS = Seconds()
+WAIT = Seconds(zero=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A disk of this host, and where it goes in the guest."""
+
+    disk: str
+    guest_path: str | None = None
+    mode: str | None = None  # ro or rw; None: nothing was said
+
+
+def place(text: str) -> Place:
+    """`DISK[:GUEST_PATH][:ro|:rw]`.
+
+    A path that is there as it stands is a disk, whatever it holds. Else the disk ends at the last `:/`.
+
+    Raises:
+        click.UsageError: what follows the guest path is no mode. A guest path with a colon is an option's value.
+    """
+    if os.path.lexists(text):
+        return Place(text)
+    disk, found, rest = text.rpartition(":/")
+    if found and disk:
+        guest_path, colon, mode = rest.partition(":")
+        if not colon:
+            return Place(disk, f"/{guest_path}")
+        if mode in ("ro", "rw"):
+            return Place(disk, f"/{guest_path}", mode)
+        raise click.UsageError(
+            f"{text}: {mode!r} after the guest path is neither 'ro' nor 'rw'; give other mount options with --option, "
+            "and a guest path that has a colon with --guest-path"
+        )
+    disk, colon, rest = text.rpartition(":")
+    if colon and rest in ("ro", "rw"):
+        return Place(disk, None, rest)
+    if colon and os.path.lexists(disk):
+        return Place(disk, rest)  # it was meant as a guest path, and is refused as one
+    return Place(text)
