@@ -11,13 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from utilityvm.cli import output
 from utilityvm.cli.commands import COMMANDS
 from utilityvm.cli.commands import uvm as command
-from utilityvm.cli.values import Place, place
 from utilityvm.machine.processes import own_start
 from utilityvm.scsi.ports import (
     AttachmentType,
@@ -150,34 +147,6 @@ def test_ages_have_one_unit(seconds: float, text: str) -> None:
 )
 def test_sizes_are_short(count: int, text: str) -> None:
     assert output.size(count) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "disk", "guest_path"),
-    [
-        ("disk.raw", "disk.raw", None),
-        ("disk.raw:/data", "disk.raw", "/data"),
-        ("a:b:/c:/data", "a:b:/c", "/data"),
-        ("a:b", "a:b", None),
-        ("there:data", "there", "data"),
-        ("there:", "there", ""),
-        ("with:/colon", "with:/colon", None),
-        ("disk.raw:/", "disk.raw", "/"),
-        ("disk.raw://data", "disk.raw", "//data"),
-    ],
-)
-def test_disk_and_guest_path_are_told_apart(folders: Path, text: str, disk: str, guest_path: str | None) -> None:
-    (folders / "there").touch()
-    (folders / "with:").mkdir()
-    (folders / "with:/colon").touch()
-    assert place(text) == Place(disk, guest_path)
-
-
-@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30))
-def test_a_guest_path_given_is_found_whatever_the_disk_is_called(name: str) -> None:
-    found = place(f"{name}:/data")
-    disk, guest_path = found.disk, found.guest_path
-    assert (disk, guest_path) == ((name, "/data") if name else (":/data", None))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -15,6 +15,7 @@ from utilityvm.cli.group import Command, Group
 from utilityvm.cli.options import json_option, run, timeout_option, vm_argument, wait_option
 from utilityvm.cli.output import age, print_fields, print_json, print_table, say, size
 from utilityvm.cli.owners import opened
+from utilityvm.cli.values import Count
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -157,7 +158,7 @@ def rm_command(template: str, as_json: bool) -> None:
 @click.command("clone", cls=Command)
 @click.argument("template", shell_complete=_complete_template)
 @click.argument("name")
-@click.option("--count", type=click.IntRange(1, 1000), default=1, help="Start N of them, named NAME-1 to NAME-N.")
+@click.option("--count", type=Count(1, 1000), default=1, metavar="N", help="Start N of them, named NAME-1 to NAME-N.")
 @click.option(
     "--replace",
     "replacements",

@@ -71,6 +71,25 @@ class Seconds(_Float):
         return seconds
 
 
+class Count(_Int):
+    """A whole number from `least` to `most`."""
+
+    name = "count"
+
+    def __init__(self, least: int = 0, most: int | None = None) -> None:
+        self._least, self._most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value)
+        if not (text.isascii() and text.isdigit()):
+            self.fail(f"{text!r} is not a whole number", param, ctx)
+        number = int(text)
+        if number < self._least or (self._most is not None and number > self._most):
+            most = f" to {self._most}" if self._most is not None else " or more"
+            self.fail(f"{number} is not {self._least}{most}", param, ctx)
+        return number
+
+
 SIZE = Size()
 MEMORY = Size(MIB)
 SECONDS = Seconds()

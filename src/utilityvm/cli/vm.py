@@ -21,7 +21,7 @@ from utilityvm.cli.options import (
 )
 from utilityvm.cli.output import age, print_fields, print_json, print_table, say
 from utilityvm.cli.owners import opened, owner_of, waiting_for
-from utilityvm.cli.values import MEMORY, SECONDS
+from utilityvm.cli.values import MEMORY, SECONDS, Count
 
 if TYPE_CHECKING:
     import asyncio
@@ -247,7 +247,9 @@ class _ExecCommand(Command):
         before, name, after, program = self._divided(ctx, args)
         if program[:1] == ["--"]:
             program = program[1:]
-        return super().parse_args(ctx, [*before, *after, *(["--", *name, *program] if name else [])])
+        if program:  # else something is missing, and what that is, is said of what was typed
+            args = [*before, *after, "--", *name, *program]
+        return super().parse_args(ctx, args)
 
     def _divided(self, ctx: click.Context, args: list[str]) -> tuple[list[str], list[str], list[str], list[str]]:
         """The options before NAME, NAME, the options behind it, and the program with a `--` before it."""
@@ -430,7 +432,7 @@ async def _own_input() -> AsyncIterator[bytes]:
 
 @click.command("log", cls=Command)
 @vm_argument
-@click.option("--lines", "-n", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
+@click.option("--lines", "-n", type=Count(), metavar="N", help="Only the last N lines.")
 @json_option
 def log_command(name: str, lines: int | None, as_json: bool) -> None:
     """Print the VM's console and QEMU's messages: the last 512 KiB at least. Also of a VM that died."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import stat
 from pathlib import Path
 from typing import Final, TypeAlias
 
 from utilityvm.errors import InvalidRequest
-from utilityvm.machine.threads import in_thread
 
 HostPath: TypeAlias = str | os.PathLike[str]
 
@@ -50,6 +48,10 @@ async def identity_within(host_path: HostPath, timeout_s: float | None) -> str |
 
     So a disk whose storage is dead can still be taken out by the name under which it was attached.
     """
+    import asyncio  # late: commands that only read the store do without it
+
+    from utilityvm.machine.threads import in_thread
+
     within = _LOOK_S if timeout_s is None else min(timeout_s / 2, _LOOK_S)
     try:
         async with asyncio.timeout(within):
