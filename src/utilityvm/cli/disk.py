@@ -172,7 +172,7 @@ def _verity(root_hash: str | None, offset: int | None) -> Verity | None:
 
 
 async def _attach(name: str, spec: DiskSpec, *, holder: str, timeout_s: float, wait_s: float, as_json: bool) -> None:
-    async with await opened(name, wait_s=wait_s) as vm:
+    async with opened(name, wait_s=wait_s) as vm:
         begun = time.monotonic()
         mount = await vm.add(spec, holder=holder, timeout_s=timeout_s)
         seconds = time.monotonic() - begun
@@ -321,7 +321,7 @@ async def _resize(
 ) -> None:
     from utilityvm.machine.hostpath import identity_within
 
-    async with await opened(name, wait_s=wait_s) as vm:
+    async with opened(name, wait_s=wait_s) as vm:
         begun = time.monotonic()
         row, _ = find(vm.scsi_slots(), disk, path, await identity_within(disk, timeout_s), vm=name)
         await vm.resize_scsi(row.host_path, to_bytes, timeout_s=timeout_s)
@@ -361,7 +361,7 @@ async def _detach(
 ) -> None:
     from utilityvm.machine.hostpath import identity_within
 
-    async with await opened(name, wait_s=wait_s) as vm:
+    async with opened(name, wait_s=wait_s) as vm:
         begun = time.monotonic()
         held, slots = vm.scsi_reservations(), vm.scsi_slots()
         reservation = next((one for one in held if one.id == disk), None)

@@ -26,12 +26,15 @@ def owner_of(vm: StoredVM) -> Owner | None:
     return ownership.owner_of(paths.vm_dir(vm.name), vm.owner) if is_plain(vm.name) else None
 
 
-async def opened(name: str, *, wait_s: float) -> UtilityVM:
+@asynccontextmanager
+async def opened(name: str, *, wait_s: float) -> AsyncIterator[UtilityVM]:
     """`UtilityVM.open`, which says for whom it waits."""
     from utilityvm.vm.utility_vm import UtilityVM
 
     async with waiting_for(name, wait_s=wait_s):
-        return await UtilityVM.open(name, wait_s=wait_s)
+        opening = await UtilityVM.open(name, wait_s=wait_s)
+    async with opening as vm:
+        yield vm
 
 
 @asynccontextmanager

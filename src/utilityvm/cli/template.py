@@ -53,7 +53,7 @@ def save_command(name: str, template: str, timeout_s: float, wait_s: float, as_j
 
 
 async def _save(name: str, template: str, *, timeout_s: float, wait_s: float, as_json: bool) -> None:
-    async with await opened(name, wait_s=wait_s) as vm:
+    async with opened(name, wait_s=wait_s) as vm:
         begun = time.monotonic()
         saved = await vm.save_as_template(template, timeout_s=timeout_s)
         seconds = time.monotonic() - begun

@@ -370,7 +370,7 @@ async def _exec(
     import base64
 
     timeout_s, wait_s = limits
-    async with await opened(name, wait_s=wait_s) as vm:
+    async with opened(name, wait_s=wait_s) as vm:
         begun.append(True)
         given = _own_input() if stdin else None
         if not as_json:
