@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utilityvm import DiskSpec, ScratchKey, SCSIMount, UtilityVM, Verity, VMConfig
+from utilityvm import DiskSpec, ScratchKey, UtilityVM, Verity, VMConfig
 from utilityvm.machine.programs import find_program, run
 from utilityvm.store import Store
 from utilityvm.templates import catalog
@@ -191,7 +191,7 @@ async def kinds(vm: UtilityVM, folder: Path) -> None:
     disks = [make_image(folder, f"batch{number}", {"n": f"{number}"}, image_format="qcow2") for number in range(8)]
     specs = [DiskSpec(host_path=disk, guest_path=f"/batch/{number}") for number, disk in enumerate(disks)]
     with step("a batch of eight disks, attached and mounted"):
-        mounts = [mount for mount in await vm.add_scsi_many(specs) if isinstance(mount, SCSIMount)]
+        mounts = await vm.add_scsi_many(specs)
     assert await inside(vm, "cat /batch/*/n") == "01234567"
     with step("and released"):
         await vm.remove_scsi_many(mounts)

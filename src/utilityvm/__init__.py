@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     from utilityvm.templates.catalog import Template
     from utilityvm.vm.acquiring import Acquiring
     from utilityvm.vm.pool import ClonePool
-    from utilityvm.vm.utility_vm import GENERATED, DiskSpec, SCSIMount, UtilityVM, VMConfig
+    from utilityvm.vm.utility_vm import GENERATED, DiskSpec, MountedDisk, SCSIMount, UtilityVM, VMConfig
 
 __all__ = [
     "GENERATED",
@@ -113,6 +113,7 @@ __all__ = [
     "Migrating",
     "MountConfig",
     "MountView",
+    "MountedDisk",
     "NoControllers",
     "NoFreeSlot",
     "NotAttached",
@@ -174,7 +175,7 @@ _MODULES = {
     "utilityvm.templates.catalog": ("Template",),
     "utilityvm.guestimage.build": ("GuestImage",),
     "utilityvm.guestimage.custom": ("GuestRecipe",),
-    "utilityvm.vm.utility_vm": ("GENERATED", "DiskSpec", "SCSIMount", "UtilityVM", "VMConfig"),
+    "utilityvm.vm.utility_vm": ("GENERATED", "DiskSpec", "MountedDisk", "SCSIMount", "UtilityVM", "VMConfig"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

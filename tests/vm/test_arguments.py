@@ -121,7 +121,7 @@ def test_a_vm_that_cannot_be_is_refused(field: str) -> None:
 
 
 def test_what_can_be_is_taken() -> None:
-    DiskSpec(host_path="/x", guest_path="/x", options=["noatime"], access="group", format="raw").request()  # type: ignore[arg-type]
+    DiskSpec(host_path="/x", guest_path="/x", options=["noatime"], access="group", format="raw").request()
     VMConfig(name="x", accelerator=None).check()
     for value in (0, 0.5, 60, LONGEST_S):
         arguments.check("timeout_s", value)

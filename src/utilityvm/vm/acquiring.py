@@ -22,9 +22,10 @@ from utilityvm.machine.oserrors import typed
 
 P = ParamSpec("P")
 T = TypeVar("T", bound=AbstractAsyncContextManager[Any])
+T_co = TypeVar("T_co", bound=AbstractAsyncContextManager[Any], covariant=True)
 
 
-class Acquiring(Coroutine[Any, Any, T], AbstractAsyncContextManager[T]):
+class Acquiring(Coroutine[Any, Any, T_co], AbstractAsyncContextManager[T_co]):
     """A call that was made and has not begun. `await` it for its result, or enter it with `async with`.
 
     Nothing happens before that. If the call fails or is cancelled, the block is not entered and the call has undone
@@ -32,14 +33,14 @@ class Acquiring(Coroutine[Any, Any, T], AbstractAsyncContextManager[T]):
     `asyncio.create_task` and `asyncio.run` take it. Use it once, as every coroutine.
     """
 
-    def __init__(self, call: Coroutine[Any, Any, T]) -> None:
+    def __init__(self, call: Coroutine[Any, Any, T_co]) -> None:
         """Returned by `UtilityVM.start`, `UtilityVM.add_scsi` and others."""
         self._call = call
-        self._result: T | None = None
+        self._result: T_co | None = None
         named = cast(Any, call)
         self.__name__, self.__qualname__ = named.__name__, named.__qualname__  # for what asyncio prints of tasks
 
-    async def __aenter__(self) -> T:
+    async def __aenter__(self) -> T_co:
         # No await stands between the result and the block: a cancellation comes before the result, or in the block.
         self._result = result = await self._call
         return result
@@ -50,7 +51,7 @@ class Acquiring(Coroutine[Any, Any, T], AbstractAsyncContextManager[T]):
         assert self._result is not None
         return await self._result.__aexit__(kind, error, trace)
 
-    def __await__(self) -> Generator[Any, None, T]:
+    def __await__(self) -> Generator[Any, None, T_co]:
         return self._call.__await__()
 
     def send(self, value: Any) -> Any:

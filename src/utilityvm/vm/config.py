@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, Literal, Self, TypeAlias
+from typing import Any, Final, Literal, Self, TypeAlias, TypedDict, TypeVar, cast
 
 from utilityvm.errors import InvalidRequest
 from utilityvm.guestimage.build import GuestImage
@@ -34,7 +35,56 @@ class _Generated(Enum):
 GENERATED: Final = _Generated.GENERATED
 """As a guest path: mount it at a path made up from its slot, or where it is mounted in the same way already."""
 
-GuestPath: TypeAlias = str | PurePosixPath | Literal[_Generated.GENERATED] | None
+SomeGuestPath: TypeAlias = str | PurePosixPath | Literal[_Generated.GENERATED]
+GuestPath: TypeAlias = SomeGuestPath | None
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class MountSettings(TypedDict, total=False):
+    """The keywords of a call that adds any disk. `DiskSpec` says what they mean, and their defaults."""
+
+    read_only: bool
+    options: Sequence[str]
+    partition: int
+    filesystem: str | None
+    ensure_filesystem: bool
+    reformat: bool
+    block_device: bool
+    encryption: ScratchKey | CallerKey | None
+    verity: Verity | None
+
+
+class DiskSettings(MountSettings, total=False):
+    """The keywords of a call that adds a disk image."""
+
+    access: VMAccess | str
+    format: DiskFormat | str | None
+    sector_size_bytes: int | None
+
+
+def spelled_out(settings: type[MountSettings]) -> Callable[[F], F]:
+    """Have the signature of a function that takes `settings` name each of them, with the default of `DiskSpec`.
+
+    So that `help`, editors, the reference and `arguments.checked` see them.
+    """
+    known = {field.name: field for field in fields(DiskSpec)}
+    named = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for name, field in known.items()
+        if name in settings.__annotations__
+    ]
+
+    def mark(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        first = [one for one in own if one.kind is not one.KEYWORD_ONLY]
+        cast(Any, function).__signature__ = signature.replace(
+            parameters=[*first, *named, *(one for one in own if one.kind is one.KEYWORD_ONLY)]
+        )
+        return function
+
+    return mark
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +150,7 @@ class DiskSpec:
     guest_path: GuestPath = None  # None: attached only
     read_only: bool = False
     options: Sequence[str] = ()
-    access: VMAccess = VMAccess.INDIVIDUAL
+    access: VMAccess | str = VMAccess.INDIVIDUAL
     partition: int = 0
     format: DiskFormat | str | None = None
     sector_size_bytes: int | None = None

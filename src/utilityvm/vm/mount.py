@@ -113,3 +113,20 @@ class SCSIMount:
     def __repr__(self) -> str:
         at = f" at {self.guest_path}" if self.guest_path else ""
         return f"<SCSIMount {self.id}: {self.host_path} in {self.slot}{at}>"
+
+
+class MountedDisk(SCSIMount):
+    """A reservation that was asked for with a guest path, so that it has one."""
+
+    @property
+    def guest_path(self) -> PurePosixPath:
+        """Where it is mounted in the guest."""
+        path = self._reservation.guest_path
+        assert path is not None, "made by `mounted`"
+        return path
+
+
+def mounted(vm: UtilityVM, reservation: Reservation, *, on_busy: OnBusy = "raise") -> SCSIMount:
+    """The reservation as its caller gets it."""
+    kind = SCSIMount if reservation.guest_path is None else MountedDisk
+    return kind(vm, reservation, on_busy=on_busy)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, Unpack, overload
 
 from utilityvm.errors import UtilityVMError
 from utilityvm.guestimage.build import GuestImage
@@ -20,7 +20,7 @@ from utilityvm.machine.oserrors import raises_callers_errors, typed_errors
 from utilityvm.scsi.events import ScsiEvents
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S, ScsiManager
 from utilityvm.scsi.migration import ScsiState
-from utilityvm.scsi.ports import CallerKey, DiskFormat, MountConfig, ScratchKey, Verity, VMAccess
+from utilityvm.scsi.ports import MountConfig
 from utilityvm.scsi.reservation import Reservation
 from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.views import MountView, SlotView
@@ -32,11 +32,20 @@ from utilityvm.vm import end
 from utilityvm.vm import open as opening
 from utilityvm.vm import save as saving
 from utilityvm.vm import start as starting
-from utilityvm.vm.acquiring import acquires
+from utilityvm.vm.acquiring import Acquiring, acquires
 from utilityvm.vm.arguments import checked, timed
-from utilityvm.vm.config import GENERATED, DiskSpec, GuestPath, VMConfig
+from utilityvm.vm.config import (
+    GENERATED,
+    DiskSettings,
+    DiskSpec,
+    GuestPath,
+    MountSettings,
+    SomeGuestPath,
+    VMConfig,
+    spelled_out,
+)
 from utilityvm.vm.lifecycle import BOOT_S, SHUTDOWN_S
-from utilityvm.vm.mount import OnBusy, SCSIMount
+from utilityvm.vm.mount import MountedDisk, OnBusy, SCSIMount, mounted
 from utilityvm.vm.owned import OwnedVM, holder_of
 
 CLONE_S: Final = 60.0
@@ -188,28 +197,42 @@ class UtilityVM:
 
     # Disks.
 
+    @overload
+    def add_scsi(
+        self,
+        host_path: HostPath,
+        guest_path: SomeGuestPath,
+        *,
+        holder: str | None = None,
+        on_busy: OnBusy = "raise",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        **settings: Unpack[DiskSettings],
+    ) -> Acquiring[MountedDisk]: ...
+
+    @overload
+    def add_scsi(
+        self,
+        host_path: HostPath,
+        guest_path: GuestPath = None,
+        *,
+        holder: str | None = None,
+        on_busy: OnBusy = "raise",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        **settings: Unpack[DiskSettings],
+    ) -> Acquiring[SCSIMount]: ...
+
     @acquires
     @checked
+    @spelled_out(DiskSettings)
     async def add_scsi(
         self,
         host_path: HostPath,
         guest_path: GuestPath = None,
         *,
-        read_only: bool = False,
-        options: Sequence[str] = (),
-        access: VMAccess = VMAccess.INDIVIDUAL,
-        partition: int = 0,
-        format: DiskFormat | str | None = None,
-        sector_size_bytes: int | None = None,
-        filesystem: str | None = None,
-        ensure_filesystem: bool = False,
-        reformat: bool = False,
-        block_device: bool = False,
-        encryption: ScratchKey | CallerKey | None = None,
-        verity: Verity | None = None,
         holder: str | None = None,
         on_busy: OnBusy = "raise",
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        **settings: Unpack[DiskSettings],
     ) -> SCSIMount:
         """Reserve a disk image: it is attached, and mounted at `guest_path`.
 
@@ -234,43 +257,45 @@ class UtilityVM:
             DeadlineExceeded: it was not done within `timeout_s` seconds; it is undone in the background.
             VMGone: the VM died. VMNotRunning: it had ended before.
         """
-        spec = DiskSpec(
-            host_path=host_path,
-            guest_path=guest_path,
-            read_only=read_only,
-            options=options,
-            access=access,
-            partition=partition,
-            format=format,
-            sector_size_bytes=sector_size_bytes,
-            filesystem=filesystem,
-            ensure_filesystem=ensure_filesystem,
-            reformat=reformat,
-            block_device=block_device,
-            encryption=encryption,
-            verity=verity,
-        )
+        spec = DiskSpec(host_path=host_path, guest_path=guest_path, **settings)
         return await self.add(spec, holder=holder, on_busy=on_busy, timeout_s=timeout_s)
+
+    @overload
+    def add_scsi_physical_disk(
+        self,
+        host_path: HostPath,
+        guest_path: SomeGuestPath,
+        *,
+        holder: str | None = None,
+        on_busy: OnBusy = "raise",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        **settings: Unpack[MountSettings],
+    ) -> Acquiring[MountedDisk]: ...
+
+    @overload
+    def add_scsi_physical_disk(
+        self,
+        host_path: HostPath,
+        guest_path: GuestPath = None,
+        *,
+        holder: str | None = None,
+        on_busy: OnBusy = "raise",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        **settings: Unpack[MountSettings],
+    ) -> Acquiring[SCSIMount]: ...
 
     @acquires
     @checked
+    @spelled_out(MountSettings)
     async def add_scsi_physical_disk(
         self,
         host_path: HostPath,
         guest_path: GuestPath = None,
         *,
-        read_only: bool = False,
-        options: Sequence[str] = (),
-        partition: int = 0,
-        filesystem: str | None = None,
-        ensure_filesystem: bool = False,
-        reformat: bool = False,
-        block_device: bool = False,
-        encryption: ScratchKey | CallerKey | None = None,
-        verity: Verity | None = None,
         holder: str | None = None,
         on_busy: OnBusy = "raise",
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        **settings: Unpack[MountSettings],
     ) -> SCSIMount:
         """Reserve a physical disk, a block device of the host, for this VM alone. Otherwise as `add_scsi`.
 
@@ -278,20 +303,7 @@ class UtilityVM:
             DiskInUse: the host has it mounted, or uses it otherwise.
             others: as `add_scsi`.
         """
-        spec = DiskSpec(
-            host_path=host_path,
-            guest_path=guest_path,
-            read_only=read_only,
-            options=options,
-            partition=partition,
-            filesystem=filesystem,
-            ensure_filesystem=ensure_filesystem,
-            reformat=reformat,
-            block_device=block_device,
-            encryption=encryption,
-            verity=verity,
-            physical=True,
-        )
+        spec = DiskSpec(host_path=host_path, guest_path=guest_path, physical=True, **settings)
         return await self.add(spec, holder=holder, on_busy=on_busy, timeout_s=timeout_s)
 
     @acquires
@@ -310,7 +322,27 @@ class UtilityVM:
         reservation = await self._vm.scsi.add(
             item.disk, mount=item.mount, guest_path=item.guest_path, holder=holder_of(holder), timeout_s=timeout_s
         )
-        return SCSIMount(self, reservation, on_busy=on_busy)
+        return mounted(self, reservation, on_busy=on_busy)
+
+    @overload
+    async def add_scsi_many(
+        self,
+        disks: Iterable[DiskSpec],
+        *,
+        which: Literal["all"] = "all",
+        holder: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> list[SCSIMount]: ...
+
+    @overload
+    async def add_scsi_many(
+        self,
+        disks: Iterable[DiskSpec],
+        *,
+        which: Literal["all", "each"],
+        holder: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> list[SCSIMount | UtilityVMError]: ...
 
     @timed
     async def add_scsi_many(
@@ -320,7 +352,7 @@ class UtilityVM:
         which: Literal["all", "each"] = "all",
         holder: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
-    ) -> list[SCSIMount | UtilityVMError]:
+    ) -> list[SCSIMount] | list[SCSIMount | UtilityVMError]:
         """Reserve several disks at the same time, in order.
 
         `all`: if one fails, those that came are given back and its error is raised. `each`: every result stands for
@@ -329,7 +361,7 @@ class UtilityVM:
         self._vm.check()
         requests = [spec.request() for spec in disks]
         results = await self._vm.scsi.add_many(requests, which=which, holder=holder_of(holder), timeout_s=timeout_s)
-        return [result if isinstance(result, UtilityVMError) else SCSIMount(self, result) for result in results]
+        return [result if isinstance(result, UtilityVMError) else mounted(self, result) for result in results]
 
     @timed
     async def remove_scsi(
@@ -432,7 +464,7 @@ class UtilityVM:
     def scsi_reservations(self) -> list[SCSIMount]:
         """Every reservation that is held, whoever made it; the oldest first."""
         self._vm.check_here()
-        return [SCSIMount(self, reservation) for reservation in self._vm.scsi.reservations()]
+        return [mounted(self, reservation) for reservation in self._vm.scsi.reservations()]
 
     def scsi_events(self) -> ScsiEvents:
         """What happens to disks and mounts from this call on. The iteration ends when the VM ends, or is closed."""
@@ -613,4 +645,4 @@ class UtilityVM:
         return f"<UtilityVM {self.name}: {'running' if self.is_running else 'ended'}>"
 
 
-__all__ = ["GENERATED", "DiskSpec", "SCSIMount", "UtilityVM", "VMConfig"]
+__all__ = ["GENERATED", "DiskSpec", "MountedDisk", "SCSIMount", "UtilityVM", "VMConfig"]
