@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import IO, TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import click
 
@@ -28,7 +31,7 @@ from utilityvm.errors import UtilityVMError
 if TYPE_CHECKING:
     from typing import Never
 
-    from utilityvm.scsi.ports import Verity
+    from utilityvm.scsi.ports import CallerKey, Verity
     from utilityvm.scsi.slot import Slot
     from utilityvm.scsi.views import SlotView
     from utilityvm.store.view import SlotRow
@@ -75,7 +78,6 @@ TIMEOUT_S = 60.0
 @click.option("--encrypt-scratch", is_flag=True, help="Encrypt with a random key that dies with the mount.")
 @click.option(
     "--key-file",
-    type=click.File("rb"),
     metavar="FILE",
     help="Encrypt with the 32 or 64 bytes of FILE (aes-xts-plain64); `-` is the standard input.",
 )
@@ -107,7 +109,7 @@ def attach_command(
     reformat: bool,
     block_device: bool,
     encrypt_scratch: bool,
-    key_file: IO[bytes] | None,
+    key_file: str | None,
     root_hash: str | None,
     verity_offset: int | None,
     timeout_s: float,
@@ -121,7 +123,7 @@ def attach_command(
     A disk that is attached already is shared: each `uvm attach` takes one more reservation, and each `uvm detach` gives
     one back.
     """
-    from utilityvm.scsi.ports import CallerKey, ScratchKey, VMAccess
+    from utilityvm.scsi.ports import ScratchKey, VMAccess
     from utilityvm.vm.config import GENERATED, DiskSpec
 
     where = place(disk) if guest_path is None else Place(disk, guest_path)
@@ -146,16 +148,28 @@ def attach_command(
         ensure_filesystem=ensure_filesystem,
         reformat=reformat,
         block_device=block_device,
-        encryption=ScratchKey()
-        if encrypt_scratch
-        else CallerKey(key_file.read(_LONGEST_KEY + 1))
-        if key_file
-        else None,
+        encryption=ScratchKey() if encrypt_scratch else _key_of(key_file) if key_file is not None else None,
         verity=_verity(root_hash, verity_offset),
         physical=physical,
     )
     spec.request()  # what is wrong by itself is told before the VM is waited for
     run(_attach(name, spec, holder=holder, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
+
+
+def _key_of(path: str) -> CallerKey:
+    """The key in the file; `-` is the standard input, and /dev/fd/N a descriptor that the shell gave us."""
+    from utilityvm.machine.hostpath import open_file
+    from utilityvm.scsi.ports import CallerKey
+
+    try:
+        if path == "-":
+            return CallerKey(sys.stdin.buffer.read(_LONGEST_KEY + 1))
+        ours = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", path)
+        with os.fdopen(os.dup(int(ours[1])) if ours else open_file(path, os.O_RDONLY), "rb") as file:
+            return CallerKey(file.read(_LONGEST_KEY + 1))
+    except OSError as error:
+        context = click.get_current_context()
+        raise click.BadParameter(f"'{path}': {error.strerror}", ctx=context, param_hint="'--key-file'") from error
 
 
 def _verity(root_hash: str | None, offset: int | None) -> Verity | None:

@@ -11,6 +11,7 @@ from typing import Final
 
 from utilityvm.errors import InvalidRequest, SetupError
 from utilityvm.guestimage import base
+from utilityvm.machine import hostpath
 from utilityvm.machine.programs import CommandFailed
 
 _PACKAGE: Final = re.compile(r"[a-z0-9][a-z0-9.+-]+")  # Debian Policy, 5.6.1
@@ -111,7 +112,8 @@ class GuestRecipe:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with os.fdopen(hostpath.open_file(path, os.O_RDONLY), "rb") as file:
+            return file.read()
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be read: {error.strerror}", remedy="give a file of this host") from error
 

@@ -24,7 +24,7 @@ from utilityvm.hosts.qemu.disk import Locked, describe, lock, open_disk
 from utilityvm.hosts.qemu.format import FormatMemory
 from utilityvm.hosts.qemu.incoming import Incoming, IncomingDisk, Layer, needs_writable_memory
 from utilityvm.hosts.qemu.launch import QemuProcess
-from utilityvm.machine import paths
+from utilityvm.machine import hostpath, paths
 from utilityvm.machine.threads import in_thread
 from utilityvm.scsi.ports import (
     AttachmentType,
@@ -194,7 +194,7 @@ def _taken_over(disk: DiskEntry, folder: Path, closing: ExitStack) -> tuple[Inco
 def _open_layer(layer: LayerEntry, disk: DiskEntry, closing: ExitStack) -> Layer:
     path = Path(layer.path)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = hostpath.open_file(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise _damaged(path, f"cannot be opened: {error.strerror}", slot=disk.slot) from error
     closing.callback(os.close, fd)

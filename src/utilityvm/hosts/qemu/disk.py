@@ -1,7 +1,7 @@
 """A disk on this host: opened once, checked, locked, and handed on as a descriptor.
 
-The path is looked at once. What it leads to is pinned (O_PATH), its kind is checked, and from then on that very inode
-is opened again through /proc: whoever swaps the path afterwards swaps nothing here.
+The path is followed once (machine/hostpath.py). What it leads to is pinned (O_PATH), its kind is checked, and from then
+on that very inode is opened again through /proc: whoever swaps the path afterwards swaps nothing here.
 
 Our own lock is an open-file-description lock on the description that QEMU gets. QEMU's copy is the same description,
 so the lock lives exactly as long as QEMU has the file: it outlives us, and dies with QEMU. It lies on a byte far from
@@ -29,6 +29,7 @@ from utilityvm.diskimage.source import Source
 from utilityvm.errors import AccessDenied, ConfigDiffers, DiskInUse, InvalidRequest, NotSupported, SetupError
 from utilityvm.hosts.qemu.format import FormatMemory, read_header
 from utilityvm.log import logger
+from utilityvm.machine import hostpath
 from utilityvm.machine.threads import aside
 from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest
 
@@ -139,7 +140,7 @@ def open_disk(request: DiskRequest, *, memory: FormatMemory | None = None) -> Qe
 
     Raises:
         InvalidRequest: no such file, or one that cannot be a disk of this kind.
-        AccessDenied: this user may not open it so.
+        AccessDenied: this user may not open it so; or this is root, and another user decides where the path leads.
         DiskInUse: the host itself uses it.
         NotSupported: an extensible virtual disk, or a writable one on what cannot be written.
         ConfigDiffers, ImageError, StoreError: what `read_header` says of the image.
@@ -278,10 +279,8 @@ def unlock(fd: int) -> None:
 
 
 def _pin(path: str) -> int:
-    if not path or "\0" in path:
-        raise InvalidRequest(f"{path!r} is no path", remedy="give the path of a disk image or of a block device")
     try:
-        return os.open(path, os.O_PATH | os.O_CLOEXEC)
+        return hostpath.pin(path)
     except OSError as error:
         raise _cannot_open(path, error) from error
 

@@ -46,6 +46,7 @@ from utilityvm.hosts.qemu.launch import QemuConfig, QemuProcess
 from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.qmp import Answer, Event, Qmp, QmpRefused
 from utilityvm.log import logger
+from utilityvm.machine import hostpath
 from utilityvm.machine.oserrors import typed_errors
 from utilityvm.machine.threads import in_thread, lent
 from utilityvm.scsi.ports import SECTOR_SIZES, DiskFormat, DiskRequest, OpenDisk
@@ -667,8 +668,8 @@ async def _why_gone(process: QemuProcess, watch: Watch, error: VMGone) -> Utilit
 def _allocated(path: str, identity: str, image_format: DiskFormat) -> Ranges | None:
     """What the image at `path` has allocated, if it is still the one that was attached."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
+        fd = hostpath.open_file(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (OSError, UtilityVMError):
         return None
     try:
         return allocated(fd, image_format, name=path) if describe(Path(f"/proc/self/fd/{fd}")) == identity else None

@@ -37,7 +37,7 @@ from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.privileges import Identity
 from utilityvm.hosts.qemu.qmp import Qmp
 from utilityvm.log import logger
-from utilityvm.machine import oserrors, paths
+from utilityvm.machine import hostpath, oserrors, paths
 from utilityvm.machine.processes import has_words, is_ending, is_running
 from utilityvm.machine.programs import find_program, spawn
 from utilityvm.machine.threads import in_thread, to_the_end
@@ -648,7 +648,7 @@ def _open(path: Path | None, opened: ExitStack) -> int | None:
     if path is None:
         return None
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = hostpath.open_file(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise SetupError(
             f"cannot open {path}: {error.strerror}", host_path=path, remedy="build the guest image: uvm image build"
