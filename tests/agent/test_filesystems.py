@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from utilityvm.agent import filesystems, mounting
+from utilityvm.agent import content, filesystems
 from utilityvm.agent.faults import Fault
 from utilityvm.agent.filesystems import Below, check_grow, ensure, grow, is_blank, places_to_read
 
@@ -65,7 +65,7 @@ def full(tmp_path: Path) -> str:
 
 def test_a_blank_device_gets_a_file_system_which_then_stays(node: str) -> None:
     make(node)
-    assert mounting.detect(node) == "ext4"
+    assert content.of(node, soon()).filesystem == "ext4"
     before = digest(node)
     make(node)
     assert digest(node) == before
@@ -82,7 +82,7 @@ def test_reformatting_makes_it_whatever_is_there(tmp_path: Path) -> None:
     node = device(tmp_path / "device", 320)
     subprocess.run(["mkfs.ext4", "-q", "-F", node], check=True)
     make(node, "xfs", reformat=True)
-    assert mounting.detect(node) == "xfs"
+    assert content.of(node, soon()).filesystem == "xfs"
 
 
 def test_what_signed_the_device_at_either_end_is_gone_after_reformatting(node: str) -> None:
@@ -167,20 +167,28 @@ def test_a_device_with_one_sector_of_data_anywhere_is_not_formatted(node: str, o
 
 
 @pytest.mark.parametrize(
-    ("offset", "sign", "what"),
+    ("command", "what"),
     [
-        (0, b"LUKS\xba\xbe", "a LUKS volume"),
-        (510, b"\x55\xaa", "a partition table (MBR)"),
-        (512, b"EFI PART", "a partition table (GPT)"),
-        (4086, b"SWAPSPACE2", "swap space"),
-        (0, b"XFSB", "a xfs file system"),
+        ("mkfs.ext4 -q -F", "an ext4 file system"),
+        ("mkfs.vfat", "a vfat file system"),
+        ("mkswap", "swap space"),
+        ("sfdisk -q", "a partition table (GPT) with partitions 1 and 2"),
     ],
 )
-def test_what_keeps_a_device_from_being_formatted_is_named(node: str, offset: int, sign: bytes, what: str) -> None:
-    write(node, offset, sign)
+def test_what_keeps_a_device_from_being_formatted_is_named(node: str, command: str, what: str) -> None:
+    if not shutil.which(command.split()[0]):
+        pytest.skip(f"{command.split()[0]} is not installed")
+    subprocess.run([*command.split(), node], check=True, input=b"label: gpt\n,8M\n,8M\n", capture_output=True)
     with pytest.raises(Fault) as caught:
-        make(node)
+        make(node, "xfs")
     assert f"it holds {what};" in caught.value.message
+
+
+@pytest.mark.parametrize(("offset", "sign"), [(0, b"XFSB"), (512, b"EFI PART"), (4086, b"SWAPSPACE2")])
+def test_a_signature_without_the_rest_is_data_like_any_other(node: str, offset: int, sign: bytes) -> None:
+    write(node, offset, sign)
+    with pytest.raises(Fault, match="not blank"):
+        make(node)
 
 
 def test_what_is_below_the_mapping_has_to_be_blank_too(node: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from utilityvm.agent import mounting
+from utilityvm.agent import btrfs, mounting
 from utilityvm.agent.faults import Fault
 from utilityvm.agent.mounting import mount, mount_again, words
 from utilityvm.bridge.mount_options import MS_NOATIME, MS_RDONLY
@@ -26,6 +26,7 @@ class Kernel:
         self.asked: list[tuple[str, str, str, int, str]] = []
         self.refuses: list[int] = []  # errnos of the next mounts; 0: it is taken
         self.says: list[tuple[int, str]] = []
+        self.unmounted: list[str] = []
 
     def mount(self, source: bytes, target: bytes, kind: bytes | None, flags: ctypes.c_ulong, data: bytes | None) -> int:
         self.asked.append(
@@ -34,6 +35,10 @@ class Kernel:
         number = self.refuses.pop(0) if self.refuses else 0
         ctypes.set_errno(number)
         return -1 if number else 0
+
+    def umount2(self, target: bytes, flags: int) -> int:
+        self.unmounted.append(target.decode())
+        return 0
 
     def records(self, _log: int) -> list[tuple[int, str]]:
         return self.says
@@ -86,7 +91,7 @@ def test_the_kernels_worst_lines_are_told_first(kernel: Kernel, monkeypatch: pyt
         (3, "BTRFS error (device sdc): another disk's trouble"),
         (3, "BTRFS error (device sdb): open_ctree failed"),
     ]
-    monkeypatch.setattr(mounting, "_introduce_fellows", lambda node: False)
+    monkeypatch.setattr(btrfs, "introduce_fellows", lambda node: False)
     said = (
         "BTRFS error (device sdb): open_ctree failed; BTRFS error (device sdc): another disk's trouble; BTRFS warning"
     )
@@ -131,7 +136,7 @@ def test_a_btrfs_is_tried_again_when_its_other_disks_were_introduced(
         introduced.append(node)
         return len(introduced) == 1
 
-    monkeypatch.setattr(mounting, "_introduce_fellows", introduce)
+    monkeypatch.setattr(btrfs, "introduce_fellows", introduce)
     kernel.refuses = [errno.EINVAL, 0, errno.EINVAL]
     mount(NODE, "/data", "btrfs", words([], read_only=False))
     assert len(kernel.asked) == 2
@@ -168,3 +173,52 @@ def test_the_kernels_records_are_read_with_their_levels(tmp_path: Path, monkeypa
 
     monkeypatch.setattr("os.read", read)
     assert list(mounting._records(0)) == [(6, "info of a facility"), (3, "an error")]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_what_cannot_be_written_to_is_mounted_read_only_and_that_is_told(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    kernel.refuses = [number]
+    monkeypatch.setattr(mounting, "is_read_only", lambda target: True)
+    notes = mount(NODE, "/data", "ext4", words(["noatime"], read_only=False))
+    assert [asked[3:] for asked in kernel.asked] == [
+        (MS_NOATIME, "errors=remount-ro"),
+        (MS_NOATIME | MS_RDONLY, "noload,errors=remount-ro"),  # and its journal is not replayed
+    ]
+    (note,) = notes
+    assert "/data is mounted read-only" in note
+
+
+def test_a_mount_that_is_read_only_as_asked_is_nothing_to_tell(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mounting, "is_read_only", lambda target: True)
+    assert mount(NODE, "/data", "iso9660", words(["ro"], read_only=False)) == []
+    kernel.refuses = [errno.EACCES]
+    with pytest.raises(Fault):
+        mount(NODE, "/data", "iso9660", words([], read_only=True))
+    assert len(kernel.asked) == 2
+
+
+def test_another_refusal_is_not_tried_read_only(kernel: Kernel) -> None:
+    kernel.refuses = [errno.EINVAL]
+    with pytest.raises(Fault):
+        mount(NODE, "/data", "ext4", words([], read_only=False))
+    assert len(kernel.asked) == 1
+
+
+def test_a_file_system_that_the_kernel_does_not_know_is_told_with_where_to_get_it(kernel: Kernel) -> None:
+    kernel.refuses = [errno.ENODEV]
+    with pytest.raises(Fault, match="as ntfs3: the guest's kernel knows no such file system") as caught:
+        mount(NODE, "/data", "ntfs3", words([], read_only=False))
+    assert "uvm image build --kernel" in str(caught.value.remedy)
+
+
+def test_a_btrfs_that_misses_disks_says_which(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    fellows = {"/dev/sdc": btrfs.Member(b"id", 4, 3)}
+    monkeypatch.setattr(btrfs, "member", lambda node: btrfs.Member(b"id", 4, 1))
+    monkeypatch.setattr(btrfs, "fellows", lambda node: fellows)
+    monkeypatch.setattr(btrfs, "introduce_fellows", lambda node: True)
+    kernel.refuses = [errno.EINVAL, errno.EINVAL]
+    with pytest.raises(Fault, match=re.escape("4 disks: 2 here (devid 1, 3), 2 missing (devid 2, 4)")) as caught:
+        mount(NODE, "/data", "btrfs", words([], read_only=False))
+    assert "attach the missing disks" in str(caught.value.remedy)

@@ -67,7 +67,7 @@ def test_a_quote_that_is_not_closed_is_refused(options: list[str]) -> None:
     ],
 )
 def test_what_mount_keeps_for_itself_does_not_reach_the_kernel(option: str) -> None:
-    assert parse([option], read_only=False) == (0, (), "", False)
+    assert parse([option], read_only=False) == (0, (), "")
 
 
 @pytest.mark.parametrize(
@@ -95,11 +95,6 @@ def test_of_flags_that_contradict_each_other_the_later_counts(options: list[str]
 
 def test_propagation_is_kept_in_its_order() -> None:
     assert parse(["rprivate,shared"], read_only=False).propagation == (MS_PRIVATE | MS_REC, MS_SHARED)
-
-
-@pytest.mark.parametrize(("options", "says"), [([], False), (["rw"], True), (["rw,ro"], False), (["ro", "rw"], True)])
-def test_that_rw_was_said_is_kept(options: list[str], says: bool) -> None:
-    assert parse(options, read_only=False).says_writable is says
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ class FakeDisks:
         self._mounts: dict[str, dict[str, Any]] = {}
         self._stuck: dict[tuple[int, int], threading.Event] = {}
         self._answering: set[tuple[int, int]] = set()  # those of them that can be probed
+        self.notes: list[str] = []  # what is to be said of each mount
         self._lock = threading.Lock()
 
     def hang(self, controller: int, lun: int, *, even_probes: bool = True) -> Callable[[], None]:
@@ -52,7 +53,7 @@ class FakeDisks:
         self._stuck[controller, lun] = gate
         return gate.set
 
-    def add(self, settings: dict[str, Any], deadline: float) -> None:
+    def add(self, settings: dict[str, Any], deadline: float) -> list[str]:
         slot, path = self._slot(settings), self._path(settings)
         self.asked.append(settings)
         if not self._until_there(slot, deadline):
@@ -69,6 +70,7 @@ class FakeDisks:
             }
             if key := settings.get("Utilityvm", {}).get("Key"):
                 self.keys[path] = key
+        return self.notes
 
     def remove(self, settings: dict[str, Any], deadline: float, *, force: bool = False) -> None:
         path = self._path(settings)

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from utilityvm.agent import dm, filesystems, holders, mountinfo, mounting
+from utilityvm.agent import content, dm, filesystems, holders, mountinfo, mounting
 from utilityvm.agent.faults import Fault
 from utilityvm.agent.find_disk import Bus, Device, write
 from utilityvm.agent.folders import Folders
@@ -71,20 +71,25 @@ class DiskTable:
         state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._load()
 
-    def add(self, settings: dict[str, Any], deadline: float) -> None:
-        """Mount what `settings` describes. On a fault everything is as it was."""
+    def add(self, settings: dict[str, Any], deadline: float) -> list[str]:
+        """Mount what `settings` describes. On a fault everything is as it was. Gives what is to be said of it."""
         controller, lun, partition = self._where(settings)
         path = _guest_path(settings, to_mount=True)
         with self._slot(controller, lun, deadline), self._claim(path):
             device = self._bus.wait(controller, lun, partition, deadline)
             with ExitStack() as undo:
                 undo.callback(self._notes(controller, lun).unlink, missing_ok=True)
-                entry = self._mount(device, path, settings, deadline, undo)
+                entry, notes = self._mount(device, path, settings, deadline, undo)
                 with self._lock:
                     self._entries[entry.path] = entry
                     self._save()
                 undo.pop_all()
                 self._notes(controller, lun).unlink()
+            return [*notes, *(self._notes_of_table(controller, lun) if partition else ())]
+
+    def _notes_of_table(self, controller: int, lun: int) -> Sequence[str]:
+        disk = self._bus.disk(controller, lun)
+        return content.notes_of_table(disk.node) if disk else ()
 
     def remove(self, settings: dict[str, Any], deadline: float, *, force: bool = False) -> None:
         """Unmount what is at the path. Nothing there is done already."""
@@ -203,7 +208,7 @@ class DiskTable:
     def _growing(self, controller: int, lun: int) -> list[Entry]:
         """The mounts that grow with the disk: writable, of all of it."""
         entries = [entry for entry in self._at(controller, lun) if not entry.partition and entry.filesystem]
-        return [entry for entry in entries if not _is_read_only(entry.path)]
+        return [entry for entry in entries if not mounting.is_read_only(entry.path)]
 
     def _where(self, settings: dict[str, Any]) -> tuple[int, int, int]:
         controller, lun, partition = (settings.get(name) or 0 for name in ("Controller", "Lun", "Partition"))
@@ -247,7 +252,7 @@ class DiskTable:
 
     def _mount(
         self, device: Device, path: PurePosixPath, settings: dict[str, Any], deadline: float, undo: ExitStack
-    ) -> Entry:
+    ) -> tuple[Entry, list[str]]:
         controller, lun, partition = self._where(settings)
         extension = settings.get("Utilityvm") or {}
         read_only = bool(settings.get("ReadOnly"))
@@ -292,17 +297,16 @@ class DiskTable:
         if is_published:
             filesystem = ""
         else:
-            filesystem = filesystem or mounting.detect(node) or ""
-            if not filesystem:
-                raise _no_filesystem(f"{controller}:{lun}", partition, has_key=key is not None)
+            filesystem = filesystem or _found(node, f"{controller}:{lun}", partition, deadline, has_key=key is not None)
         made = self._folders.make(path, as_file=is_published, note=note)
         undo.callback(self._folders.give_back, str(path), made)
+        said: list[str] = []
         if is_published:
             mounting.bind(node, str(path))
         else:
-            mounting.mount(node, str(path), filesystem, how)
+            said = mounting.mount(node, str(path), filesystem, how)
         undo.callback(mounting.unmount, str(path), lazily=True)
-        return entry(made)
+        return entry(made), said
 
     def _below(self, device: Device, controller: int, lun: int, partition: int, may_hold: object) -> filesystems.Below:
         """What a file system is to be made on."""
@@ -454,12 +458,13 @@ def _ranges(told: object, *, start: int, size: int) -> list[tuple[int, int]] | N
     return ranges
 
 
-def _no_filesystem(slot: str, partition: int, *, has_key: bool) -> Fault:
+def _found(node: str, slot: str, partition: int, deadline: float, *, has_key: bool) -> str:
+    """The file system that is there."""
     where = f"the disk at {slot}" + (f" partition {partition}" if partition else "")
-    if has_key:
-        text = f"no file system that we know shows on {where} with this key: it is another key, or none was made there"
-        return Fault(text, kind="no_filesystem")
-    return Fault(f"no file system that we know is on {where}", kind="no_filesystem")
+    found = content.of(node, deadline, partition=partition)
+    if not found.filesystem:
+        raise content.refusal(found, where, node, has_key=has_key)
+    return found.filesystem
 
 
 def _busy(what: str, users: list[str]) -> Fault:
@@ -484,10 +489,6 @@ def _let_go(path: str, *, force: bool) -> None:
         if time.monotonic() >= give_up:
             raise _busy(path, ["something in the kernel has it"])
         time.sleep(_LOOK_AGAIN_S)  # a program that has just ended still lets go of its files
-
-
-def _is_read_only(path: str) -> bool:
-    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 
 def _flush(disk: Device) -> None:

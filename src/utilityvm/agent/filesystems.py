@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from utilityvm.agent import mounting
+from utilityvm.agent import content
 from utilityvm.agent.faults import Fault
 
 _MIB: Final = 1 << 20
@@ -26,14 +26,6 @@ _MAKERS: Final[dict[str, tuple[str, ...]]] = {
 }
 _ONLY_ASK: Final = {"ext4": "-n", "xfs": "-N"}  # what has the tool say whether it could, and write nothing
 _XFS_IN_PROGRESS_AT: Final = 126  # in the superblock: not 0 until mkfs.xfs, or xfs_copy, is done
-# What else signs a device, for the refusal's text: (offset, signature, what it is).
-_OTHERS: Final[tuple[tuple[int, bytes, str], ...]] = (
-    (0, b"LUKS\xba\xbe", "a LUKS volume"),
-    (512, b"EFI PART", "a partition table (GPT)"),
-    (536, b"LVM2 001", "a volume of LVM"),
-    (4086, b"SWAPSPACE2", "swap space"),
-    (510, b"\x55\xaa", "a partition table (MBR)"),
-)
 _EXT: Final = ("ext2", "ext3", "ext4")
 _GROWN: Final = (*_EXT, "xfs", "btrfs")  # while they are mounted
 _EXT_SUPERBLOCK: Final = struct.Struct("<I 68x I")  # s_log_block_size, s_feature_incompat; Linux fs/ext4/ext4.h
@@ -73,7 +65,7 @@ def ensure(node: str, filesystem: str, *, below: Below, reformat: bool, deadline
     """
     if filesystem not in _MAKERS:
         raise Fault(f"cannot make a {filesystem} file system: {' and '.join(_MAKERS)} are supported", kind="invalid")
-    if not reformat and mounting.detect(node) == filesystem:
+    if not reformat and content.of(node, deadline).filesystem == filesystem:
         _refuse_half_made(node, filesystem)
         return
     if users := below.users():
@@ -144,9 +136,10 @@ def _refuse_half_made(node: str, filesystem: str) -> None:
 def _refuse_data(node: str, below: Below, deadline: float) -> None:
     if is_blank(below.node, deadline, below.may_hold):
         return
-    what = _what_is_on(node) or "something that we do not know"
-    if below.node != node and mounting.detect(node) is None:
-        what = _what_is_on(below.node) or "data, and no file system shows with this key"
+    found = content.of(node, deadline)
+    what = str(found) or "something that we do not know"
+    if below.node != node and not found.filesystem:
+        what = str(content.of(below.node, deadline)) or "data, and no file system shows with this key"
     raise Fault(f"the device is not blank: it holds {what}; it was not formatted (reformat would)")
 
 
@@ -176,14 +169,6 @@ def _claimed(node: str) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def _what_is_on(node: str) -> str | None:
-    if found := mounting.detect(node):
-        return f"a {found} file system"
-    with open(node, "rb", buffering=0) as device:
-        head = device.read(8192)
-    return next((what for offset, sign, what in _OTHERS if head[offset : offset + len(sign)] == sign), None)
 
 
 def _wipe(fd: int) -> None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Final, NamedTuple, TypeVar
 
-from utilityvm.agent import inquiry
+from utilityvm.agent import content, inquiry
 from utilityvm.agent.faults import Fault
 
 _T = TypeVar("_T")
@@ -228,8 +228,11 @@ class Bus:
             found = self.partition(disk, partition)
         if found is None:
             there = sorted(int(read(f"{part.sysfs}/partition")) for part in self.partitions(disk))
-            has = f"it has {', '.join(map(str, there))}" if there else "it has no partition table that we know"
-            raise Fault(f"the disk at {where} has no partition {partition}: {has}", kind="not_found")
+            has, remedy = f"it has {', '.join(map(str, there))}", "mount one that it has; 0 is the whole disk"
+            if not there:
+                plain = "it has no partition table that we know", "mount the whole disk: leave the partition out"
+                has, remedy = content.instead_of_partitions(disk.node, deadline) or plain
+            raise Fault(f"the disk at {where} has no partition {partition}: {has}", kind="not_found", remedy=remedy)
         part = found
         return until(
             lambda: part if _opens(part) else None,

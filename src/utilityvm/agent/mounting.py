@@ -1,14 +1,15 @@
-"""mount(2) and umount2(2), and which file system a device holds."""
+"""mount(2) and umount2(2), and what the kernel says when it refuses."""
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
+import errno
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Final
 
+from utilityvm.agent import btrfs
 from utilityvm.agent.faults import Fault
 from utilityvm.bridge import mount_options
 from utilityvm.bridge.mount_options import MS_RDONLY, MountOptions
@@ -16,19 +17,6 @@ from utilityvm.bridge.mount_options import MS_RDONLY, MountOptions
 MS_BIND: Final = 4096  # linux/mount.h
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 
-# Where a file system signs its superblock: (offset, signature, name).
-_SIGNATURES: Final[tuple[tuple[int, bytes, str], ...]] = (
-    (0, b"XFSB", "xfs"),
-    (0, b"hsqs", "squashfs"),
-    (1024, b"\xe2\xe1\xf5\xe0", "erofs"),
-    (1080, b"\x53\xef", "ext4"),  # the ext4 driver mounts ext2 and ext3 as well
-    (65600, b"_BHRfS_M", "btrfs"),
-    (32769, b"CD001", "iso9660"),
-    (82, b"FAT32   ", "vfat"),
-    (54, b"FAT16   ", "vfat"),
-    (54, b"FAT12   ", "vfat"),
-    (3, b"EXFAT   ", "exfat"),
-)
 # What keeps a file system from writing to its device while it is mounted read-only.
 _NO_RECOVERY: Final = {"ext4": "noload", "ext3": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
 
@@ -44,6 +32,11 @@ _REMEDIES: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
         ("duplicate uuid",),
         "it is a copy of an XFS that is mounted: mount it with the option nouuid, or give the copy a UUID of its own "
         "(xfs_admin -U generate)",
+    ),
+    (
+        ("duplicate device",),
+        "it is a copy of a btrfs that is mounted, and btrfs cannot mount both: release the other one, or give the copy "
+        "a UUID of its own (btrfstune -u)",
     ),
     (
         ("devid", "missing"),
@@ -72,16 +65,15 @@ _REMEDIES: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
     (("unrecognized mount option",), "the file system knows no such mount option: leave it out"),
 )
 
+_NO_DRIVER: Final = (
+    "use a guest image with a kernel that does (uvm image build --kernel linux-image-amd64 keeps all its modules), or "
+    "its device without mounting it (block_device)"
+)
+
 _LINES_AT_MOST: Final = 3  # of the kernel's log, in an error
 _RECORDS_AT_MOST: Final = 1000
 _KERNEL_LOG: Final = "/dev/kmsg"
 _LEVEL_MASK: Final = 7  # of a record's number: syslog's priority, 3 is an error
-
-_PARTITIONS: Final = "/proc/partitions"
-_BTRFS_CONTROL: Final = "/dev/btrfs-control"
-_BTRFS_IOC_SCAN_DEV: Final = 0x50009404  # linux/btrfs.h
-_BTRFS_ARGUMENTS_BYTES: Final = 4096  # struct btrfs_ioctl_vol_args: a descriptor, and a text
-_BTRFS_ID_AT: Final = 65536 + 32  # the file system's id, in its superblock
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -98,42 +90,68 @@ def words(options: Sequence[str], *, read_only: bool) -> MountOptions:
         raise Fault(f"the mount option {why}", kind="invalid") from None
 
 
-def detect(node: str) -> str | None:
-    """The file system on a device, by its signature. None: none that we know."""
-    fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        head = os.pread(fd, 4096, 0)
-        for offset, signature, name in _SIGNATURES:
-            if offset + len(signature) <= len(head):
-                found = head[offset : offset + len(signature)]
-            else:
-                found = os.pread(fd, len(signature), offset)
-            if found == signature:
-                return name
-    finally:
-        os.close(fd)
-    return None
+class _Refused(Fault):
+    """The kernel's no, with its number."""
+
+    def __init__(self, message: str, number: int, *, remedy: str | None) -> None:
+        super().__init__(message, remedy=remedy)
+        self.number = number
 
 
-def mount(node: str, target: str, filesystem: str, how: MountOptions) -> None:
+def mount(node: str, target: str, filesystem: str, how: MountOptions) -> list[str]:
     """Mount `node` at `target`, and set its propagation. On an error nothing is mounted there.
+
+    What cannot be written to is mounted read-only, as mount(8) does. Gives what is to be said of that.
 
     Raises:
         Fault: the kernel refused; names its reason.
     """
-    data = with_defaults(filesystem, how)
-    try:
-        _mount(os.fsencode(node), target, filesystem.encode(), how.flags, data.encode() or None)
-    except Fault:
-        if filesystem != "btrfs" or not _introduce_fellows(node):
-            raise
-        _mount(os.fsencode(node), target, filesystem.encode(), how.flags, data.encode() or None)
+    _try_to_mount(node, target, filesystem, how)
     try:
         for flag in how.propagation:
             _mount(b"none", target, None, flag, None)
     except Fault:
         unmount(target, lazily=True)
         raise
+    if not how.flags & MS_RDONLY and is_read_only(target):
+        return [f"{target} is mounted read-only: a {filesystem} file system, or its disk, cannot be written to here"]
+    return []
+
+
+def _try_to_mount(node: str, target: str, filesystem: str, how: MountOptions) -> None:
+    def attempt(flags: int) -> None:
+        data = with_defaults(filesystem, how._replace(flags=flags))
+        _mount(os.fsencode(node), target, filesystem.encode(), flags, data.encode() or None)
+
+    try:
+        attempt(how.flags)
+    except _Refused as refused:
+        if refused.number in (errno.EROFS, errno.EACCES) and not how.flags & MS_RDONLY:
+            attempt(how.flags | MS_RDONLY)
+        elif filesystem == "btrfs" and btrfs.introduce_fellows(node):
+            try:
+                attempt(how.flags)
+            except _Refused as again:
+                raise _with_missing_disks(node, again) from None
+        elif filesystem == "btrfs":
+            raise _with_missing_disks(node, refused) from None
+        else:
+            raise
+
+
+def _with_missing_disks(node: str, refused: _Refused) -> Fault:
+    if missing := btrfs.missing_fellows(node):
+        remedy = "attach the missing disks without a guest path, and mount it then; or mount it read-only, degraded"
+        return Fault(f"{refused.message}; {missing}", remedy=f"{remedy} (options ro, degraded)")
+    return refused
+
+
+def is_read_only(target: str) -> bool:
+    """Is what is mounted there read-only, for whatever reason?"""
+    try:
+        return bool(os.statvfs(target).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
 
 
 def mount_again(node: str, target: str, filesystem: str, how: MountOptions) -> None:
@@ -161,32 +179,6 @@ def with_defaults(filesystem: str, how: MountOptions) -> str:
     return ",".join([*given, *added])
 
 
-def _introduce_fellows(node: str) -> bool:
-    """Tell the kernel of the other disks of the btrfs on `node`, as udev would. False: there is none."""
-    found = False
-    ours = _btrfs_id(node)
-    with open(_PARTITIONS) as lines:
-        names = [line.split()[3] for line in lines if line[:1] == " "]
-    for other in (f"/dev/{name}" for name in names):
-        with suppress(OSError):
-            if other == node or detect(other) != "btrfs" or _btrfs_id(other) != ours:
-                continue
-            argument = bytearray(_BTRFS_ARGUMENTS_BYTES)
-            argument[8 : 8 + len(other)] = os.fsencode(other)
-            control = os.open(_BTRFS_CONTROL, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.ioctl(control, _BTRFS_IOC_SCAN_DEV, argument)
-                found = True
-            finally:
-                os.close(control)
-    return found
-
-
-def _btrfs_id(node: str) -> bytes:
-    with open(node, "rb", buffering=0) as device:
-        return os.pread(device.fileno(), 16, _BTRFS_ID_AT)
-
-
 def bind(source: str, target: str) -> None:
     """Make `source` appear at `target`.
 
@@ -206,7 +198,10 @@ def _mount(source: bytes, target: str, kind: bytes | None, flags: int, data: byt
     text = f"{what} as {kind.decode()}" if kind else what
     said = f" ({'; '.join(lines[:_LINES_AT_MOST])})" if lines else ""
     text += f" with {data.decode() if data else 'no options'}: {os.strerror(number)}{said}"
-    raise Fault(text, remedy=_remedy(lines))
+    if number == errno.ENODEV and kind:
+        text = f"{what} as {kind.decode()}: the guest's kernel knows no such file system"
+        raise _Refused(text, number, remedy=_NO_DRIVER)
+    raise _Refused(text, number, remedy=_remedy(lines))
 
 
 def _remedy(lines: Sequence[str]) -> str | None:

@@ -59,7 +59,7 @@ _KNOWN_NOTIFICATIONS: Final = (messages.RUN_INPUT, messages.RUN_CREDIT, messages
 class Disks(Protocol):
     """The disk side of the agent. Called from many threads at once."""
 
-    def add(self, settings: dict[str, Any], deadline: float) -> None: ...
+    def add(self, settings: dict[str, Any], deadline: float) -> list[str]: ...  # what is to be said of it
     def remove(self, settings: dict[str, Any], deadline: float, *, force: bool = False) -> None: ...
     def eject(self, controller: int, lun: int, deadline: float, *, force: bool = False) -> None: ...
     def probe(self, controller: int, lun: int) -> dict[str, Any]: ...
@@ -318,10 +318,10 @@ class Serve:
 
     def _modify(self, call: Call) -> dict[str, Any]:
         with self._template.changing():
-            self._change_disks(call)
-        return {}
+            notes = self._change_disks(call)
+        return {messages.EXTENSION: {"Notes": notes}} if notes else {}
 
-    def _change_disks(self, call: Call) -> None:
+    def _change_disks(self, call: Call) -> list[str]:
         request = call.body.get("Request")
         if not isinstance(request, dict):
             raise Fault("a ModifySettings without a Request", code=messages.E_INVALID_JSON, kind="invalid")
@@ -329,7 +329,7 @@ class Serve:
         force = call.extension.get("Force") is True
         match what, resource:
             case "Add", "MappedVirtualDisk":
-                self._disks.add(_settings(request), call.due)
+                return self._disks.add(_settings(request), call.due)
             case "Remove", "MappedVirtualDisk":
                 self._disks.remove(_settings(request), call.due, force=force)
             case "Remove", "SCSIDevice":
@@ -338,6 +338,7 @@ class Serve:
                 raise Fault(f'the RequestType "{what}" is not supported', kind="invalid")
             case _:
                 raise Fault(f'the ResourceType "{resource}" is not supported', kind="invalid")
+        return []
 
     def _grow(self, call: Call) -> dict[str, Any]:
         if (to_bytes := call.body.get("Check")) is not None:

@@ -82,7 +82,6 @@ class MountOptions(NamedTuple):
     flags: int
     propagation: tuple[int, ...]
     data: str  # the file system's own, as the last argument of mount(2)
-    says_writable: bool = False  # `rw` was said, and not only left to be so
 
 
 def parse(options: Sequence[str], *, read_only: bool) -> MountOptions:
@@ -97,7 +96,6 @@ def parse(options: Sequence[str], *, read_only: bool) -> MountOptions:
     flags = MS_RDONLY if read_only else 0
     propagation: list[int] = []
     data: list[str] = []
-    says_writable = False
     for option in split(options):
         name, equals, _ = option.partition("=")
         if name in _OTHER_ACTS or option.startswith(_OTHER_ACTS_PREFIXES):
@@ -107,15 +105,13 @@ def parse(options: Sequence[str], *, read_only: bool) -> MountOptions:
             if read_only and drop & MS_RDONLY:
                 raise ValueError(f"{option} contradicts read_only: the disk itself is read-only")
             flags = (flags & ~drop) | add
-            if (add | drop) & MS_RDONLY:
-                says_writable = bool(drop)
         elif option in _PROPAGATION:
             propagation.append(_PROPAGATION[option])
         elif not (
             option in _KEPT or (equals and name in _KEPT_WITH_VALUE) or option.startswith(_KEPT_PREFIXES) or not option
         ):
             data.append(option)
-    return MountOptions(flags, tuple(propagation), ",".join(data), says_writable)
+    return MountOptions(flags, tuple(propagation), ",".join(data))
 
 
 def split(options: Sequence[str]) -> Iterator[str]:

@@ -71,6 +71,7 @@ class _Extension(_Document):
     kind: Words | None = None
     holders: list[Words] | None = None
     remedy: Words | None = None
+    notes: list[Words] | None = None
 
 
 class Response(_Document):
@@ -94,6 +95,11 @@ class Response(_Document):
     def remedy(self) -> str | None:
         """What our agent advises."""
         return self.utilityvm.remedy if self.utilityvm else None
+
+    @property
+    def notes(self) -> list[str]:
+        """What our agent has to say of what it did."""
+        return list(self.utilityvm.notes or ()) if self.utilityvm else []
 
 
 class Negotiated(Response):

@@ -60,6 +60,7 @@ _MAX_AHEAD_S: Final = 0.25
 _RENEGOTIATE_TIMES: Final = 3  # for one request; who then still is not negotiated with never will be
 _START_S: Final = 30.0  # for a program to be started
 _MAX_OUTPUT_BYTES: Final = 64 << 20
+_NOTES: Final = 10  # of a mount, at the most
 _MAX_PAGES: Final = 256  # of the list of mounts; the agent puts some hundred in each
 _MAX_RESTARTS: Final = 8  # of the agent, right when a program was to be started
 _SHORT_LIVED_S: Final = 5.0  # a connection that ended sooner is not followed by the next at once
@@ -252,10 +253,12 @@ class BridgeGuest:
             may_hold = await self.allocated(slot) if self.allocated and config.ensure_filesystem else None
             settings |= disk_extension(config, may_hold=may_hold)
             try:
-                await self._modify("Add", "MappedVirtualDisk", settings, Where(slot, guest_path), timeout_s)
+                answer = await self._modify("Add", "MappedVirtualDisk", settings, Where(slot, guest_path), timeout_s)
             except GuestBusy as error:  # the path is: the disk may be mounted as often as one likes
                 remedy = "choose another path, or unmount what is there"
                 raise GuestPathInUse(str(error), vm=self._vm, slot=slot, remedy=remedy) from error
+            for note in answers.read(answers.Response, answer, vm=self._vm).notes[:_NOTES]:
+                _log.warning("%s", note, vm=self._vm, slot=slot)
             return
         self._ledger.before_mount(slot, guest_path)
         with self._ledger.mounting(slot, guest_path):
@@ -626,9 +629,9 @@ class BridgeGuest:
         timeout_s: float,
         *,
         force: bool = False,
-    ) -> None:
+    ) -> dict[str, Any]:
         body = messages.modify_request(request_type, resource_type, settings)
-        await self._ask(messages.MODIFY, body, timeout_s, where, force=force)
+        return await self._ask(messages.MODIFY, body, timeout_s, where, force=force)
 
     async def _probe(self, slot: Slot, timeout_s: float) -> answers.Probed:
         body = messages.request(Controller=slot.controller, Lun=slot.lun)

@@ -48,7 +48,7 @@ def refusal(response: Response, where: Where | None, *, vm: str | None) -> Utili
         case "invalid":
             return InvalidRequest(text, vm=vm, slot=slot, remedy=advice)
         case "no_filesystem":
-            remedy = "have one made, if the disk is blank: ensure_filesystem; or mount one of its partitions"
+            remedy = "have one made: ensure_filesystem (--ensure-filesystem), which writes to a blank disk only"
             return GuestRefused(text, vm=vm, slot=slot, remedy=advice or remedy)
         case "timeout":
             return DeadlineExceeded(text, vm=vm, slot=slot)
