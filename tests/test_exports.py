@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import builtins
+import collections.abc
+import dataclasses
 import inspect
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import utilityvm
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", utilityvm.__all__)
@@ -30,3 +39,46 @@ def test_the_tree_at_the_top_of_errors_is_the_tree() -> None:
     for name, thing in vars(errors).items():
         if inspect.isclass(thing) and issubclass(thing, Exception):
             assert f" {name} " in drawn.replace("─", " "), f"{name} is not in the tree"
+
+
+# Members whose signatures name a type that is not public, each with the reason. This list only gets shorter.
+NOT_PUBLIC = {
+    "DiskSpec.request": {"AddRequest"},  # for the rooms below
+    "SavedDisk.of": {"Disk"},
+    "SavedDisk.records": {"Record"},
+    "SavedDisk.request": {"DiskRequest"},
+    "ScsiState.of": {"Disk"},
+    "Template.__init__": {"Manifest"},
+    "VMConfig.for_clone": {"QemuConfig"},
+    "VMConfig.for_qemu": {"QemuConfig"},
+}
+NOT_A_NAME = re.compile(r"'[^']*'|<class.*>|T_co|utilityvm\.\w+\.|inspect\._empty")  # literals, and noise
+STANDARD = {*dir(builtins), *dir(collections.abc), *dir(typing), "Path", "PurePosixPath", "TracebackType"}
+
+
+def annotations_of(kind: type) -> Iterator[tuple[str, str]]:
+    """Every annotation of the public members of a class; constructors only where callers use them."""
+    for name, member in inspect.getmembers_static(kind):
+        made_by_us = (
+            name == "__init__" and not dataclasses.is_dataclass(kind) and "Use `" in (inspect.getdoc(member) or "")
+        )
+        if (name.startswith("_") and name != "__init__") or made_by_us:
+            continue
+        function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        if inspect.isfunction(function) and function.__module__.startswith("utilityvm"):
+            signature = inspect.signature(function)
+            yield from ((name, str(one.annotation)) for one in signature.parameters.values())
+            yield name, str(signature.return_annotation)
+
+
+@pytest.mark.parametrize("name", utilityvm.__all__)
+def test_every_type_in_a_public_signature_is_public(name: str) -> None:
+    kind = getattr(utilityvm, name)
+    if not inspect.isclass(kind):
+        return
+    hidden: dict[str, set[str]] = {}
+    for member, annotation in annotations_of(kind):
+        words = set(re.findall(r"[A-Za-z_]\w*", NOT_A_NAME.sub("", annotation)))
+        if unknown := words - STANDARD - set(utilityvm.__all__):
+            hidden.setdefault(f"{name}.{member}", set()).update(unknown)
+    assert hidden == {member: types for member, types in NOT_PUBLIC.items() if member.startswith(f"{name}.")}

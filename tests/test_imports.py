@@ -24,7 +24,6 @@ MAY: dict[str, set[str]] = {
     "diskimage": {"scsi"},
     "guestimage": {"machine"},
     "guests": {"bridge", "scsi", "machine"},
-    "hcs": {"hosts"},  # the public name of hosts/hcs
     "hosts": {"scsi", "diskimage", "machine", "bridge"},
     "store": {"scsi", "machine"},
     "templates": {"scsi", "diskimage", "hosts", "store", "machine"},
@@ -32,7 +31,16 @@ MAY: dict[str, set[str]] = {
     "upkeep": {"vm", "templates", "scsi", "hosts", "guests", "guestimage", "store", "machine"},
     "cli": {"upkeep", "templates", "vm", "scsi", "hosts", "guests", "guestimage", "store", "machine", "diskimage", ""},
     "testing": {"scsi", "machine", "hosts", "bridge", "agent", "guests"},
-    "": {"templates", "vm", "scsi", "guests", "guestimage", "hosts", "store"},  # the package itself: the public names
+    "": {
+        "templates",
+        "vm",
+        "scsi",
+        "guests",
+        "guestimage",
+        "hosts",
+        "store",
+        "machine",
+    },  # the public names
 }
 STANDARD_LIBRARY_ONLY = {"agent", "bridge"}  # they run in the guest, which has nothing else
 

@@ -65,22 +65,28 @@ if TYPE_CHECKING:
     )
     from utilityvm.guestimage.build import GuestImage
     from utilityvm.guestimage.custom import GuestRecipe
-    from utilityvm.guests.bridge_guest import CommandResult
-    from utilityvm.scsi.document import ScsiState
+    from utilityvm.guests.bridge_guest import CommandResult, OutputSink
+    from utilityvm.hosts.qemu import QemuProcess
+    from utilityvm.machine.hostpath import HostPath
+    from utilityvm.scsi.document import SavedDisk, ScsiState
     from utilityvm.scsi.events import ScsiEvent, ScsiEvents
     from utilityvm.scsi.ports import (
         AttachmentType,
         CallerKey,
         DiskFormat,
+        Holder,
         MountConfig,
         ScratchKey,
         Verity,
         VMAccess,
     )
+    from utilityvm.scsi.reservation import Reservation
     from utilityvm.scsi.slot import Slot
     from utilityvm.scsi.views import MountView, SlotView
     from utilityvm.templates.catalog import Template
     from utilityvm.vm.acquiring import Acquiring
+    from utilityvm.vm.config import DiskSettings, GuestPath, MountSettings
+    from utilityvm.vm.mount import OnBusy
     from utilityvm.vm.pool import ClonePool
     from utilityvm.vm.utility_vm import GENERATED, DiskSpec, MountedDisk, SCSIMount, UtilityVM, VMConfig
 
@@ -98,12 +104,16 @@ __all__ = [
     "DeadlineExceeded",
     "DiskFormat",
     "DiskInUse",
+    "DiskSettings",
     "DiskSpec",
     "GuestBusy",
     "GuestImage",
+    "GuestPath",
     "GuestPathInUse",
     "GuestRecipe",
     "GuestRefused",
+    "Holder",
+    "HostPath",
     "HostRefused",
     "ImageDamaged",
     "ImageError",
@@ -112,16 +122,22 @@ __all__ = [
     "LayerNotSupported",
     "Migrating",
     "MountConfig",
+    "MountSettings",
     "MountView",
     "MountedDisk",
     "NoControllers",
     "NoFreeSlot",
     "NotAttached",
     "NotSupported",
+    "OnBusy",
     "OutcomeUnknown",
+    "OutputSink",
     "ProtocolError",
+    "QemuProcess",
     "RequestError",
+    "Reservation",
     "SCSIMount",
+    "SavedDisk",
     "ScratchKey",
     "ScsiEvent",
     "ScsiEvents",
@@ -156,14 +172,20 @@ __all__ = [
 ]
 
 _MODULES = {
-    "utilityvm.guests.bridge_guest": ("CommandResult",),
+    "utilityvm.guests.bridge_guest": ("CommandResult", "OutputSink"),
+    "utilityvm.hosts.qemu": ("QemuProcess",),
+    "utilityvm.machine.hostpath": ("HostPath",),
+    "utilityvm.scsi.reservation": ("Reservation",),
+    "utilityvm.vm.config": ("DiskSettings", "GuestPath", "MountSettings"),
+    "utilityvm.vm.mount": ("OnBusy",),
     "utilityvm.scsi.events": ("ScsiEvent", "ScsiEvents"),
-    "utilityvm.scsi.document": ("ScsiState",),
+    "utilityvm.scsi.document": ("SavedDisk", "ScsiState"),
     "utilityvm.scsi.views": ("MountView", "SlotView"),
     "utilityvm.scsi.ports": (
         "AttachmentType",
         "CallerKey",
         "DiskFormat",
+        "Holder",
         "MountConfig",
         "ScratchKey",
         "VMAccess",

@@ -81,8 +81,8 @@ class Faults:
         self._fault, self._left = fault, at
         with pytest.MonkeyPatch.context() as patch:
             if fault in (Fault.QMP_STOPPED, Fault.BRIDGE_STOPPED):  # to be noticed soon
-                patch.setattr(self._vm.scsi._steps, "_timeouts", SHORT)
-                patch.setattr(self._vm.scsi, "_timeouts", SHORT)
+                patch.setattr(self._vm._scsi._steps, "_timeouts", SHORT)
+                patch.setattr(self._vm._scsi, "_timeouts", SHORT)
                 patch.setattr(bridge_guest, "_ANSWER_S", STEP_S)
             try:
                 yield

@@ -122,7 +122,7 @@ async def vm_booted(shared_vm: SharedVM) -> AsyncIterator[UtilityVM]:
     vm = await shared_vm.get()
     yield vm
     if vm.is_running:
-        await vm.scsi.settle()
+        await vm._scsi.settle()
         left = vm.scsi_slots()
         for mount in vm.scsi_reservations():
             await mount.release(force=True)

@@ -159,7 +159,7 @@ async def test_an_agent_that_dies_in_a_mount_leaves_what_a_second_call_finishes(
             held = await adding
         except (OutcomeUnknown, GuestBusy):
             while vm.scsi_slots():
-                await vm.scsi.repair()  # the program that makes the file system goes on, and has the disk until its end
+                await vm._scsi.repair()  # what makes the file system goes on, and has the disk until its end
         held = held or await vm.add_scsi(image, "/data", ensure_filesystem=True)
         await check_agreement(vm, [image])
         await held.release()

@@ -108,7 +108,7 @@ async def test_after_one_fault_all_is_as_before_or_a_second_call_finishes_it(
             except UtilityVMError as caught:
                 error = caught
         try:
-            await bench.vm.scsi.repair()
+            await bench.vm._scsi.repair()
             if error is not None:
                 if operation == "add":
                     assert bench.state() == before
@@ -165,7 +165,7 @@ async def test_a_close_that_is_cancelled_lets_go_of_the_vm_all_the_same(
 ) -> None:
     vm = await start("closed", keep=True)
     await vm.add_scsi(disk, "/data", holder="named")
-    plain, waits = vm.scsi.settle, asyncio.Event()
+    plain, waits = vm._scsi.settle, asyncio.Event()
 
     async def settle() -> None:
         if not waits.is_set():
@@ -173,7 +173,7 @@ async def test_a_close_that_is_cancelled_lets_go_of_the_vm_all_the_same(
             await asyncio.Event().wait()
         await plain()
 
-    monkeypatch.setattr(vm.scsi, "settle", settle)
+    monkeypatch.setattr(vm._scsi, "settle", settle)
     closing = asyncio.create_task(vm.close())
     await waits.wait()
     closing.cancel()

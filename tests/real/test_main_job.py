@@ -278,7 +278,7 @@ async def test_a_guest_that_hangs_costs_its_caller_alone(
     finally:
         await vm_booted._host.resume()
     await attached.release()
-    await vm_booted.scsi.settle()
+    await vm_booted._scsi.settle()
     assert not vm_booted.scsi_slots()
 
 

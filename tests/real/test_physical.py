@@ -243,7 +243,7 @@ async def test_a_physical_disk_is_not_grown_by_us(vm_booted: UtilityVM, loops: L
     device = filesystem(loops)
     async with vm_booted.add_scsi_physical_disk(device, "/data") as data:
         with pytest.raises(NotSupported, match="cannot grow"):
-            await vm_booted.scsi.resize(str(data.host_path), 32 << 20)
+            await vm_booted._scsi.resize(str(data.host_path), 32 << 20)
         assert await output(vm_booted, "cat /data/greeting") == "hello\n"
 
 
@@ -271,6 +271,6 @@ async def test_two_vms_have_one_physical_disk_only_to_read(vm_booted: UtilityVM,
 async def test_an_extensible_virtual_disk_is_for_windows_hosts(vm_booted: UtilityVM) -> None:
     request = DiskRequest(host_path="evd://space/mnt", read_only=True, kind=AttachmentType.EXTENSIBLE_VIRTUAL_DISK)
     with pytest.raises(NotSupported, match="no extensible virtual disks") as caught:
-        await vm_booted.scsi.add(request, holder=Holder(name="test"))
+        await vm_booted._scsi.add(request, holder=Holder(name="test"))
     assert caught.value.remedy
     assert not vm_booted.scsi_slots()

@@ -116,7 +116,7 @@ async def test_tasks_that_share_disks_at_random_get_the_right_ones_and_lose_noth
     async with asyncio.TaskGroup() as group:
         for task in range(TASKS):
             group.create_task(work(task))
-    await vm_booted.scsi.settle()
+    await vm_booted._scsi.settle()
     assert not vm_booted.scsi_slots()
     assert not vm_booted.scsi_mounts()
     assert not await vm_booted._guest.mounts()

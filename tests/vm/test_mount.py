@@ -17,7 +17,7 @@ class VM:
 
     def __init__(self) -> None:
         self.bench = Bench()
-        self.scsi = self.bench.manager
+        self.scsi = self._scsi = self.bench.manager
 
     async def release(self, reservation: Any, *, force: bool, timeout_s: float) -> None:
         await self.scsi.release(reservation, force=force, timeout_s=timeout_s)

@@ -59,7 +59,7 @@ async def mend(name: str, *, wait_s: float = 0.0) -> list[str]:
     """
     await _doubt(name, wait_s=wait_s)
     async with UtilityVM.open(name, wait_s=wait_s) as vm:
-        await vm.scsi.repair()
+        await vm._scsi.repair()
         return [*vm.findings, *await vm.remove_strays()]
 
 

@@ -68,7 +68,7 @@ class SCSIMount:
     @property
     def ref_count(self) -> int:
         """How many reservations there are on the disk now; 0 when this one was given back."""
-        return self._vm.scsi.references(self._reservation)
+        return self._vm._scsi.references(self._reservation)
 
     async def release(self, *, force: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Give it back. The last one of a mount unmounts it; the last one of a disk ejects and detaches it.

@@ -179,8 +179,8 @@ class UtilityVM:
         return self._host.console().decode(errors="replace")
 
     @property
-    def scsi(self) -> ScsiManager:
-        """The manager of its disks. For tests and for `upkeep`: these calls ask nothing of the VM's state."""
+    def _scsi(self) -> ScsiManager:
+        """For tests and for `upkeep`: the manager's calls ask nothing of the VM's state."""
         return self._vm.scsi
 
     @property

@@ -124,13 +124,13 @@ async def test_a_verity_mount_keeps_its_size_and_hinders_nobody(vm: UtilityVM, t
         request = DiskRequest(host_path=str(image), read_only=False)
         config = MountConfig(read_only=True, verity=verity)
         where = PurePosixPath("/verity")
-        mounted = await vm.scsi.add(request, mount=config, guest_path=where, holder=Holder(name="h"))
+        mounted = await vm._scsi.add(request, mount=config, guest_path=where, holder=Holder(name="h"))
         before = await sizes(vm, "/verity")
         await vm.resize_scsi(image, 64 * MIB)
         assert image.stat().st_size == 64 * MIB
         assert await sizes(vm, "/verity") == before
         assert await output(vm, "cat /verity/greeting") == "hello\n"
-        await vm.scsi.release(mounted)
+        await vm._scsi.release(mounted)
     other = blank(tmp_path / "other.raw", 16)
     async with vm.add_scsi(other, "/data", encryption=key, ensure_filesystem=True, options=["ro"]):
         node = (await mount_at(vm, "/data")).device
