@@ -116,7 +116,7 @@ def _install_qmp(points: Points) -> None:
             chunks.append(plain_put(self, [question], fd))
             points.at(f"after {question.command} was sent")
             fd = None
-        return chunks[0]  # the one with the descriptor
+        return chunks[0] if chunks else plain_put(self, [], fd)  # the one with the descriptor
 
     def take_answer(self: Qmp, message: dict[str, Any]) -> None:
         points.at(f"{self._pending[0].command} was answered")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,28 +91,32 @@ async def test_a_cancelled_caller_is_back_at_once_and_what_comes_late_is_cleaned
     assert late == [("opened", False)]
 
 
-async def test_a_caller_that_is_cancelled_just_as_the_result_comes_leaves_nothing() -> None:
-    late: list[int] = []
-    has_ended = threading.Event()
+async def test_a_caller_that_is_cancelled_just_as_the_result_comes_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = asyncio.get_running_loop()
+    is_told, is_cleaned = threading.Event(), threading.Event()
+    tell, late = loop.call_soon_threadsafe, list[int]()
 
-    def work() -> int:
-        has_ended.set()
-        return 1
+    def told(*arguments: Any, **named: Any) -> asyncio.Handle:
+        try:
+            return tell(*arguments, **named)
+        finally:
+            is_told.set()
 
-    for _ in range(200):
-        count = len(late)
-        has_ended.clear()
-        task = asyncio.create_task(in_thread(work, late=late.append))
-        await asyncio.sleep(0)
-        has_ended.wait(HANG_S)
-        time.sleep(0.0001)  # by now the result is on its way to the loop, which we keep from taking it
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-        async with asyncio.timeout(HANG_S):
-            while len(late) == count:
-                await asyncio.sleep(0.001)
-    assert late == [1] * 200
+    def clean(result: int) -> None:
+        late.append(result)
+        is_cleaned.set()
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", told)
+    task = asyncio.create_task(in_thread(lambda: 1, late=clean))
+    await asyncio.sleep(0)
+    assert is_told.wait(HANG_S)  # the result is on its way to the loop, which we keep from taking it
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert is_cleaned.wait(HANG_S)
+    assert late == [1]
 
 
 def test_what_comes_after_the_loop_has_ended_is_cleaned_up(hanging: Hanging) -> None:

@@ -52,7 +52,9 @@ def full_store(vm: UtilityVM) -> Iterator[None]:
     db.execute("CREATE TABLE filler (data BLOB)")
     db.execute("INSERT INTO filler VALUES (zeroblob(?))", (free * 1024,))
     (pages,) = db.execute("PRAGMA page_count").fetchone()
-    db.execute(f"PRAGMA max_page_count = {pages}")
+    both = (db, vm._store.unwaiting())  # the journal's own connection too
+    for each in both:
+        each.execute(f"PRAGMA max_page_count = {pages}")
     # What room is left within pages is used up too.
     with suppress(sqlite3.OperationalError):
         while True:
@@ -63,7 +65,8 @@ def full_store(vm: UtilityVM) -> Iterator[None]:
     try:
         yield
     finally:
-        db.execute("PRAGMA max_page_count = 1000000000")
+        for each in both:
+            each.execute("PRAGMA max_page_count = 1000000000")
         db.execute("DELETE FROM reservations WHERE attachment = 'x'")
         db.execute("DROP TABLE filler")
 

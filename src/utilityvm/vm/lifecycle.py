@@ -70,6 +70,8 @@ async def claim_name(
     dead, ownership = await _acquire(store, name, wait_s=0.0)
     undo.add(in_thread, _give_back, ownership, folder, always=True)
     await store.lane.run(refuse_running, store, name)
+    if dead is not None:
+        await _end_process(dead, store)  # it may run: its starter died before it could write down the process
     await in_thread(launch.check_unused, folder, name)  # another store's VM may run there: nothing is ours then
     if dead is not None:
         await clear(dead, store)
@@ -233,7 +235,7 @@ async def seize(store: Store, name: str, *, wait_s: float) -> tuple[StoredVM, Ow
         VMNotFound: there is no VM of that name.
         OutcomeUnknown: the kernel does not let its QEMU go; call again.
     """
-    record = store.get(name)
+    record = await store.lane.run(store.get, name)
     _check_folder(record, paths.vm_dir(name))
     await _end_process(record, store)
     try:
@@ -241,7 +243,7 @@ async def seize(store: Store, name: str, *, wait_s: float) -> tuple[StoredVM, Ow
     except VMNotFound:
         return None
     except VMOwned as error:
-        if (now := store.find(name)) is None or now.id != record.id:
+        if (now := await store.lane.run(store.find, name)) is None or now.id != record.id:
             return None
         _log.warning("%s; its lock was broken", error)
         return record, await Ownership.seize(paths.vm_dir(name), vm=name)

@@ -71,12 +71,12 @@ class Claim:
     @classmethod
     async def seized(cls, undo: Undo, name: str, *, wait_s: float) -> Claim | None:
         """Kill a VM and own what is left of it, whoever has it. See `lifecycle.seize`; None: nothing is left."""
-        store = open_store()
-        undo.add(store.close)
+        store = await in_thread(open_store, late=Store.close)
+        undo.add(store.lane.run, store.close)
         if (seized := await lifecycle.seize(store, name, wait_s=wait_s)) is None:
             return None
         record, ownership = seized
-        undo.add(ownership.release)
+        undo.add(in_thread, ownership.release, always=True)
         return cls(store, record, ownership, paths.vm_dir(name))
 
     async def start_qemu(

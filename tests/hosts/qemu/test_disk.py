@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from descriptors import open_files
 from utilityvm.errors import (
     AccessDenied,
     ConfigDiffers,
@@ -49,17 +50,13 @@ def opened(image: Path) -> Generator[Callable[..., QemuDisk]]:
         disk.close()
 
 
-def open_fds() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 def refusal(path: str | Path, kind: AttachmentType = AttachmentType.VIRTUAL_DISK, **changes: object) -> UtilityVMError:
-    before = open_fds()
+    before = open_files()
     request = DiskRequest(host_path=str(path), read_only=False, kind=kind, **changes)  # type: ignore[arg-type]
     with pytest.raises(UtilityVMError) as caught:
         open_disk(request)
     assert caught.value.remedy, "every refusal says what to do"
-    assert open_fds() <= before, "a refusal leaves nothing open"  # those of an earlier test may go meanwhile
+    assert open_files() <= before, "a refusal leaves nothing open"
     return caught.value
 
 
@@ -152,11 +149,11 @@ def test_readers_share(opened: Callable[..., QemuDisk]) -> None:
 @pytest.mark.parametrize(("first", "second"), [(False, False), (False, True), (True, False)])
 def test_a_writer_is_alone(opened: Callable[..., QemuDisk], first: bool, second: bool) -> None:
     held, _ = opened(read_only=first).open_locked()
-    before = open_fds()
     other = opened(read_only=second)
+    before = open_files()
     with pytest.raises(DiskInUse, match="the VM called two"):
         other.open_locked(who_uses={other.identity: "the VM called two"}.get)
-    assert open_fds() <= before + 1  # `other` itself
+    assert open_files() <= before
     os.close(held)
     os.close(other.open_locked()[0])
 

@@ -5,11 +5,10 @@ import os
 import subprocess
 from collections.abc import Generator
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
-from descriptors import descriptors_left
+from descriptors import descriptors_left, open_files
 from utilityvm.errors import SetupError, VMGone
 from utilityvm.hosts.qemu import lifetime
 from utilityvm.hosts.qemu.lifetime import Watch
@@ -58,10 +57,10 @@ async def test_who_does_not_end_in_time_is_not_ended(child: int) -> None:
 
 
 async def test_another_start_time_is_another_process(child: int) -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_files()
     with pytest.raises(VMGone):
         Watch(child, "1")
-    assert len(list(Path("/proc/self/fd").iterdir())) <= before  # those of an earlier test may go meanwhile
+    assert open_files() <= before
 
 
 async def test_a_child_that_ended_before_is_told_as_such() -> None:

@@ -12,6 +12,7 @@ from unittest.mock import AsyncMock
 
 import pytest
 
+from descriptors import open_files, until_closed
 from lockless import lockless
 from utilityvm.errors import (
     AlreadyAttached,
@@ -44,10 +45,6 @@ async def attach(host: QemuHost, path: Path, slot: Slot, name: str, *, read_only
         await host.attach(slot, disk, attachment=name, timeout_s=T)
     finally:
         disk.close()
-
-
-def fds() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def files(host: QemuHost) -> list[str]:
@@ -111,14 +108,15 @@ async def test_the_device_is_at_its_slot_with_its_serial(vm: QemuHost, image: Ma
 
 async def test_fifty_rounds_leave_no_descriptor_on_either_side(vm: QemuHost, image: Make) -> None:
     path = image(image_format=DiskFormat.QCOW2)
-    ours, theirs = fds(), files(vm)
+    ours, theirs = open_files(), files(vm)
     for number in range(50):
         await attach(vm, path, Slot(0, 1), f"round{number}", read_only=number % 2 == 0)
         if number % 10:
             await asyncio.gather(vm.detach(Slot(0, 1), attachment=f"round{number}", timeout_s=T))
         else:
             await vm.detach(Slot(0, 1), attachment=f"round{number}", timeout_s=T)
-    assert (fds(), files(vm)) == (ours, theirs)
+    assert files(vm) == theirs
+    await until_closed(ours)
     assert await traces(vm) == []
 
 
@@ -136,7 +134,7 @@ async def test_a_full_vm(vm: QemuHost, image: Make) -> None:
 
 
 async def test_an_open_that_is_cancelled_leaves_nothing_open(vm: QemuHost, image: Make) -> None:
-    before = fds()
+    before = open_files()
     path = image()
     for _ in range(10):
         opening = asyncio.create_task(vm.open(request(path)))
@@ -146,19 +144,18 @@ async def test_an_open_that_is_cancelled_leaves_nothing_open(vm: QemuHost, image
             await opening
     disk = await vm.open(request(path))
     disk.close()
-    async with asyncio.timeout(T):
-        while fds() != before:
-            await asyncio.sleep(0)
+    await until_closed(before)
 
 
 async def test_a_slot_that_is_taken_is_refused_and_leaves_nothing(vm: QemuHost, image: Make) -> None:
     await attach(vm, image("first"), Slot(0, 1), "first")
     before = await traces(vm)
-    ours, theirs = fds(), files(vm)
+    ours, theirs = open_files(), files(vm)
     with pytest.raises(AlreadyAttached, match="already used"):
         await attach(vm, image("second"), Slot(0, 1), "second")
     assert await traces(vm) == before
-    assert (fds(), files(vm)) == (ours, theirs)
+    assert files(vm) == theirs
+    await until_closed(ours)
     await attach(vm, image("second"), Slot(0, 2), "second")
 
 

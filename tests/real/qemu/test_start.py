@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from descriptors import open_files, until_closed
 from utilityvm.errors import DeadlineExceeded, SetupError, VMExists, VMGone
 from utilityvm.hosts.qemu import QemuConfig, QemuHost, QemuProcess, launch
 from utilityvm.hosts.qemu.lifetime import Watch
@@ -195,21 +196,21 @@ async def test_a_file_that_is_missing_is_named_and_nothing_is_left(runtime: Path
     for name, file in files.items():
         if name != missing:
             file.write_bytes(bytes(4096))
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_files()
     with pytest.raises(SetupError, match=f"cannot open {tmp_path / missing}"):
         await QemuHost.start(QemuConfig(name="one", **files), folder=runtime / "one")  # type: ignore[arg-type]
     assert not processes_of(runtime)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    await until_closed(before)
 
 
 async def test_a_qemu_that_does_not_start_is_quoted_and_nothing_is_left(runtime: Path) -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_files()
     with pytest.raises(SetupError, match=r"QEMU did not start VM one: .*invalid accelerator hvf") as caught:
         await QemuHost.start(QemuConfig(name="one", accelerator="hvf"), folder=runtime / "one")
     assert caught.value.remedy
     assert not (runtime / "one").exists()
     assert not processes_of(runtime)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    await until_closed(before)
 
 
 async def test_a_start_that_is_cancelled_leaves_nothing(runtime: Path) -> None:
