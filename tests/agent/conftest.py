@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
+from fake_guest import World, seen
 from guest_end import AgentThread, FakeDisks
 from raw_host import RawHost
+from utilityvm.agent import disks as disk_table
+from utilityvm.agent import holders, mounting
 
 
 @pytest.fixture
@@ -38,3 +42,14 @@ def host(stranger: RawHost) -> RawHost:
     """A host that has."""
     assert stranger.negotiate()["Result"] == 0
     return stranger
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A guest whose disks are imitated, and the agent's table of them."""
+    monkeypatch.setattr(mounting, "_KERNEL_LOG", str(tmp_path / "none"))
+    monkeypatch.setattr(disk_table, "_PASSING_S", 0.05)
+    monkeypatch.setattr(holders, "of_mount", lambda path: [])
+    world = World(tmp_path, monkeypatch)
+    monkeypatch.setattr(mounting, "is_read_only", lambda path: seen(world, path).read_only)
+    return world

@@ -49,8 +49,9 @@ def test_the_last_mounted_goes_first(kernel: FakeMounts) -> None:
     assert unmounted == ["umount /c", "umount /b"]
 
 
-def test_one_that_lets_another_go_is_waited_for(kernel: FakeMounts) -> None:
+def test_one_that_lets_another_go_is_waited_for(kernel: FakeMounts, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop device, say, or a namespace that is just ending."""
+    monkeypatch.setattr(power, "_PASSING_S", 20)
     kernel.busy["/b"] = 3
     assert power.prepare(soon()) == []
     assert "/b" not in left(kernel)
@@ -64,8 +65,11 @@ def test_swap_is_given_back_first(kernel: FakeMounts) -> None:
     assert kernel.asked[1] == "swapoff /b/my swap"
 
 
-def test_a_file_system_is_made_read_only_before_its_last_mount_goes(kernel: FakeMounts) -> None:
+def test_a_file_system_is_made_read_only_before_its_last_mount_goes(
+    kernel: FakeMounts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What keeps it alive without a mount, such as an overlay by relative names, then keeps a clean one."""
+    monkeypatch.setattr(power, "_PASSING_S", 20)
     kernel.add("/over", "overlay", "over", options="lowerdir=l")
     kernel.pinned["/dev/sdb"] = "/over"
     kernel.busy["/over"] = 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ import pytest
 from utilityvm.agent import freezing, holders, mountinfo, mounting, power
 
 RDONLY, REMOUNT, BIND, DETACH = 1, 32, 4096, 2
+PROPAGATION = 0b1111 << 17  # linux/mount.h, MS_UNBINDABLE to MS_SHARED
 ON_DISKS = {"ext4", "xfs", "vfat", "btrfs"}
 
 
@@ -30,6 +31,8 @@ class Mounted:
     root: str = "/"
     read_only: bool = False
     options: str = ""
+    flags: int = 0
+    propagation: list[int] = field(default_factory=list)
 
 
 class FakeMounts:
@@ -46,6 +49,7 @@ class FakeMounts:
         self.busy: dict[str, int] = {}  # path: how often umount says EBUSY; -1: for ever
         self.pinned: dict[str, str] = {}  # node whose file system lives on: the overlay's path, or "" for nothing seen
         self.written: set[str] = set()  # paths that cannot be made read-only
+        self.not_written_out: set[str] = set()  # paths whose disk takes nothing more
         self.refuses: list[int] = []  # errnos of the next mounts
         self.asked: list[str] = []  # what was asked, in order
         self.read_only: set[str] = set()  # nodes whose file system was made read-only
@@ -111,9 +115,12 @@ class FakeMounts:
                 return self._fail(errno.EBUSY)
             self.read_only.add(there.source)
         elif kind:
-            self.add(path, kind.decode(), node, read_only=bool(flags.value & RDONLY), options=(data or b"").decode())
+            read_only, options = bool(flags.value & RDONLY), (data or b"").decode()
+            self.add(path, kind.decode(), node, read_only=read_only, options=options).flags = flags.value
         elif flags.value & BIND:
             self.add(path, "devtmpfs", "devtmpfs", root=f"/{Path(node).name}")
+        elif flags.value & PROPAGATION and (there := self.at(path)):
+            there.propagation.append(flags.value)
         self._write()
         return 0
 
@@ -137,8 +144,10 @@ class FakeMounts:
         self._write()
         return 0
 
-    def syncfs(self, _fd: int) -> int:
-        return 0
+    def syncfs(self, fd: int) -> int:
+        path = str(Path(f"/proc/self/fd/{fd}").readlink())
+        self.asked.append(f"sync {path}")
+        return self._fail(errno.EIO) if path in self.not_written_out else 0
 
     def swapoff(self, path: bytes) -> int:
         self.asked.append(f"swapoff {os.fsdecode(path)}")

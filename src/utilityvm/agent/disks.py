@@ -276,7 +276,7 @@ class DiskTable:
 
         is_ensured = bool(settings.get("EnsureFilesystem"))
         below = self._below(device, controller, lun, partition, extension.get("MayHold")) if is_ensured else None
-        if verity := extension.get("Verity"):
+        if (verity := extension.get("Verity")) is not None:
             if not read_only:
                 raise Fault("dm-verity needs a read-only mount", kind="invalid")
             node = layer(lambda name: dm.open_verity(name, node, device.size_bytes, verity))
