@@ -31,6 +31,7 @@ class Stage:
         self.polite: set[str] = set()  # held by callers who never ask for force
         self.was_busy = False  # a program in the guest kept a disk, so that an undo may have been refused
         self.told_bytes = 0
+        self.reformatting: list[str] = []  # disks that a caller, who still waits, asked to be made anew
         self.has_died = False
         self.bench.guest = WatchedGuest(self)
         self.bench.manager = self.bench.new_manager()
@@ -39,8 +40,24 @@ class Stage:
         """Let others go first, or not."""
         await self.run.gate("pause")
 
-    async def add(self, name: str, disk: str, at: str | None, *, force: bool = False) -> Reservation:
-        held = await self.bench.add(disk, at, read_only=False, mounted=at is not None, holder=name)
+    async def add(
+        self, name: str, disk: str, at: str | None, *, force: bool = False, ensure: bool = False, reformat: bool = False
+    ) -> Reservation:
+        if reformat:
+            self.reformatting.append(disk)
+        try:
+            held = await self.bench.add(
+                disk,
+                at,
+                read_only=False,
+                mounted=at is not None,
+                holder=name,
+                ensure_filesystem=ensure,
+                reformat=reformat,
+            )
+        finally:
+            if reformat:
+                self.reformatting.remove(disk)
         self.held[held.id] = held
         if not force:
             self.polite.add(held.id)
@@ -83,7 +100,7 @@ class Stage:
 
 
 class WatchedGuest(FakeGuest):
-    """A guest that tells of each forced step, as it takes it."""
+    """A guest that tells of each step that drops data, as it takes it."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage.bench.world)
@@ -92,6 +109,11 @@ class WatchedGuest(FakeGuest):
     def _disk(self, slot: Slot) -> Disk | None:
         disks = self._stage.bench.manager._book.disks.values()
         return next((disk for disk in disks if disk.slot == slot), None)
+
+    async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
+        if config.reformat and self._stage.bench.world.bus[slot].identity[5:] not in self._stage.reformatting:
+            self._stage.bench.world.harm.append(f"the disk at {slot} was formatted, and nobody had asked for it")
+        await super().mount(slot, config, guest_path=guest_path, timeout_s=timeout_s)
 
     async def unmount(
         self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float, force: bool
@@ -114,6 +136,17 @@ def use(disk: str, at: str | None, *, force: bool = False) -> Caller:
 
     async def caller(stage: Stage, name: str) -> None:
         await stage.release(await stage.add(name, disk, at, force=force), force=force)
+
+    return caller
+
+
+def make(disk: str, at: str, *, anew: bool = False) -> Caller:
+    """As `use`, of a disk whose file system is made if it has none; `anew`: whatever it has."""
+
+    async def caller(stage: Stage, name: str) -> None:
+        if not anew:
+            await stage.pause()
+        await stage.release(await stage.add(name, disk, at, ensure=True, reformat=anew))
 
     return caller
 

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from utilityvm.errors import GuestPathInUse, NoFreeSlot, NotAttached
 from utilityvm.scsi.disk import Disk
 from utilityvm.scsi.ledger import Ledger
-from utilityvm.scsi.mount import GENERATED_BELOW, Mount, check_beside, difference, same_mount
+from utilityvm.scsi.mount import GENERATED_BELOW, Mount, check_beside, difference, same_mount, without_reformat
 from utilityvm.scsi.ports import (
     CallerKey,
     DiskRecord,
@@ -107,7 +107,7 @@ class Book:
             disk.opened = opened
         elif disk.opened is not opened:
             opened.close()
-        claim = Claim(id, disk, mount, holder, now)
+        claim = Claim(id, disk, mount, holder, now, reformat=config is not None and config.reformat)
         self.claims[claim.id] = claim
         disk.claims[claim.id] = claim
         if mount is not None:
@@ -156,7 +156,8 @@ class Book:
         for mount in disk.mounts.values():
             where = f"{disk.request.host_path} at {mount.guest_path}"
             check_beside(mount.config, config, where=where)
-        return Mount(self._new_id(), disk, path or self._generated_path(disk.slot, config.partition), config, now)
+        path = path or self._generated_path(disk.slot, config.partition)
+        return Mount(self._new_id(), disk, path, without_reformat(config), now)
 
     def _generated_path(self, slot: Slot, partition: int) -> PurePosixPath:
         base = self._checked_path(GENERATED_BELOW / f"{slot.controller}_{slot.lun}_{partition}")
@@ -258,7 +259,9 @@ class Book:
         return disk
 
     def _restored_mount(self, record: MountRecord, disk: Disk, findings: list[str]) -> Mount:
-        mount = Mount(record.mount, disk, record.guest_path, record.config, record.since)
+        # A record, or a template, that an earlier version wrote may still say `reformat`; its caller is gone.
+        config = without_reformat(record.config)
+        mount = Mount(record.mount, disk, record.guest_path, config, record.since)
         mount.state = MountState(record.state)
         if mount.state in (MountState.MOUNTING, MountState.UNMOUNTING):
             findings.append(f"{disk.request.host_path} at {mount.guest_path} was {mount.state}")

@@ -11,7 +11,7 @@ from utilityvm.bridge.guest_path import mountable
 from utilityvm.errors import ConfigDiffers, InvalidRequest, UtilityVMError
 from utilityvm.scsi.ports import CallerKey, MountConfig, MountRecord, ScratchKey
 from utilityvm.scsi.reservation import are_forced
-from utilityvm.scsi.transitions import Event, MountState, next_mount_state
+from utilityvm.scsi.transitions import Event, MountState, ReservationState, next_mount_state
 
 if TYPE_CHECKING:
     from utilityvm.scsi.disk import Disk
@@ -80,6 +80,11 @@ def same_mount(one: MountConfig, other: MountConfig) -> bool:
     return not other.reformat and _shared_by(one) == _shared_by(other)
 
 
+def without_reformat(config: MountConfig) -> MountConfig:
+    """What is kept of a mount. `reformat` belongs to the claim that asked for it, and not to the mount."""
+    return dataclasses.replace(config, reformat=False) if config.reformat else config
+
+
 def difference(one: MountConfig, other: MountConfig) -> str:
     """The names of the settings that keep one mount from serving both."""
     settings = (field.name for field in dataclasses.fields(MountConfig))
@@ -110,7 +115,7 @@ def check_beside(one: MountConfig, other: MountConfig, *, where: str) -> None:
 
 @dataclass(eq=False, slots=True)
 class Mount:
-    """One mount of one disk. Its claims are the reservations that want it."""
+    """One mount of one disk. Its claims are the reservations that want it. `config` never says `reformat`."""
 
     id: str
     disk: Disk
@@ -129,6 +134,15 @@ class Mount:
     def is_forced(self) -> bool:
         """May its unmount be forced?"""
         return are_forced(claim for claim in self.disk.leaving.values() if claim.mount is self)
+
+    @property
+    def config_to_send(self) -> MountConfig:
+        """`config`, with `reformat` only while a caller that asked for it waits for this mount to be made.
+
+        Once it was made there may be data on it, which belongs to whoever asks for the mount next.
+        """
+        is_asked = any(claim.reformat and claim.state is ReservationState.PENDING for claim in self.claims.values())
+        return dataclasses.replace(self.config, reformat=True) if is_asked else self.config
 
     def after(self, event: Event) -> MountState:
         return next_mount_state(self.state, event)

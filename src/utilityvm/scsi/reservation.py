@@ -41,6 +41,7 @@ class Claim:
     since: float
     state: ReservationState = ReservationState.PENDING
     was_held: bool = False  # before it was given back; not so if its caller gave up waiting for it
+    reformat: bool = False  # its add asked for a new file system, whatever the disk holds
     force: bool = False  # its release asked for force
     waiter: asyncio.Future[None] | None = None  # of the call that waits for it to be held, or to be gone
 

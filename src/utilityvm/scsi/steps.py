@@ -176,7 +176,7 @@ class Steps:
             mount,
             "mount",
             lambda: self._guest.mount(
-                mount.disk.slot, mount.config, guest_path=mount.guest_path, timeout_s=self._timeouts.mount
+                mount.disk.slot, mount.config_to_send, guest_path=mount.guest_path, timeout_s=self._timeouts.mount
             ),
             still=lambda: mount.is_wanted,
         )

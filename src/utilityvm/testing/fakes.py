@@ -89,6 +89,7 @@ class FakeWorld:
     missing: set[str] = field(default_factory=set)
     physical: set[str] = field(default_factory=set)  # paths of block devices; all others are image files
     blank: set[str] = field(default_factory=set)  # paths of disks without a file system
+    reformatted: list[str] = field(default_factory=list)  # paths of disks whose content a `reformat` removed
     in_use_elsewhere: set[str] = field(default_factory=set)
     dead: set[str] = field(default_factory=set)  # identities of disks whose storage answers with I/O errors
     knows_force: bool = True
@@ -306,6 +307,11 @@ class FakeGuest:
             path = there.identity.partition(":")[2]
             if path in world.blank and not config.ensure_filesystem:
                 raise GuestRefused(f"no file system that we know is on the disk at {slot}", slot=slot)
+            if config.reformat:
+                users = [str(at) for at, (where, _) in world.mounts.items() if where == slot]
+                if users:
+                    raise GuestBusy(f"the disk at {slot} is in use: it was not formatted", holders=users, slot=slot)
+                world.reformatted.append(path)
             world.blank.discard(path)
             world.mounts[guest_path] = (slot, config)
 
