@@ -48,7 +48,7 @@ def member(node: str) -> Member | None:
 
 def fellows(node: str) -> dict[str, Member]:
     """The other disks of the btrfs on `node` that the guest has, by their nodes."""
-    if (ours := member(node)) is None:
+    if (ours := member(node)) is None or ours.disks < 2:
         return {}
     with open(_DISKS) as lines:
         nodes = [f"/dev/{line.split()[3]}" for line in lines if line[:1] == " "]

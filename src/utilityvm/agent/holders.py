@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
+from utilityvm.agent import btrfs
 from utilityvm.agent.mountinfo import (
     MountLine,
     lines_at,
@@ -55,9 +56,11 @@ def beside_mount(path: str, node: str) -> list[str]:
         return []
     pids = list(_pids())
     found = _mappings(f"{SYS}/dev/block/{number[0]}:{number[1]}")
-    elsewhere = list(_elsewhere({number}, pids, path))
-    if elsewhere or not stands_alone(path, number):
-        found += _other_mounts(path, node, number, elsewhere)
+    is_alone = stands_alone(path, number)
+    numbers = {number} if is_alone else {number, *_fellows(path, node)}
+    elsewhere = list(_elsewhere(numbers, pids, path))
+    if elsewhere or not is_alone:
+        found += _other_mounts(path, node, numbers, elsewhere)
     return [*found, *_loops(number), *_swaps({number}), *_openers({number}, pids)][:_AT_MOST]
 
 
@@ -86,6 +89,10 @@ def of_device(node: str, sysfs: str, numbers: set[Number]) -> list[str]:
         for folder in (disk, *(entry.parent for entry in disk.glob("*/partition"))):
             found += _mappings(str(folder))
         found += _swaps(numbers)
+        fellows = {number for other in btrfs.fellows(node) if (number := _number(other))} if not found else set()
+        found += (
+            [f"a disk of the btrfs that is mounted at {line.path}" for line in mounts_of(fellows)] if fellows else []
+        )
         found = found or ["something in the kernel has it"]
     for number in sorted(numbers):
         found += _loops(number)
@@ -123,20 +130,27 @@ def is_free(node: str) -> bool:
     return True
 
 
-def _other_mounts(path: str, node: str, number: Number, elsewhere: list[tuple[MountLine, str]]) -> Iterator[str]:
+def _fellows(path: str, node: str) -> set[Number]:
+    """The other disks of the btrfs at `path`: any of them is what the kernel says that it was mounted from."""
+    if all(line.filesystem != "btrfs" for line in lines_at(path)):
+        return set()
+    return {number for other in btrfs.fellows(node) if (number := _number(other))}
+
+
+def _other_mounts(path: str, node: str, numbers: set[Number], elsewhere: list[tuple[MountLine, str]]) -> Iterator[str]:
     """Mounts that would stay, those over ours, and overlays that have the folder."""
     lines = list(mount_lines())
     target = None
     for line in reversed(lines):
         if line.path == path:
-            if _is_of(line, {number}) or _is_published(line, node):
+            if _is_of(line, numbers) or _is_published(line, node):
                 target = line
                 break
             yield f"{line.filesystem} mounted at {path}, over it"
     if target is None:
         return
     ending = taken_along(target, [*lines, *(line for line, _ in elsewhere)])
-    yield from (f"mounted at {line.path}" for line in lines if _is_of(line, {number}) and line.id not in ending)
+    yield from (f"mounted at {line.path}" for line in lines if _is_of(line, numbers) and line.id not in ending)
     yield from (text for line, text in elsewhere if line.id not in ending)
     for line in lines:
         if line.filesystem == "overlay" and any(_is_of_mount(folder, target) for folder in overlay_folders(line)):
