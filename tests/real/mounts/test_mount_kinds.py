@@ -324,7 +324,7 @@ async def test_the_last_bytes_of_a_disk_count(vm: UtilityVM, tmp_path: Path) -> 
 
 async def test_a_file_system_of_one_kind_is_not_made_another(vm: UtilityVM, disk: Path) -> None:
     before = digest(disk)
-    with pytest.raises(GuestRefused, match="holds a ext4"):
+    with pytest.raises(GuestRefused, match="holds an ext4"):
         await vm.add_scsi(disk, "/data", ensure_filesystem=True, filesystem="xfs")
     for settings in (
         {"filesystem": "vfat", "ensure_filesystem": True},
