@@ -13,7 +13,7 @@ from utilityvm.machine import paths
 FOLDERS: list[tuple[Callable[[], Path], str, str, str]] = [
     (paths.cache_dir, "UTILITYVM_CACHE_DIR", "XDG_CACHE_HOME", "/home/me/.cache/utilityvm"),
     (paths.state_dir, "UTILITYVM_STATE_DIR", "XDG_STATE_HOME", "/home/me/.local/state/utilityvm"),
-    (paths.runtime_dir, "UTILITYVM_RUNTIME_DIR", "XDG_RUNTIME_DIR", "/tmp/utilityvm-1000"),
+    (paths.runtime_dir, "UTILITYVM_RUNTIME_DIR", "XDG_RUNTIME_DIR", "/home/me/.local/state/utilityvm/run"),
 ]
 
 

@@ -12,6 +12,7 @@ from typing import Final, Protocol, TypeAlias
 
 from utilityvm.errors import DeadlineExceeded, NotSupported, VMGone
 from utilityvm.machine import oserrors, sockets
+from utilityvm.machine.sockets import Listener
 
 GCS_VSOCK_PORT: Final = 0x40000000  # where hcsshim's gcs finds its host
 _BACKLOG: Final = 4
@@ -32,7 +33,7 @@ class VsockAddress:
         return f"vsock {self.cid}:{self.port:#x}"
 
 
-Address: TypeAlias = Path | VsockAddress
+Address: TypeAlias = Path | Listener | VsockAddress
 Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 

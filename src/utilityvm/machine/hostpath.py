@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from utilityvm.errors import AccessDenied, InvalidRequest, UtilityVMError
+from utilityvm.errors import AccessDenied, InvalidRequest, SetupError, UtilityVMError
 
 HostPath: TypeAlias = str | os.PathLike[str]
 
@@ -139,6 +139,22 @@ def open_file(path: HostPath, flags: int) -> int:
         os.close(pinned)
 
 
+def pin_kept(folder: Path) -> int:
+    """As `pin`, of a folder that nobody but us and root can put another in the place of, or a file into.
+
+    Raises:
+        SetupError: others can.
+        OSError: there is no such folder, or we may not go there.
+    """
+    walk = _Walk(str(folder), check=_refuse_replaceable)
+    try:
+        return walk.to_the_end()
+    except AccessDenied as error:
+        raise SetupError(str(error), remedy=error.remedy) from None
+    finally:
+        walk.close()
+
+
 _Check: TypeAlias = Callable[["_Walk", os.stat_result], None]
 
 
@@ -237,6 +253,22 @@ def _refuse_strangers(walk: _Walk, status: os.stat_result) -> None:
         raise _strangers(
             walk, f"it has {status.st_nlink} names (hard links), and others may make some in {Path(walk.here).parent}"
         )
+
+
+def _refuse_replaceable(walk: _Walk, status: os.stat_result) -> None:
+    """Refuse to go through a folder in which others may rename what is there. In a sticky one they cannot."""
+    owner, mode = status.st_uid, status.st_mode
+    is_shared = bool(mode & (stat.S_IWGRP | stat.S_IWOTH)) and not mode & stat.S_ISVTX
+    if walk.here != "/" and owner not in (0, os.geteuid()):
+        what = f"{walk.here} belongs to {_user(owner)}"
+    elif is_shared:
+        what = f"others may write to {walk.here}"
+    else:
+        return
+    raise SetupError(
+        f"{what}, and so could take the place of the VM's sockets in {walk.path}",
+        remedy=f"chmod go-w {walk.here}, or set UTILITYVM_RUNTIME_DIR to a folder under one of your own",
+    )
 
 
 def _strangers(walk: _Walk, why: str) -> AccessDenied:

@@ -33,12 +33,17 @@ def state_dir() -> Path:
 
 
 def runtime_dir() -> Path:
-    """Sockets and locks of running VMs, gone after a reboot. UTILITYVM_RUNTIME_DIR, else XDG_RUNTIME_DIR."""
-    if os.geteuid() == 0 and "UTILITYVM_RUNTIME_DIR" not in os.environ:
+    """Sockets and locks of running VMs. UTILITYVM_RUNTIME_DIR, else XDG_RUNTIME_DIR, else below the state folder.
+
+    Root's is /run/utilityvm, unless UTILITYVM_RUNTIME_DIR says otherwise: XDG_RUNTIME_DIR may be another user's, whom
+    root is for the moment (sudo). Never one in /tmp, which anybody could make first.
+    """
+    if chosen := os.environ.get("UTILITYVM_RUNTIME_DIR"):
+        return Path(chosen).absolute()
+    if os.geteuid() == 0:
         return Path("/run/utilityvm")
-    if not {"UTILITYVM_RUNTIME_DIR", "XDG_RUNTIME_DIR"} & os.environ.keys():
-        return Path(f"/tmp/utilityvm-{os.geteuid()}")
-    return _folder("UTILITYVM_RUNTIME_DIR", "XDG_RUNTIME_DIR", Path("/tmp"))
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "utilityvm" if base and Path(base).is_absolute() else state_dir() / "run"
 
 
 def store_file() -> Path:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from utilityvm.errors import SetupError, VMOwned
-from utilityvm.machine import forks, oserrors, paths
+from utilityvm.machine import forks, oserrors, paths, runtime
 from utilityvm.machine.processes import Life, life_of, own_command, own_start
 
 _FLOCK: Final = struct.Struct("hhqqi4x")
@@ -181,8 +181,9 @@ def owner_of(folder: Path, recorded: Mapping[str, Any] | None = None) -> Owner |
     """Who owns the VM right now; None: nobody. `recorded`: the owner as the store has it."""
     named = read_owner(recorded)
     try:
-        fd = os.open(folder / paths.LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except (FileNotFoundError, NotADirectoryError):
+        with runtime.entered(folder) as here:
+            fd = os.open(here / paths.LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError, SetupError):  # without a folder of ours nobody locked anything in it
         return named if named and named.life is not Life.ENDED else None
     try:
         if _highest(fd, _OWNER, before=_OWNER + 1) is not None:
@@ -223,10 +224,18 @@ def _open(path: Path, *, vm: str) -> tuple[int, bool]:
     try:
         for _ in range(_FOLDER_GOES):
             with suppress(FileNotFoundError):  # the VM's last owner removed the folder in between
-                paths.make_folder(path.parent)
-                with suppress(FileExistsError):
-                    return forks.keep_from(os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)), True
-                return forks.keep_from(os.open(path, flags)), False
+                runtime.make(path.parent)
+                with runtime.entered(path.parent) as here:
+                    with suppress(FileExistsError):
+                        fd = os.open(here / path.name, flags | os.O_CREAT | os.O_EXCL, 0o600)
+                        return forks.keep_from(fd), True
+                    fd = forks.keep_from(os.open(here / path.name, flags))
+                    try:
+                        runtime.check_file(fd, path)
+                    except BaseException:
+                        os.close(fd)
+                        raise
+                    return fd, False
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     except OSError as error:
         raise _unlockable(path, error, vm=vm) from error

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from utilityvm.errors import StoreDamaged
+from utilityvm.errors import SetupError, StoreDamaged
 from utilityvm.log import logger
-from utilityvm.machine import paths
+from utilityvm.machine import paths, runtime
 from utilityvm.machine.processes import Life, life_of
 from utilityvm.store.catalog import Store
 
@@ -43,12 +43,12 @@ def copy_of(folder: Path, store: Path) -> Mapping[str, Any] | None:
     """The copy of its record in a VM's runtime folder. None: there is none that can be read, or of another store."""
     path = folder / paths.RECORD_FILE
     try:
-        record = cast(dict[str, Any], json.loads(path.read_text()))
+        record = cast(dict[str, Any], json.loads(runtime.record(folder, paths.RECORD_FILE)))
         is_ours = record["name"] == folder.name and record["store"] == str(store)
         return record if is_ours and {"uuid", "created", "config", "process"} <= record.keys() else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SetupError) as error:
         _log.warning("%s cannot be read: %s", path, error)
         return None
 
@@ -63,11 +63,16 @@ def is_running_copy(record: Mapping[str, Any]) -> bool:
 
 def _restore(store: Store) -> None:
     known = {vm.name: vm for vm in store.vms()}
-    for path in sorted((paths.runtime_dir() / "vms").glob(f"*/{paths.RECORD_FILE}")):
-        vm = known.get(path.parent.name)
+    try:
+        folders = runtime.vm_folders(paths.runtime_dir() / "vms")
+    except (SetupError, OSError) as error:
+        _log.warning("VMs that the store does not know are not looked for: %s", error)
+        return
+    for folder in folders:
+        vm = known.get(folder.name)
         if vm is not None and vm.damage is None:
             continue
-        record = copy_of(path.parent, store.path)
+        record = copy_of(folder, store.path)
         if record is None or not is_running_copy(record):
             continue
         if vm is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from utilityvm.errors import UtilityVMError, VMNotFound, VMOwned
 from utilityvm.guestimage import build, cache
 from utilityvm.log import logger
-from utilityvm.machine import paths
+from utilityvm.machine import paths, runtime
 from utilityvm.machine.processes import values_of
 from utilityvm.machine.threads import in_thread
 from utilityvm.store import Store, StoredVM, recover
@@ -48,7 +48,7 @@ class Leftover:
 def leftovers(store: Store) -> list[Leftover]:
     """All that can go, in the order in which it is removed. Nothing is changed."""
     # The folders first: those of a VM that starts meanwhile are not looked at then.
-    folders, overlays = _entries(paths.runtime_dir() / "vms"), _entries(paths.overlays_dir("-").parent)
+    folders, overlays = runtime.vm_folders(paths.runtime_dir() / "vms"), _entries(paths.overlays_dir("-").parent)
     vms = store.vms()
     names, uuids = {vm.name for vm in vms}, {vm.uuid for vm in vms}
     folders = [one for one in folders if one.name not in names and _is_nobodys(one, store)]

@@ -99,7 +99,7 @@ async def _looking(name: str, *, wait_s: float) -> AsyncIterator[tuple[SqliteJou
         closing.push_async_callback(host.close)
         guest = None
         if record.state is not VMState.SAVING:
-            guest = await BridgeGuest.connect(process.agent_socket, timeout_s=CONNECT_S, vm=name)
+            guest = await BridgeGuest.connect(process.agent, timeout_s=CONNECT_S, vm=name)
             closing.push_async_callback(guest.close)
         yield SqliteJournal(store, record), host, guest
 

@@ -32,7 +32,7 @@ from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import QemuHost, QemuProcess, launch
 from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.log import logger
-from utilityvm.machine import paths
+from utilityvm.machine import paths, runtime
 from utilityvm.machine.processes import Life, process_with
 from utilityvm.machine.threads import in_thread
 from utilityvm.scsi.ports import DiskRecord
@@ -137,7 +137,7 @@ async def boot(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
     Raises:
         StartFailed: it did not, or QEMU ended; says what the console says.
     """
-    return await _answered(host, name, BridgeGuest.connect(host.process.agent_socket, timeout_s=timeout_s, vm=name))
+    return await _answered(host, name, BridgeGuest.connect(host.process.agent, timeout_s=timeout_s, vm=name))
 
 
 async def _answered(host: QemuHost, name: str, connecting: Awaitable[BridgeGuest]) -> BridgeGuest:
@@ -169,7 +169,7 @@ async def wake(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
         StartFailed: the agent did not answer, or QEMU ended.
         GuestRefused: it could not be made unique; it must not be used.
     """
-    awakening = BridgeGuest.awaken(host.process.agent_socket, **new_identity(name), timeout_s=timeout_s, vm=name)
+    awakening = BridgeGuest.awaken(host.process.agent, **new_identity(name), timeout_s=timeout_s, vm=name)
     connecting = asyncio.ensure_future(_answered(host, name, awakening))
     try:
         await host.resume(timeout_s=timeout_s)
@@ -366,7 +366,7 @@ async def shut_down(record: StoredVM, *, timeout_s: float) -> list[str]:
             closing.push_async_callback(host.close)
             if await in_thread(launch.was_restored, process):
                 told.append(f"the runtime folder {process.folder} was removed while the VM ran, and was made again")
-            guest = await BridgeGuest.connect(process.agent_socket, timeout_s=CONNECT_S, vm=record.name)
+            guest = await BridgeGuest.connect(process.agent, timeout_s=CONNECT_S, vm=record.name)
             closing.push_async_callback(guest.close)
             for left in await guest.shutdown(timeout_s=SHUTDOWN_S):
                 _log.warning("%s", left, vm=record.name)
@@ -424,23 +424,28 @@ def write_copy(folder: Path, record: StoredVM, process: Mapping[str, object]) ->
     document = {"name": record.name, "uuid": record.uuid, "created": record.created, "config": record.config}
     document["store"] = str(paths.store_file())
     path = folder / paths.RECORD_FILE
-    temporary = path.with_suffix(".new")
     try:
-        temporary.write_text(json.dumps({**document, "process": process}))
-        temporary.replace(path)
-    except OSError as error:
+        with runtime.entered(folder) as here:
+            temporary = here / f"{path.stem}.new"
+            try:
+                temporary.write_text(json.dumps({**document, "process": process}))
+                temporary.replace(here / path.name)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
+    except (OSError, SetupError) as error:
         _log.warning("no copy of the record of VM %s: %s", record.name, error)
-        temporary.unlink(missing_ok=True)
 
 
 def remove_copy(folder: Path, vm_uuid: str | None = None) -> None:
     """Remove the copy of the record, unless it is of another VM than that of `vm_uuid`. Removed before is done."""
     path = folder / paths.RECORD_FILE
     if vm_uuid is not None:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads(path.read_text())["uuid"] != vm_uuid:
+        with suppress(OSError, ValueError, KeyError, TypeError, SetupError):
+            if json.loads(runtime.record(folder, path.name))["uuid"] != vm_uuid:
                 return
-    path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError, SetupError), runtime.entered(folder) as here:
+        (here / path.name).unlink(missing_ok=True)
 
 
 def _check_folder(record: StoredVM, folder: Path) -> None:

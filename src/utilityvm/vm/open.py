@@ -46,7 +46,7 @@ async def _take_over(undo: Undo, claim: Claim, deadline: Deadline) -> OwnedVM:
     if record.state is VMState.SAVING:
         found.append("saving it as a template was cut short: it goes on")
         await host.resume(timeout_s=deadline.left())
-    guest = await BridgeGuest.connect(process.agent_socket, timeout_s=deadline.left(), vm=record.name)
+    guest = await BridgeGuest.connect(process.agent, timeout_s=deadline.left(), vm=record.name)
     undo.add(guest.close)
     if record.state is VMState.SAVING:
         await guest.thaw(timeout_s=deadline.left())

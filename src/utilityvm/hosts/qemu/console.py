@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from utilityvm.hosts.qemu.privileges import powerless
+from utilityvm.machine import runtime
 from utilityvm.machine.programs import spawn
 
 NAME: Final = "console.log"
@@ -55,10 +57,8 @@ def read(folder: Path) -> bytes:
     """The last 512 KiB to 1 MiB of the log, or all there is; nothing if there is no log."""
     parts: list[bytes] = []
     for name in (_OLDER, NAME):
-        try:
-            parts.append((folder / name).read_bytes())
-        except FileNotFoundError:
-            continue
+        with suppress(FileNotFoundError):
+            parts.append(runtime.record(folder, name))
     return b"".join(parts)
 
 

@@ -182,7 +182,7 @@ class QemuHost:
                 raise VMGone(f"process {process.pid} is not the QEMU of VM {process.name}", vm=process.name)
             await in_thread(launch.restore_sockets, process)
             try:
-                qmp = await Qmp.connect(process.folder / launch.QMP_SOCKETS[0], vm=process.name, timeout_s=timeout_s)
+                qmp = await Qmp.connect(process.monitor, vm=process.name, timeout_s=timeout_s)
                 undo.callback(qmp.close)
                 found = (await qmp.execute("query-uuid", timeout_s=timeout_s))["UUID"]
             except VMGone as error:

@@ -37,9 +37,10 @@ from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.privileges import Identity
 from utilityvm.hosts.qemu.qmp import Qmp
 from utilityvm.log import logger
-from utilityvm.machine import hostpath, oserrors, paths
+from utilityvm.machine import hostpath, oserrors, runtime
 from utilityvm.machine.processes import has_words, is_ending, is_running
 from utilityvm.machine.programs import find_program, spawn
+from utilityvm.machine.sockets import Listener
 from utilityvm.machine.threads import in_thread, to_the_end
 from utilityvm.scsi.slot import MAX_CONTROLLERS
 from utilityvm.tasks import Undo
@@ -49,7 +50,6 @@ AGENT_SOCKET: Final = "agent.sock"
 AGENT_PORT: Final = "org.utilityvm.bridge"
 ROOT_SERIAL: Final = "utilityvm-root"
 FIRST_CONTROLLER: Final = 0x10  # PCI slot of controller 0; the guest finds disks by it
-LONGEST_SOCKET_PATH: Final = 107  # bytes; unix(7)
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _COPY: Final = 1 << 20
 _END_S: Final = 5.0  # a killed process ends in milliseconds, unless the kernel waits for its storage
@@ -138,6 +138,16 @@ class QemuProcess:
     @property
     def agent_socket(self) -> Path:
         return self.folder / AGENT_SOCKET
+
+    @property
+    def agent(self) -> Listener:
+        """Where the guest's agent is reached, and who listens there."""
+        return Listener(self.agent_socket, self.uid, self.pid)
+
+    @property
+    def monitor(self) -> Listener:
+        """Where the owner reaches QEMU."""
+        return Listener(self.folder / QMP_SOCKETS[0], self.uid, self.pid)
 
     def is_running(self) -> bool:
         """Is that very process alive? Asks /proc alone, so it is cheap, and QEMU may hang."""
@@ -271,7 +281,7 @@ async def start(
         undo.add(children.end)
         process = await _spawn(config, program, accelerator, walls, folder, children, saved, timeout_s=timeout_s)
         try:
-            qmp = await Qmp.connect(folder / QMP_SOCKETS[0], vm=config.name, timeout_s=timeout_s)
+            qmp = await Qmp.connect(process.monitor, vm=config.name, timeout_s=timeout_s)
         except VMGone as error:
             await children.end()
             raise await in_thread(_failure, process, saved) from error
@@ -285,13 +295,20 @@ def clean(folder: Path, *, keep_log: bool = False) -> None:
 
     Nothing is removed of a folder where a QEMU listens: it is another VM's by now, of a later start or another store.
     """
-    if _somebody_listens(folder / QMP_SOCKETS[1]):
-        _log.warning("%s is in use by another VM, and is left alone", folder)
+    try:
+        if _somebody_listens(folder / QMP_SOCKETS[1]):
+            _log.warning("%s is in use by another VM, and is left alone", folder)
+            return
+        with runtime.entered(folder) as here:
+            for name in (*QMP_SOCKETS, AGENT_SOCKET):
+                (here / name).unlink(missing_ok=True)
+            if not keep_log:
+                console.remove(here)
+    except (FileNotFoundError, NotADirectoryError):
         return
-    for name in (*QMP_SOCKETS, AGENT_SOCKET):
-        (folder / name).unlink(missing_ok=True)
-    if not keep_log:
-        console.remove(folder)
+    except SetupError as error:
+        _log.warning("%s is left alone: %s", folder, error)
+        return
     try:
         folder.rmdir()
     except OSError:
@@ -519,27 +536,10 @@ def is_proven(process: QemuProcess) -> bool:
 
 
 def _make_folder(folder: Path, vm: str) -> None:
-    longest = max(len(os.fsencode(folder / name)) for name in (*QMP_SOCKETS, AGENT_SOCKET))
-    if longest > LONGEST_SOCKET_PATH:
-        raise SetupError(
-            f"the runtime folder's path {folder} is too long for sockets: {longest} of {LONGEST_SOCKET_PATH} bytes",
-            vm=vm,
-            remedy="set UTILITYVM_RUNTIME_DIR to a shorter path, or give the VM a shorter name",
-        )
     try:
-        paths.make_folder(folder)
-        if not stat.S_ISDIR(folder.lstat().st_mode) or folder.stat().st_uid != os.geteuid():
-            raise SetupError(f"{folder} is not a folder of ours", vm=vm, remedy="remove it")
-        folder.chmod(0o700)
-        for parent in folder.resolve().parents:
-            status = parent.stat()
-            shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
-            if shared or status.st_uid not in (0, os.geteuid()):
-                raise SetupError(
-                    f"others may write to {parent}, and so could take the place of the VM's sockets in {folder}",
-                    vm=vm,
-                    remedy=f"chmod go-w {parent}, or set UTILITYVM_RUNTIME_DIR to a folder under one of your own",
-                )
+        runtime.make(folder)
+        with runtime.entered(folder) as here:
+            here.chmod(0o700)
     except OSError as error:
         raise SetupError(
             f"cannot make the runtime folder {folder}: {error.strerror}",
@@ -561,9 +561,9 @@ def check_unused(folder: Path, vm: str) -> None:
 
 def _somebody_listens(path: Path) -> bool:
     try:
-        with socket.socket(socket.AF_UNIX) as sock:
+        with socket.socket(socket.AF_UNIX) as sock, runtime.socket_in(path) as here:
             sock.setblocking(False)
-            sock.connect(str(path))
+            sock.connect(str(here))
     except BlockingIOError:
         return True  # somebody is there, and is busy
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
@@ -636,10 +636,11 @@ def _open_ports(folder: Path) -> _Ports:
 
 def _listen(path: Path, opened: ExitStack) -> int:
     """A listening socket at `path`, in place of what an earlier VM left there."""
-    path.unlink(missing_ok=True)
     sock = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
-    sock.bind(str(path))
-    path.chmod(0o600)
+    with runtime.entered(path.parent) as here:  # by which its path may also be longer than a socket's
+        (here / path.name).unlink(missing_ok=True)
+        sock.bind(str(here / path.name))
+        (here / path.name).chmod(0o600)
     sock.listen(1)
     return sock.fileno()
 

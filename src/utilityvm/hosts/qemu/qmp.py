@@ -35,6 +35,7 @@ from typing import Any, Final, Self, TypeAlias
 from utilityvm.errors import DeadlineExceeded, HostRefused, ProtocolError, UtilityVMError, VMGone
 from utilityvm.log import logger
 from utilityvm.machine import oserrors, sockets
+from utilityvm.machine.sockets import Listener
 
 Arguments: TypeAlias = Mapping[str, object]
 Command: TypeAlias = tuple[str, Arguments]
@@ -130,7 +131,7 @@ class Qmp:
         self._loop.add_reader(self._socket, self._readable)
 
     @classmethod
-    async def connect(cls, path: Path, *, vm: str, timeout_s: float) -> Self:
+    async def connect(cls, path: Path | Listener, *, vm: str, timeout_s: float) -> Self:
         """Connect to the monitor socket at `path` and agree on its capabilities.
 
         Raises:
