@@ -51,6 +51,7 @@ NOT_PUBLIC = {
     "SavedDisk.request": {"DiskRequest"},
     "ScsiState.of": {"Disk"},
     "Template.__init__": {"Manifest"},
+    "UtilityVM.scsi": {"ScsiManager"},  # deprecated
     "VMConfig.for_clone": {"QemuConfig"},
     "VMConfig.for_qemu": {"QemuConfig"},
 }

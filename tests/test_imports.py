@@ -24,6 +24,7 @@ MAY: dict[str, set[str]] = {
     "diskimage": {"scsi"},
     "guestimage": {"machine"},
     "guests": {"bridge", "scsi", "machine"},
+    "hcs": {"hosts"},  # deprecated, gone in 0.2: the old name of hosts/hcs
     "hosts": {"scsi", "diskimage", "machine", "bridge"},
     "store": {"scsi", "machine"},
     "templates": {"scsi", "diskimage", "hosts", "store", "machine"},

@@ -179,6 +179,11 @@ class UtilityVM:
         return self._host.console().decode(errors="replace")
 
     @property
+    def scsi(self) -> ScsiManager:
+        """Deprecated, and gone in 0.2: the manager behind `add_scsi` and its like, for what these cannot say."""
+        return self._vm.scsi
+
+    @property
     def _scsi(self) -> ScsiManager:
         """For tests and for `upkeep`: the manager's calls ask nothing of the VM's state."""
         return self._vm.scsi
