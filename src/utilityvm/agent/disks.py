@@ -298,6 +298,8 @@ class DiskTable:
             filesystem = ""
         else:
             filesystem = filesystem or _found(node, f"{controller}:{lun}", partition, deadline, has_key=key is not None)
+            if not below:
+                filesystems.refuse_unfinished(node, filesystem)
         made = self._folders.make(path, as_file=is_published, note=note)
         undo.callback(self._folders.give_back, str(path), made)
         said: list[str] = []
@@ -463,6 +465,9 @@ def _found(node: str, slot: str, partition: int, deadline: float, *, has_key: bo
     where = f"the disk at {slot}" + (f" partition {partition}" if partition else "")
     found = content.of(node, deadline, partition=partition)
     if not found.filesystem:
+        if filesystems.is_half_made(node, deadline):
+            text = f"making a file system on {where} was cut short: it holds none"
+            raise Fault(text, kind="no_filesystem", remedy="ask for it with ensure_filesystem: it is made again")
         raise content.refusal(found, where, node, has_key=has_key)
     return found.filesystem
 

@@ -25,7 +25,16 @@ _MAKERS: Final[dict[str, tuple[str, ...]]] = {
     "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
 }
 _ONLY_ASK: Final = {"ext4": "-n", "xfs": "-N"}  # what has the tool say whether it could, and write nothing
+_XFS: Final = b"XFSB"
 _XFS_IN_PROGRESS_AT: Final = 126  # in the superblock: not 0 until mkfs.xfs, or xfs_copy, is done
+# On the device from before the tool's first write until what it made is on the disk. It lies where neither tool writes:
+# both zero the ends of a device (64 and 128 KiB), and lay their tables and logs at the beginnings of its parts.
+# Should a part begin just there, the mark is lost, and what was cut short is refused in place of being made again.
+_MARK: Final = "utilityvm is making a file system here, of {} bytes"
+_MARK_FROM_END: Final = 256 << 10
+_MARK_BYTES: Final = 512
+_LEAST_TO_MARK: Final = 2 << 20
+_NOT_YET: Final = 4096  # so many bytes stay zeros until mkfs.ext4 is done: it writes its superblock last, after a flush
 _EXT: Final = ("ext2", "ext3", "ext4")
 _GROWN: Final = (*_EXT, "xfs", "btrfs")  # while they are mounted
 _EXT_SUPERBLOCK: Final = struct.Struct("<I 68x I")  # s_log_block_size, s_feature_incompat; Linux fs/ext4/ext4.h
@@ -54,7 +63,8 @@ class Below:
 
 
 def ensure(node: str, filesystem: str, *, below: Below, reformat: bool, deadline: float) -> None:
-    """See to it that `node` holds a `filesystem`: one that is there stays, a blank device gets one.
+    """See to it that `node` holds a `filesystem`: one that is there stays, a blank device gets one, and so does one
+    whose making was cut short.
 
     All that can refuse comes before the first write: who uses the device, what it holds, and what the tool says of it.
     `below` has to be blank too, as through a key that is not the right one everything looks like noise.
@@ -65,8 +75,10 @@ def ensure(node: str, filesystem: str, *, below: Below, reformat: bool, deadline
     """
     if filesystem not in _MAKERS:
         raise Fault(f"cannot make a {filesystem} file system: {' and '.join(_MAKERS)} are supported", kind="invalid")
-    if not reformat and content.of(node, deadline).filesystem == filesystem:
+    is_remade = reformat or is_half_made(node, deadline)
+    if not is_remade and content.of(node, deadline).filesystem == filesystem:
         _refuse_half_made(node, filesystem)
+        _finish(node, filesystem, deadline)
         return
     if users := below.users():
         more = f", and {len(users) - 1} more" if len(users) > 1 else ""
@@ -74,12 +86,77 @@ def ensure(node: str, filesystem: str, *, below: Below, reformat: bool, deadline
         raise Fault(text, remedy="end what uses it, and ask again")
     impossible = _impossible(node, filesystem, deadline)
     with _claimed(node) as fd:
-        if not reformat:
+        if not is_remade:
             _refuse_data(node, below, deadline)
         if impossible:
             raise impossible
         _wipe(fd)
     _run([*_MAKERS[filesystem], node], deadline)
+    with _claimed(node) as fd:
+        _unmark(fd)
+
+
+def is_half_made(node: str, deadline: float) -> bool:
+    """Was a file system begun here by us, and cut short: by a kill, or the end of the power? Then it holds nothing.
+
+    Our mark alone does not say so: somebody may have made something of the device since, and that is kept.
+    """
+    with open(node, "rb", buffering=0) as device:
+        fd = device.fileno()
+        if not _is_marked(fd):
+            return False
+        head = os.pread(fd, _NOT_YET, 0)
+    if head.startswith(_XFS):
+        return head[_XFS_IN_PROGRESS_AT] != 0
+    return not any(head) and not str(content.of(node, deadline))
+
+
+def refuse_unfinished(node: str, filesystem: str) -> None:
+    """Refuse to mount an XFS that may have reached the disk in part: its superblock is not written last.
+
+    Raises:
+        Fault: it is marked.
+    """
+    if filesystem == "xfs":
+        with open(node, "rb", buffering=0) as device:
+            if _is_marked(device.fileno()):
+                text = "making the xfs file system on the device was cut short"
+                raise Fault(text, remedy="ask for it with ensure_filesystem: it is checked, or made again")
+
+
+def _finish(node: str, filesystem: str, deadline: float) -> None:
+    """Take the mark off a file system that was made, and whose maker ended before it could."""
+    with open(node, "rb", buffering=0) as device:
+        if not _is_marked(device.fileno()):
+            return
+    if filesystem == "xfs":
+        try:
+            _run(["xfs_repair", "-n", node], deadline)
+        except Fault as fault:
+            text = f"making the xfs file system on the device was cut short, and it is not whole: {fault.message}"
+            raise Fault(text, remedy="have it made anew: ensure_filesystem with reformat") from None
+    with suppress(Fault), _claimed(node) as fd:  # one that is mounted is left alone
+        _unmark(fd)
+
+
+def _mark_of(size: int) -> tuple[int, bytes] | None:
+    """Where the mark of a device of so many bytes is, and what it says. None: it is too small to be marked."""
+    if size < _LEAST_TO_MARK:
+        return None
+    return (size - _MARK_FROM_END) // 4096 * 4096, _MARK.format(size).encode().ljust(_MARK_BYTES, b"\0")
+
+
+def _is_marked(fd: int) -> bool:
+    place = _mark_of(os.lseek(fd, 0, os.SEEK_END))
+    return place is not None and os.pread(fd, _MARK_BYTES, place[0]) == place[1]
+
+
+def _unmark(fd: int) -> None:
+    """What was made is on the disk, and then the mark is gone."""
+    os.fsync(fd)
+    if (place := _mark_of(os.lseek(fd, 0, os.SEEK_END))) and _is_marked(fd):
+        os.pwrite(fd, bytes(_MARK_BYTES), place[0])
+        os.fsync(fd)
 
 
 def is_blank(node: str, deadline: float, may_hold: Ranges | None = None) -> bool:
@@ -172,10 +249,14 @@ def _claimed(node: str) -> Iterator[int]:
 
 
 def _wipe(fd: int) -> None:
-    """Zero the places where the old content is signed, so that nobody finds it beside the new file system."""
+    """Zero the places where the old content is signed, so that nobody finds it beside the new file system; and mark
+    the device. The beginning goes first: what is left of the old content is not found with a mark in it."""
     size = os.lseek(fd, 0, os.SEEK_END)
-    for offset in (0, max(0, size - _MIB)):
-        os.pwrite(fd, bytes(min(_MIB, size)), offset)
+    os.pwrite(fd, bytes(min(_MIB, size)), 0)
+    os.fsync(fd)
+    os.pwrite(fd, bytes(min(_MIB, size)), max(0, size - _MIB))
+    if place := _mark_of(size):
+        os.pwrite(fd, place[1], place[0])
     os.fsync(fd)
     with suppress(OSError):  # what has no partitions
         fcntl.ioctl(fd, _BLKRRPART, 0)  # those that it had could be mounted otherwise
