@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from utilityvm.cli import output
+from utilityvm.cli import completion, output
 from utilityvm.cli.commands import COMMANDS
 from utilityvm.cli.commands import uvm as command
 from utilityvm.machine.processes import own_start
@@ -184,3 +186,51 @@ def test_looking_at_the_store_loads_nothing_slow(vm: Path, words: list[str]) -> 
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+NAMES = [
+    "a b.raw",
+    "it's.raw",
+    'say "x".raw',
+    "$HOME.raw",
+    "back\\slash.raw",
+    "a;b&c.raw",
+    "ünï.raw",
+    "*.raw",
+    "(x)#!~.raw",
+]
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("begun", ["", "'", '"'])
+def test_bash_reads_what_was_completed_as_the_one_word_that_it_is(name: str, begun: str) -> None:
+    word = begun + completion.quoted(name, opened_by=begun) + begun
+    done = subprocess.run(["bash", "-c", f"set +H; printf %s {word}"], capture_output=True, text=True, check=True)
+    assert done.stdout == name
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_bash_completes_vms_and_disks(uvm: Uvm, vm: Path, folders: Path) -> None:
+    """The script itself, in a real bash, as readline would call it."""
+    script = folders / "script"
+    script.write_text(uvm("completion", "bash").stdout)
+    fake = folders / "uvm"
+    fake.write_text(f"#!{sys.executable}\nfrom utilityvm.cli import main\nmain()\n")
+    fake.chmod(0o755)
+
+    def completed(*line: str) -> list[str]:
+        words = " ".join(map(shlex.quote, line))
+        call = (
+            f"complete() {{ :; }}; compopt() {{ echo option $2; }}; . {script}; COMP_WORDS=({words}); "
+            f"COMP_CWORD={len(line) - 1}; _uvm_completion {fake}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        )
+        return subprocess.run(["bash", "-c", call], capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+
+    assert completed("uvm", "sto") == ["stop"]
+    assert completed("uvm", "stop", "w") == ["worker"]
+    assert completed("uvm", "stop", "other", "w") == ["worker"]
+    for command_name in ("detach", "path", "resize"):
+        assert completed("uvm", command_name, "worker", "") == [str(vm)]
+        assert completed("uvm", command_name, "worker", "dis") == [vm.name]
+    assert completed("uvm", "attach", "worker", "")[0] == "option default"

@@ -28,13 +28,28 @@ COMMANDS = {
 }
 
 
+def _show_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> None:
+    if is_asked and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        output.write(f"uvm {version('utilityvm')}")
+        ctx.exit()
+
+
 @click.group(
     cls=LazyGroup,
     commands_in=COMMANDS,
     epilog=exitcodes.HELP,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(package_name="utilityvm", prog_name="uvm", message="%(prog)s %(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
 @click.option("--debug", is_flag=True, help="Log what is sent and answered to the standard error.")
 def uvm(debug: bool) -> None:
     """Small VMs, and disks that come and go while they run."""

@@ -7,6 +7,7 @@ process with a documented code.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -27,7 +28,26 @@ class Failed(Exception):
         self.code = exitcodes.code_of(errors[0]) if code is None else code
 
 
-class Command(click.Command):
+class _Interrupted(BaseException):
+    """Ctrl-C, which click would answer with an empty line."""
+
+
+class _Helpful(click.Command):
+    """Prints its help as everything is printed."""
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        def show(ctx: click.Context, _: click.Parameter, is_asked: bool) -> None:
+            if is_asked and not ctx.resilient_parsing:
+                output.write(ctx.get_help())
+                ctx.exit()
+
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.callback = show
+        return option
+
+
+class Command(_Helpful):
     """A command that knows which of the words after its name are its own."""
 
     def own_words(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -41,7 +61,7 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
 
-class Group(click.Group):
+class Group(_Helpful, click.Group):
     """A group of commands; without one it prints its help."""
 
     command_class = Command
@@ -71,10 +91,18 @@ class LazyGroup(Group):
         assert isinstance(command, click.Command)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
+
     def main(self, args: Sequence[str] | None = None, *rest: Any, **settings: Any) -> NoReturn:
         """Run, and end the process with a documented code; an error is one line on the standard error."""
         given = list(sys.argv[1:] if args is None else args)
         output.begin(as_json="--json" in given)  # until the command is known
+        if "_UVM_COMPLETE" in os.environ:
+            importlib.import_module("utilityvm.cli.completion")  # how it is quoted
         try:
             result = super().main(given, *rest, **{"prog_name": "uvm", **settings, "standalone_mode": False})
             code = result if isinstance(result, int) else exitcodes.OK
@@ -90,7 +118,7 @@ class LazyGroup(Group):
             context = failure.ctx if isinstance(failure, click.UsageError) else None
             hint = f"{context.command_path} --help" if context else None
             output.tell_errors([output.Told(type(failure).__name__, failure.format_message(), hint)], code)
-        except (KeyboardInterrupt, click.Abort):
+        except (_Interrupted, KeyboardInterrupt, click.Abort):
             code = exitcodes.INTERRUPTED
         sys.exit(code)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -43,7 +44,13 @@ def complete_attached(ctx: click.Context, param: click.Parameter, incomplete: st
             rows = slots(SqliteJournal(store, store.get(ctx.params["name"])).read())
     except (UtilityVMError, KeyError):
         return []
-    return [CompletionItem(row.host_path, help=str(row.slot)) for row in rows if row.host_path.startswith(incomplete)]
+    here = f"{Path.cwd()}/"
+    names = [(name, row.slot) for row in rows for name in (row.host_path, row.host_path.removeprefix(here))]
+    return [
+        CompletionItem(name, help=str(slot))
+        for name, slot in dict.fromkeys(names)
+        if name.startswith(incomplete) and name.isprintable() and (incomplete or name.startswith("/"))
+    ]
 
 
 def vm_argument(command: F) -> F:
