@@ -62,3 +62,13 @@ def test_examples_in_docstrings_work(name: str) -> None:
 def test_no_page_and_no_docstring_shows_async_with_await() -> None:
     shown = [*PAGES, *(ROOT / "examples").rglob("*.py"), *(ROOT / "src").rglob("*.py")]
     assert [page.name for page in shown if "async with await " in page.read_text()] == []
+
+
+def test_the_page_of_the_environment_has_every_variable() -> None:
+    used = {
+        name
+        for file in (ROOT / "src").rglob("*.py")
+        for name in re.findall(r"\b(?:UTILITYVM|XDG)_[A-Z_]*[A-Z]\b|\bNO_COLOR\b", file.read_text())
+    }
+    page = (ROOT / "docs/reference/environment.md").read_text()
+    assert used == set(re.findall(r"\b(?:UTILITYVM|XDG)_[A-Z_]*[A-Z]\b|\bNO_COLOR\b", page))

@@ -223,12 +223,12 @@ async def _take_back(mount: SCSIMount, failed: OutputFailed, *, timeout_s: float
     raise OutputFailed(failed.reason, ", so the reservation was given back") from failed
 
 
-@click.command("ls", cls=Command)
+@click.command("ls", cls=Command, short_help="List the VM's disks.")
 @vm_argument
-@click.option("--reservations", "-r", is_flag=True, help="A line for each reservation, with its name.")
+@click.option("--reservations", "-r", is_flag=True, help="Print a line for each reservation, with its name.")
 @json_option
 def ls_command(name: str, reservations: bool, as_json: bool) -> None:
-    """List the VM's disks: slot, mode, guest paths, references, holders, age."""
+    """List the VM's disks: slot, mode, guest paths, references, holders and age."""
     rows, now = _rows(name), time.time()
     if as_json:
         print_json([_document(row, now) for row in rows])
@@ -289,12 +289,12 @@ def _document(row: SlotRow, now: float) -> dict[str, object]:
     }
 
 
-@click.command("path", cls=Command)
+@click.command("path", cls=Command, short_help="Print where a disk is mounted in the guest.")
 @vm_argument
 @attached_argument
 @json_option
 def path_command(name: str, disk: str, as_json: bool) -> None:
-    """Print where the disk is mounted in the guest."""
+    """Print where the disk is mounted in the guest. DISK is any path of its image."""
     from utilityvm.errors import NotAttached
     from utilityvm.machine.hostpath import absolute, identity_of
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 import click
 
-from utilityvm.cli import exitcodes
+from utilityvm.cli import exitcodes, output
 from utilityvm.cli.group import Command
 from utilityvm.cli.options import json_option
 from utilityvm.cli.output import print_json, print_table, size
@@ -34,22 +34,30 @@ class Finding:
     fix: str | None = None
 
 
-@click.command("doctor", cls=Command)
+@click.command("doctor", cls=Command, short_help="Check what this machine needs to run VMs.")
 @json_option
 def doctor_command(as_json: bool) -> int:
-    """Look at all that VMs need of this machine; say how to mend what is missing.
+    """Check everything that VMs need on this machine, and say how to fix what is missing.
 
-    Ends with 1 if there is a fault.
+    The exit code is 1 if VMs cannot run.
     """
     findings = list(look())
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
-        print_table(
-            ("", "WHAT", "FOUND", "FIX"),
-            [(finding.verdict, finding.what, finding.detail, finding.fix) for finding in findings],
-        )
+        _print(findings)
     return exitcodes.ERROR if any(finding.verdict == "fault" for finding in findings) else exitcodes.OK
+
+
+def _print(findings: list[Finding]) -> None:
+    if not sys.stdout.isatty():
+        print_table((), [(finding.verdict, finding.what, finding.detail, finding.fix) for finding in findings])
+        return
+    width = max(len(finding.what) for finding in findings)
+    for finding in findings:
+        output.write(f"{finding.verdict:<5}  {finding.what:<{width}}  {finding.detail}")
+        if finding.fix:
+            output.write(f"{'':<{width + 9}}fix: {finding.fix}")
 
 
 def look() -> Iterator[Finding]:
@@ -90,7 +98,7 @@ def _qemu() -> Iterator[Finding]:
         yield Finding("accelerator", "fault", str(error), error.remedy)
         return
     if chosen.name == "tcg":
-        fix = "VMs work, but slowly; for KVM, switch virtualisation on in the firmware, or nesting in the host"
+        fix = "VMs work, but slowly; for KVM, enable virtualisation in the firmware, or nesting on the host"
         if Path("/dev/kvm").exists() and not os.access("/dev/kvm", os.R_OK | os.W_OK):
             fix = "adduser $USER kvm, then log in anew"
         yield Finding("accelerator", "note", f"tcg: {chosen.reason}", fix)
@@ -186,5 +194,7 @@ def _vms() -> Finding:
         return Finding("store", "fault", str(error), error.remedy)
     dead = [vm.name for vm in vms if vm.seen_state is VMState.DEAD]
     if dead:
-        return Finding("store", "note", f"dead VMs: {', '.join(dead)}", f"uvm stop {dead[0]}")
-    return Finding("store", "ok", f"{len(vms)} VMs")
+        return Finding(
+            "store", "note", f"{output.count(len(dead), 'dead VM')}: {', '.join(dead)}", f"uvm stop {dead[0]}"
+        )
+    return Finding("store", "ok", output.count(len(vms), "VM"))

@@ -38,7 +38,7 @@ def _complete_template(ctx: click.Context, param: click.Parameter, incomplete: s
 
 @click.group("template", cls=Group)
 def template_command() -> None:
-    """VMs that were saved to be cloned."""
+    """Save VMs as templates, from which clones start."""
 
 
 @template_command.command("save")
@@ -155,7 +155,7 @@ def rm_command(template: str, as_json: bool) -> None:
         print_json({"name": template})
 
 
-@click.command("clone", cls=Command)
+@click.command("clone", cls=Command, short_help="Start VMs from a template.")
 @click.argument("template", shell_complete=_complete_template)
 @click.argument("name")
 @click.option("--count", type=Count(1, 1000), default=1, metavar="N", help="Start N of them, named NAME-1 to NAME-N.")
@@ -166,7 +166,12 @@ def rm_command(template: str, as_json: bool) -> None:
     metavar="SLOT=DISK",
     help="Put another disk of the same size at a slot that has no mount, such as 0:2=other.qcow2. Repeatable.",
 )
-@click.option("--keep/--no-keep", default=True, show_default=True, help="Leave it running; or stay, until Ctrl-C.")
+@click.option(
+    "--keep/--no-keep",
+    default=True,
+    show_default=True,
+    help="Leave it running for other commands, or stay until Ctrl-C ends it.",
+)
 @timeout_option(CLONE_S)
 @json_option
 def clone_command(
@@ -178,7 +183,7 @@ def clone_command(
     timeout_s: float,
     as_json: bool,
 ) -> None:
-    """Start a VM named NAME that goes on where TEMPLATE was saved."""
+    """Start a VM named NAME that continues where TEMPLATE was saved."""
     names = [name] if count == 1 else [f"{name}-{number}" for number in range(1, count + 1)]
     replace = _replacements(template, replacements)
     if replace and count > 1 and any(not disk.read_only for disk in replace.values()):

@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from utilityvm.store import Store
     from utilityvm.upkeep.leftovers import Leftover
 
-apply_option = click.option("--apply", "is_applied", is_flag=True, help="Do it. Without this nothing is changed.")
+apply_option = click.option("--apply", "is_applied", is_flag=True, help="Do it. Without this option nothing changes.")
 
 
-@click.command("repair", cls=Command)
+@click.command("repair", cls=Command, short_help="Make the VM's journal, QEMU and guest agree.")
 @vm_argument
 @apply_option
 @wait_option
 @json_option
 def repair_command(name: str, is_applied: bool, wait_s: float, as_json: bool) -> None:
-    """Show where the VM's journal, its QEMU and its guest do not agree; with --apply, make them agree.
+    """List where the VM's journal, its QEMU and its guest disagree; with --apply, make them agree.
 
-    What is half done is finished if somebody wants it, and else undone; reservations of dead processes are given back;
-    what no journal knows is taken out unless it is in use.
+    A half-done step is finished if a reservation needs it, and undone otherwise. Reservations of dead processes are
+    given back. A disk that the journal does not know is detached unless the guest uses it.
     """
     run(_repair(name, is_applied=is_applied, wait_s=wait_s, as_json=as_json))
 
@@ -53,14 +53,14 @@ async def _repair(name: str, *, is_applied: bool, wait_s: float, as_json: bool) 
         say(f"nothing was changed; to do it: uvm repair {name} --apply")
 
 
-@click.command("gc", cls=Command)
+@click.command("gc", cls=Command, short_help="List leftovers, or remove them.")
 @apply_option
 @json_option
 def gc_command(is_applied: bool, as_json: bool) -> None:
-    """Show what is left of things that are gone; with --apply, remove it. Never a disk of yours.
+    """List leftovers of VMs, clones and builds that no longer exist; with --apply, remove them.
 
-    Dead VMs, runtime folders, overlays of clones, half-made templates, guest images that nothing uses, and what builds
-    of them left.
+    Leftovers are dead VMs, runtime folders, overlays of clones, half-made templates, guest images that nothing uses,
+    and files of interrupted builds. Your own disk images are never removed.
     """
     from utilityvm.store.recover import open_store
     from utilityvm.upkeep import leftovers

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 BOOT_S = 120.0
 
 
-@click.command("start", cls=Command)
+@click.command("start", cls=Command, short_help="Start a VM.")
 @click.argument("name")
 @click.option(
     "--memory",
@@ -45,15 +45,20 @@ BOOT_S = 120.0
     metavar="SIZE",
     help="Memory, such as 512M or 2G.  [default: 256M]",
 )
-@click.option("--cpus", type=int, default=1, show_default=True, metavar="N", help="Its processors.")
+@click.option("--cpus", type=int, default=1, show_default=True, metavar="N", help="Its number of processors.")
 @click.option(
-    "--controllers", type=int, default=4, show_default=True, metavar="N", help="Its SCSI controllers, of 64 disks each."
+    "--controllers",
+    type=int,
+    default=4,
+    show_default=True,
+    metavar="N",
+    help="Its number of SCSI controllers; each takes 64 disks.",
 )
 @click.option(
     "--keep/--no-keep",
     default=True,
     show_default=True,
-    help="Leave it running, for the commands that follow; or stay, and end it with Ctrl-C.",
+    help="Leave it running for other commands, or stay until Ctrl-C ends it.",
 )
 @click.option("--image", "key", metavar="KEY", help="Boot this guest image of `uvm image ls`.")
 @timeout_option(BOOT_S)
@@ -68,7 +73,7 @@ def start_command(
     timeout_s: float,
     as_json: bool,
 ) -> None:
-    """Start a VM named NAME. Builds the guest image first if there is none."""
+    """Start a VM named NAME. If there is no guest image yet, it is built first."""
     from utilityvm.vm.config import VMConfig
 
     config = VMConfig(name=name, memory_mib=memory_mib, cpus=cpus, controllers=controllers, keep=keep)
@@ -118,7 +123,7 @@ def _description(vm: UtilityVM) -> dict[str, object]:
     }
 
 
-@click.command("ps", cls=Command)
+@click.command("ps", cls=Command, short_help="List the VMs of this user.")
 @json_option
 def ps_command(as_json: bool) -> None:
     """List the VMs of this user, and the process that owns each."""
@@ -278,7 +283,7 @@ class _ExecCommand(Command):
         return args[:at], args[at:]
 
 
-@click.command("exec", cls=_ExecCommand)
+@click.command("exec", cls=_ExecCommand, short_help="Run a program in the guest.")
 @vm_argument
 @click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED, metavar="PROGRAM [ARGUMENT]...")
 @click.option("--no-stdin", "-n", is_flag=True, help="Give the program no input.")
@@ -430,12 +435,12 @@ async def _own_input() -> AsyncIterator[bytes]:
         yield data
 
 
-@click.command("log", cls=Command)
+@click.command("log", cls=Command, short_help="Print the VM's console.")
 @vm_argument
 @click.option("--lines", "-n", type=Count(), metavar="N", help="Only the last N lines.")
 @json_option
 def log_command(name: str, lines: int | None, as_json: bool) -> None:
-    """Print the VM's console and QEMU's messages: the last 512 KiB at least. Also of a VM that died."""
+    """Print the VM's console and QEMU's messages: at least the last 512 KiB. It works for a VM that died, too."""
     from utilityvm.hosts.qemu import console
     from utilityvm.machine import paths
     from utilityvm.store.recover import open_store

@@ -87,6 +87,10 @@ def spelled_out(settings: type[MountSettings]) -> Callable[[F], F]:
     return mark
 
 
+LEAST_MEMORY_MIB: Final = 96
+"""What the guest image boots with. With 84 MiB its kernel panics in the initramfs, "deadlocked on memory"."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VMConfig:
     """What a VM is started with."""
@@ -106,6 +110,13 @@ class VMConfig:
             InvalidRequest: names the value, and what it could be.
         """
         arguments.check_fields(self)
+        if 0 < self.memory_mib < LEAST_MEMORY_MIB:
+            raise InvalidRequest(
+                f"a VM with {self.memory_mib} MiB of memory cannot boot: its kernel and initramfs need "
+                f"{LEAST_MEMORY_MIB} MiB",
+                vm=self.name,
+                remedy=f"give it {LEAST_MEMORY_MIB} MiB or more; 256 MiB are the default",
+            )
         self.for_qemu(None, uuid="").check()
         if not self.controllers:
             raise InvalidRequest(

@@ -90,12 +90,14 @@ class QemuConfig:
                 remedy="use 1 to 63 letters, digits, '.', '_' and '-', the first a letter or digit",
             )
         if not 16 <= self.memory_mib <= 1 << 20:
-            raise InvalidRequest(f"a VM of {self.memory_mib} MiB", vm=self.name, remedy="give it 16 MiB to 1 TiB")
+            raise InvalidRequest(
+                f"a VM cannot have {self.memory_mib} MiB of memory", vm=self.name, remedy="give it 16 MiB to 1 TiB"
+            )
         if not 1 <= self.cpus <= 255:
-            raise InvalidRequest(f"a VM of {self.cpus} processors", vm=self.name, remedy="give it 1 to 255")
+            raise InvalidRequest(f"a VM cannot have {self.cpus} processors", vm=self.name, remedy="give it 1 to 255")
         if not 0 <= self.controllers <= MAX_CONTROLLERS:
             raise InvalidRequest(
-                f"a VM of {self.controllers} SCSI controllers", vm=self.name, remedy=f"0 to {MAX_CONTROLLERS}"
+                f"a VM cannot have {self.controllers} SCSI controllers", vm=self.name, remedy=f"0 to {MAX_CONTROLLERS}"
             )
         confinement.mode(self.confinement)
         if self.root is not None and not self.controllers:
