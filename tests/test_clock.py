@@ -19,10 +19,12 @@ MAY = {
     "cli/vm.py": "how long ago, in a table",
     "guests/bridge_guest.py": "a clone's clock is set to the host's",
     "hosts/hcs/savedstate.py": "since when a record says what it says",
+    "hosts/qemu/userids.py": "how long ago an id was used, by its file: a clock that was set changes its rest alone",
     "scsi/manager.py": "since when a record says what it says",
     "store/catalog.py": "when a VM was made",
     "store/database.py": "in the name of a damaged store that is kept; a number makes it unique",
     "store/ownership.py": "since when somebody owns a VM",
+    "store/formats.py": "when an image was seen last: the rows of those seen longest ago are forgotten first",
     "templates/clone.py": "since when a record says what it says",
     "templates/save.py": "when a template was made",
 }

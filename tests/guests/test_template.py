@@ -63,7 +63,7 @@ async def test_a_program_that_is_run_keeps_the_guest_from_being_frozen(guest: Br
     await begun.wait()
     with pytest.raises(GuestBusy) as caught:
         await guest.quiesce(timeout_s=20)
-    assert caught.value.holders == ("process 1: sh -c echo; exec sleep 1000",)
+    assert caught.value.holders == ("process 1: sh",)
     assert not system.filesystems.frozen
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)

@@ -108,13 +108,6 @@ def test_a_configuration_that_cannot_be_is_refused(changes: dict[str, object]) -
         replace(CONFIG, **changes).check()  # type: ignore[arg-type]
 
 
-async def test_a_path_too_long_for_a_socket_is_refused_and_nothing_is_made(tmp_path: Path) -> None:
-    folder = tmp_path / ("x" * 100)
-    with pytest.raises(SetupError, match="too long for sockets"):
-        await launch.start(QemuConfig(name="one"), folder=folder)
-    assert not folder.exists()
-
-
 async def test_a_folder_that_others_can_replace_is_refused(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
