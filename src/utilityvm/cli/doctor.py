@@ -100,7 +100,7 @@ def _qemu() -> Iterator[Finding]:
     if chosen.name == "tcg":
         fix = "VMs work, but slowly; for KVM, enable virtualisation in the firmware, or nesting on the host"
         if Path("/dev/kvm").exists() and not os.access("/dev/kvm", os.R_OK | os.W_OK):
-            fix = "adduser $USER kvm, then log in anew"
+            fix = "as root: /usr/sbin/adduser USER kvm; then log in again"
         yield Finding("accelerator", "note", f"tcg: {chosen.reason}", fix)
     else:
         yield Finding("accelerator", "ok", f"{chosen.name}: {chosen.reason}")
