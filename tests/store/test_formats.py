@@ -41,6 +41,7 @@ def test_the_last_word_counts(store: Store) -> None:
         FileId(device=1, inode=3, birth_ns=3),
         FileId(device=1, inode=2, birth_ns=4),
         FileId(device=1, inode=2, birth_ns=None),
+        FileId(device=1, inode=2, birth_ns=None, mark="handle 01"),
     ],
 )
 def test_another_file_is_another(store: Store, other: FileId) -> None:

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from manifests_made import manifest
+from manifests_made import layer, manifest
 from utilityvm.errors import (
     InvalidRequest,
     SetupError,
@@ -23,7 +24,7 @@ from utilityvm.errors import (
 from utilityvm.machine import paths
 from utilityvm.store import Store
 from utilityvm.templates import catalog
-from utilityvm.templates.manifest import Manifest, Parent, encode
+from utilityvm.templates.manifest import Fingerprint, LayerEntry, Manifest, Parent, encode
 
 CUT_SHORT = """
 import asyncio, os, signal
@@ -58,7 +59,8 @@ def test_there_is_none_at_first(folders: Path) -> None:
     assert catalog.names() == []
     assert catalog.every() == []
     assert catalog.leftovers() == []
-    assert catalog.frozen_by("file:1:7") is None
+    with open(__file__, "rb") as file:  # noqa: PTH123
+        assert catalog.frozen_by(file.fileno()) is None
     with pytest.raises(TemplateNotFound, match="'warm'") as error:
         catalog.load("warm")
     assert "uvm template save" in str(error.value.remedy)
@@ -140,21 +142,61 @@ def test_what_a_killed_process_left_is_found(folders: Path) -> None:
     assert catalog.leftovers() == []
 
 
-def test_its_disks_are_frozen_while_it_exists(store: Store) -> None:
-    save(manifest())
-    assert catalog.frozen_by("file:1:7") == "warm"
-    assert catalog.frozen_by("file:1:9") == "warm", "its root disk"
-    assert catalog.frozen_by("file:1:8") is None
+def image(folder: Path, name: str) -> Path:
+    path = folder / name
+    path.write_bytes(bytes(512))
+    return path
+
+
+def frozen_by(path: Path) -> str | None:
+    with path.open("rb") as file:
+        return catalog.frozen_by(file.fileno())
+
+
+def made_of(disk: Path, root: Path) -> Manifest:
+    """The manifest of a template of these."""
+    before = manifest()
+    layers = (layer_of(disk),)
+    return msgspec.structs.replace(
+        before, root=layer_of(root), disks=(msgspec.structs.replace(before.disks[0], layers=layers),)
+    )
+
+
+def layer_of(path: Path) -> LayerEntry:
+    return msgspec.structs.replace(layer(path), fingerprint=Fingerprint.at(path))
+
+
+def test_its_disks_are_frozen_while_it_exists(store: Store, tmp_path: Path) -> None:
+    disk, root, other = (image(tmp_path, name) for name in ("disk", "root", "other"))
+    save(made_of(disk, root))
+    assert frozen_by(disk) == "warm"
+    assert frozen_by(root) == "warm", "its root disk"
+    assert frozen_by(other) is None
+    disk.write_bytes(b"written to all the same")
+    assert frozen_by(disk.rename(tmp_path / "elsewhere")) == "warm"
     catalog.remove("warm", store)
-    assert catalog.frozen_by("file:1:7") is None
+    assert frozen_by(tmp_path / "elsewhere") is None
     assert list(paths.templates_dir().iterdir()) == []
 
 
-def test_a_template_that_cannot_say_what_it_is_made_of_freezes_everything(folders: Path) -> None:
+def test_its_disks_are_frozen_and_the_same_when_their_device_has_another_number(folders: Path, tmp_path: Path) -> None:
+    disk, root = image(tmp_path, "disk"), image(tmp_path, "root")
+    if Fingerprint.at(disk).lasting is None:
+        pytest.skip("this file system keeps nothing that names a file for longer")
+    document = made_of(disk, root)
+    fingerprint = document.disks[0].layers[0].fingerprint
+    then = msgspec.structs.replace(fingerprint, device=fingerprint.device + 1)
+    layers = (msgspec.structs.replace(document.disks[0].layers[0], fingerprint=then),)
+    save(msgspec.structs.replace(document, disks=(msgspec.structs.replace(document.disks[0], layers=layers),)))
+    assert frozen_by(disk) == "warm"
+    assert catalog.difference_of(layers[0]) is None
+
+
+def test_a_template_that_cannot_say_what_it_is_made_of_freezes_everything(folders: Path, tmp_path: Path) -> None:
     template = save(manifest())
     (template.folder / catalog.MANIFEST).write_bytes(b"{}")
     with pytest.raises(TemplateDamaged):
-        catalog.frozen_by("file:1:8")
+        frozen_by(image(tmp_path, "other"))
     assert catalog.every() == []
 
 

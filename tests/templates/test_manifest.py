@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manifests_made import layer, manifest, mount
+from manifests_made import manifest, mount
 from utilityvm.errors import TemplateDamaged
-from utilityvm.scsi.ports import AttachmentType, MountConfig, ScratchKey
+from utilityvm.scsi.ports import MountConfig, ScratchKey
 from utilityvm.templates import manifest as manifests
 from utilityvm.templates.manifest import Fingerprint, MountEntry
 
@@ -31,7 +31,6 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     before = manifest()
     assert manifests.read(written(tmp_path, manifests.encode(before))) == before
     assert [entry.path for entry in before.chain()] == ["/cache/root.img", "/images/a.raw"]
-    assert before.chain()[1].identity == "file:1:7"
 
 
 def test_a_mount_comes_back_as_it_was() -> None:
@@ -105,11 +104,53 @@ def test_cut_or_changed_it_is_refused_or_read_and_nothing_else(
         assert manifests.read(path).name == "warm"
 
 
-def test_a_block_device_is_known_by_its_number(tmp_path: Path) -> None:
+def test_a_file_that_was_written_to_has_another_fingerprint(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"one")
-    before = Fingerprint.of(file.stat())
+    before = Fingerprint.at(file)
+    assert before.is_unchanged(Fingerprint.at(file))
     file.write_bytes(b"more")
-    assert Fingerprint.of(file.stat()) != before
-    physical = msgspec.structs.replace(layer("/dev/sdx"), kind=AttachmentType.PASS_THRU)
-    assert physical.identity.startswith("block:")
+    now = Fingerprint.at(file)
+    assert before.is_file(now)
+    assert not before.is_unchanged(now)
+
+
+THEN = Fingerprint(device=7, inode=12, size_bytes=512, mtime_ns=5, lasting="birth 12 99")
+
+
+@pytest.mark.parametrize(
+    ("now", "is_file", "is_unchanged"),
+    [
+        ({}, True, True),
+        ({"device": 8}, True, True),  # after a reboot
+        ({"mtime_ns": 6}, True, False),
+        ({"device": 8, "size_bytes": 1024}, True, False),
+        ({"lasting": "birth 12 100"}, False, False),  # the next file of that inode
+        ({"inode": 13, "lasting": "birth 13 99"}, False, False),
+    ],
+)
+def test_a_file_is_the_same_whatever_number_its_device_has(
+    now: dict[str, Any], is_file: bool, is_unchanged: bool
+) -> None:
+    later = msgspec.structs.replace(THEN, **now)
+    assert (THEN.is_file(later), THEN.is_unchanged(later)) == (is_file, is_unchanged)
+
+
+@pytest.mark.parametrize(("mtime_ns", "is_file"), [(5, True), (6, False)])
+def test_what_nothing_else_tells_apart_is_told_by_its_inode_and_what_is_in_it(mtime_ns: int, is_file: bool) -> None:
+    then = msgspec.structs.replace(THEN, lasting=None)
+    later = msgspec.structs.replace(then, device=8, mtime_ns=mtime_ns)
+    assert then.is_file(later) is is_file
+
+
+def test_a_manifest_of_an_earlier_version_still_protects_its_disks() -> None:
+    then = msgspec.structs.replace(THEN, lasting=None)
+    assert then.is_file(msgspec.structs.replace(THEN, mtime_ns=6))
+
+
+def test_whether_a_disk_without_a_name_is_that_of_before_the_boot_cannot_be_told() -> None:
+    then = Fingerprint(device=7, inode=0, size_bytes=0, mtime_ns=0, lasting="boot one 7")
+    assert then.is_file(msgspec.structs.replace(then, lasting="boot two 7")) is None
+    assert not then.is_unchanged(msgspec.structs.replace(then, lasting="boot two 7"))
+    assert then.is_file(msgspec.structs.replace(then, lasting="boot one 8")) is False
+    assert then.is_file(msgspec.structs.replace(then, lasting="wwid x")) is False

@@ -2,11 +2,13 @@
 
 A row for each image that was ever opened, and no more than `KEPT` of them: those that were not opened for the longest
 time go first. A file whose time of birth is known is known by that and its inode, whatever number its device has after
-a reboot; a file without it by its device and inode, of which the next file there may take over the row.
+a reboot; else by its inode and what else tells it apart (`FileId.mark`), in place of the time as a negative number; a
+file without either by its device and inode, of which the next file there may take over the row.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import threading
 import time
@@ -91,4 +93,8 @@ class Formats:
 def _key(file: FileId) -> tuple[int, int, int]:
     # SQLite's integers are signed.
     inode = file.inode - (1 << 64) if file.inode >= 1 << 63 else file.inode
-    return (inode, 0, file.device) if file.birth_ns is None else (inode, file.birth_ns, 0)
+    if file.birth_ns is not None:
+        return inode, file.birth_ns, 0
+    if file.mark is not None:
+        return inode, -int.from_bytes(hashlib.sha256(file.mark.encode()).digest()[:7]) - 1, 0
+    return inode, 0, file.device

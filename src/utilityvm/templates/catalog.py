@@ -150,18 +150,20 @@ def in_use(name: str) -> Iterator[Template]:
         yield template
 
 
-def frozen_by(identity: str) -> str | None:
-    """The template that is made of the disk of this identity; None if none is.
+def frozen_by(fd: int) -> str | None:
+    """The template that is made of this disk; None if none is. One of which it cannot be told counts.
 
     Raises:
         TemplateDamaged: a template cannot say of what it is made, so any disk may be.
     """
-    for name in names():
+    every_name = names()
+    now = Fingerprint.of(fd) if every_name else None
+    for name in every_name:
         try:
             template = load(name)
         except TemplateNotFound:
             continue  # removed meanwhile
-        if any(layer.identity == identity for layer in template.manifest.chain()):
+        if now and any(layer.fingerprint.is_file(now) is not False for layer in template.manifest.chain()):
             return name
     return None
 
@@ -343,12 +345,15 @@ def verify(template: Template) -> list[str]:
 def difference_of(layer: manifests.LayerEntry) -> str | None:
     """How the file differs from what it was; None if it does not."""
     try:
-        now = Fingerprint.of(Path(layer.path).stat())
+        now = Fingerprint.at(Path(layer.path))
     except OSError as error:
         return f"{layer.path}: {error.strerror}"
-    if now == layer.fingerprint:
+    if layer.fingerprint.is_unchanged(now):
         return None
-    if (now.device, now.inode) != (layer.fingerprint.device, layer.fingerprint.inode):
+    is_file = layer.fingerprint.is_file(now)
+    if is_file is None:
+        return f"{layer.path} may be another disk than before the last boot: nothing but its number names it"
+    if not is_file:
         return f"{layer.path} is another file than when the template was saved"
     return f"{layer.path} was written to since the template was saved"
 
@@ -365,7 +370,7 @@ def digest(path: Path, stop: Event | None = None) -> str:
 def _manifest(path: Path) -> Manifest:
     """The manifest, read again only if it is another file: `frozen_by` asks often."""
     try:
-        now = Fingerprint.of(path.stat())
+        now = Fingerprint.at(path)
     except NotADirectoryError as error:
         raise FileNotFoundError(str(path)) from error
     known = _known.get(path)

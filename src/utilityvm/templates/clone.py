@@ -168,7 +168,7 @@ def _open_own(path: Path, expected: Fingerprint, closing: ExitStack) -> int:
     except OSError as error:
         raise _damaged(path, f"cannot be opened: {error.strerror}") from error
     closing.callback(os.close, fd)
-    if Fingerprint.of(os.fstat(fd)) != expected:
+    if not expected.is_unchanged(Fingerprint.of(fd)):
         raise _damaged(path, "is not what was saved")
     return fd
 
@@ -198,7 +198,7 @@ def _open_layer(layer: LayerEntry, disk: DiskEntry, closing: ExitStack) -> Layer
     except OSError as error:
         raise _damaged(path, f"cannot be opened: {error.strerror}", slot=disk.slot) from error
     closing.callback(os.close, fd)
-    if Fingerprint.of(os.fstat(fd)) != layer.fingerprint:
+    if not layer.fingerprint.is_unchanged(Fingerprint.of(fd)):
         raise _damaged(path, "is not the file that it was, or was written to since", slot=disk.slot)
     if layer.kind is AttachmentType.PASS_THRU:
         blockdev.check_unused(fd, host_path=str(path), exclusive=False)

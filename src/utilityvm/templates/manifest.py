@@ -11,6 +11,7 @@ import msgspec
 
 from utilityvm.errors import InvalidRequest, TemplateDamaged
 from utilityvm.machine import oserrors
+from utilityvm.machine.fileid import FileId, is_same
 from utilityvm.scsi.ports import (
     AttachmentType,
     DiskFormat,
@@ -27,17 +28,51 @@ VERSION: Final = 1
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
     """What tells cheaply that a file is the one that it was, and was not written to since."""
 
-    device: int
+    device: int  # of the boot in which it was looked at
     inode: int
     size_bytes: int
     mtime_ns: int
+    lasting: str | None = None  # `FileId.lasting`; also None in a manifest of an earlier version
 
     @classmethod
-    def of(cls, status: os.stat_result) -> Fingerprint:
+    def of(cls, fd: int) -> Fingerprint:
         """Of a block device only which one it is: its size and times are not in its inode."""
-        if stat.S_ISBLK(status.st_mode):
-            return cls(device=status.st_rdev, inode=0, size_bytes=0, mtime_ns=0)
-        return cls(device=status.st_dev, inode=status.st_ino, size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
+        file, status = FileId.of(fd), os.fstat(fd)
+        is_block = stat.S_ISBLK(status.st_mode)
+        return cls(
+            device=file.device,
+            inode=file.inode,
+            size_bytes=0 if is_block else status.st_size,
+            mtime_ns=0 if is_block else status.st_mtime_ns,
+            lasting=file.lasting,
+        )
+
+    @classmethod
+    def at(cls, path: Path) -> Fingerprint:
+        """Raises:
+        OSError: there is nothing, or its storage fails.
+        """
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            return cls.of(fd)
+        finally:
+            os.close(fd)
+
+    def is_file(self, now: Fingerprint) -> bool | None:
+        """Is the file that is so now the one of then? None if it cannot be told."""
+        if self.lasting is not None and now.lasting is not None:
+            return is_same(self.lasting, now.lasting)
+        if (self.device, self.inode) == (now.device, now.inode):
+            return True
+        # Nothing tells a file apart for longer on its file system: then what it has in it does.
+        return self.inode != 0 and self._state() == now._state()
+
+    def is_unchanged(self, now: Fingerprint) -> bool:
+        """Is it that file for certain, and not written to since?"""
+        return self.is_file(now) is True and self._state() == now._state()
+
+    def _state(self) -> tuple[int, int, int]:
+        return self.inode, self.size_bytes, self.mtime_ns
 
 
 class File(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,13 +89,6 @@ class LayerEntry(msgspec.Struct, frozen=True, kw_only=True):
     format: DiskFormat
     kind: AttachmentType
     fingerprint: Fingerprint
-
-    @property
-    def identity(self) -> str:
-        """As `QemuDisk.identity`."""
-        if self.kind is AttachmentType.PASS_THRU:
-            return f"block:{os.major(self.fingerprint.device)}:{os.minor(self.fingerprint.device)}"
-        return f"file:{self.fingerprint.device}:{self.fingerprint.inode}"
 
 
 class MountEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,7 +21,7 @@ from utilityvm.errors import NotSupported, SetupError, WrongState
 from utilityvm.hosts.qemu import QemuHost, memory
 from utilityvm.hosts.qemu.accelerator import CPU
 from utilityvm.hosts.qemu.host import ShownDevice
-from utilityvm.machine import paths
+from utilityvm.machine import fileid, paths
 from utilityvm.machine.threads import aside, in_thread, lent, to_the_end
 from utilityvm.scsi.ports import AttachmentType, CallerKey, DiskFormat, DiskRecord, MountRecord, Record
 from utilityvm.scsi.transitions import DiskState, MountState
@@ -168,7 +168,7 @@ def _disks(
             os.link(record.host_path, path)
             below = inherited[record.attachment]
         top = _layer(path, record.format, record.kind, named=named)
-        if top.identity != record.identity:
+        if fileid.identity(path.stat()) != record.identity:
             raise NotSupported(
                 f"{record.host_path} is another file now than the one that is attached at {record.slot}",
                 host_path=record.host_path,
@@ -198,7 +198,7 @@ def _disks(
 
 
 def _layer(path: Path, image_format: DiskFormat, kind: AttachmentType, *, named: Path) -> LayerEntry:
-    return LayerEntry(path=str(named), format=image_format, kind=kind, fingerprint=Fingerprint.of(path.stat()))
+    return LayerEntry(path=str(named), format=image_format, kind=kind, fingerprint=Fingerprint.at(path))
 
 
 def _root_layer(root: Path) -> LayerEntry:
@@ -209,7 +209,7 @@ def _own_files(folder: Path, memory_mode: int, stop: Event) -> dict[str, File]:
     """What the manifest says of the template's own files."""
     (folder / MEMORY).chmod(memory_mode)
     return {
-        name: File(fingerprint=Fingerprint.of((folder / name).stat()), digest=catalog.digest(folder / name, stop))
+        name: File(fingerprint=Fingerprint.at(folder / name), digest=catalog.digest(folder / name, stop))
         for name in (MEMORY, STATE)
     }
 

@@ -144,6 +144,7 @@ def test_where_files_have_no_birth_bytes_that_differ_are_refused(
 ) -> None:
     """The next file may have the inode of one that was removed, so neither memory nor bytes are believed."""
     monkeypatch.setattr("utilityvm.machine.fileid._birth_ns", lambda fd: None)
+    monkeypatch.setattr("utilityvm.machine.fileid._handle", lambda fd: None)
     assert opened(image) is opened(image) is DiskFormat.RAW
     write_as_guest(image, qcow2(tmp_path / "evil").read_bytes())
     with pytest.raises(ConfigDiffers, match=r"it was raw .*, and its bytes say qcow2 now"):

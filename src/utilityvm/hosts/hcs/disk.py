@@ -27,6 +27,7 @@ from utilityvm.errors import (
 )
 from utilityvm.hosts.hcs import winpath
 from utilityvm.hosts.hcs.documents import Attachment, encode, parse_evd
+from utilityvm.machine import fileid
 from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest
 
 FORMATS: Final = (DiskFormat.VHD, DiskFormat.VHDX)
@@ -169,7 +170,7 @@ class LocalDisks:
         except (OSError, ValueError) as error:
             raise _cannot_open(path, error) from error
         if status.st_ino:
-            return f"file:{status.st_dev}:{status.st_ino}"
+            return fileid.identity(status)
         return f"path:{winpath.same_file_key(path)}"
 
     def read(self, request: DiskRequest) -> DiskFacts:

@@ -20,7 +20,7 @@ from utilityvm.hosts.qemu.format import FormatMemory
 from utilityvm.machine.programs import CommandFailed, find_program, run
 from utilityvm.scsi.ports import DiskRequest, VMAccess
 
-FrozenBy: TypeAlias = Callable[[str], str | None]  # a disk's identity -> the template that is made of it, if one is
+FrozenBy: TypeAlias = Callable[[int], str | None]  # a disk's descriptor -> the template that is made of it, if one is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ class Access:
     def _check_not_frozen(self, disk: QemuDisk) -> None:
         if disk.request.read_only or self.frozen_by is None:
             return
-        if (template := self.frozen_by(disk.identity)) is not None:
+        if (template := self.frozen_by(disk.fd)) is not None:
             raise DiskInUse(
                 f"{disk.request.host_path}: template {template} is made of it, and its clones would see it change",
                 vm=self.vm,

@@ -29,7 +29,7 @@ from utilityvm.diskimage.source import Source
 from utilityvm.errors import AccessDenied, ConfigDiffers, DiskInUse, InvalidRequest, NotSupported, SetupError
 from utilityvm.hosts.qemu.format import FormatMemory, read_header
 from utilityvm.log import logger
-from utilityvm.machine import hostpath
+from utilityvm.machine import fileid, hostpath
 from utilityvm.machine.threads import aside
 from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest
 
@@ -178,10 +178,8 @@ def open_disk(request: DiskRequest, *, memory: FormatMemory | None = None) -> Qe
                     remedy="attach it read-only, or: blockdev --setrw",
                 )
             users = blockdev.host_users(status.st_rdev)
-            identity = f"block:{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
         else:
             users = blockdev.file_users(fd)
-            identity = f"file:{status.st_dev}:{status.st_ino}"
         if users:
             raise blockdev.in_use(path, users)
         header = read_header(
@@ -193,7 +191,7 @@ def open_disk(request: DiskRequest, *, memory: FormatMemory | None = None) -> Qe
         )
         if not physical:
             _check_sectors(fd, request, header)
-        disk = QemuDisk(fd, request, identity=identity, header=header)
+        disk = QemuDisk(fd, request, identity=fileid.identity(status), header=header)
         keep.pop_all()
     return disk
 
@@ -340,7 +338,4 @@ def _cannot_open(path: str, error: OSError) -> InvalidRequest | AccessDenied | N
 
 def describe(path: Path) -> str:
     """The identity of a file or block device, without opening it; as `QemuDisk.identity`."""
-    status = path.stat()
-    if stat.S_ISBLK(status.st_mode):
-        return f"block:{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    return f"file:{status.st_dev}:{status.st_ino}"
+    return fileid.identity(path.stat())

@@ -66,7 +66,7 @@ def read_header(
 
 def _check_as_decided(fd: int, name: str, file: FileId, decided: Decided) -> None:
     """Refuse an image that somebody else than a guest may have put in the place of the one that was decided."""
-    is_guests = decided.format is DiskFormat.RAW and file.birth_ns is not None
+    is_guests = decided.format is DiskFormat.RAW and file.lasting is not None
     if is_guests and os.fstat(fd).st_size == decided.size_bytes:
         return
     image = Source.of_fd(fd, name=name)
