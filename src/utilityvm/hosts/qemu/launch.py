@@ -20,12 +20,12 @@ import stat
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from utilityvm.errors import InvalidRequest, OutcomeUnknown, SetupError, UtilityVMError, VMExists, VMGone
+from utilityvm.errors import HostRefused, InvalidRequest, OutcomeUnknown, SetupError, UtilityVMError, VMExists, VMGone
 from utilityvm.hosts.qemu import accelerator as accelerators
 from utilityvm.hosts.qemu import confinement, console, emulator, incoming, privileges, userids
 from utilityvm.hosts.qemu.accelerator import Accelerator
@@ -36,6 +36,8 @@ from utilityvm.hosts.qemu.incoming import Incoming
 from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.privileges import Identity
 from utilityvm.hosts.qemu.qmp import Qmp
+from utilityvm.hosts.qemu.ram import Ram
+from utilityvm.hosts.qemu.ram import find as find_ram
 from utilityvm.log import logger
 from utilityvm.machine import hostpath, oserrors, runtime
 from utilityvm.machine.processes import has_words, is_ending, is_running
@@ -126,6 +128,7 @@ class QemuProcess:
     log_started: str
     walls: tuple[str, ...] = ()  # the layers of its confinement
     without: Mapping[str, str] = field(default_factory=dict)  # those that it has not, and why
+    ram: Ram | None = None  # None: it was not told when it was started
 
     def to_json(self) -> dict[str, object]:
         return {**asdict(self), "folder": str(self.folder)}
@@ -134,7 +137,8 @@ class QemuProcess:
     def from_json(cls, document: Mapping[str, Any]) -> QemuProcess:
         """The process that `to_json` wrote; KeyError or TypeError for another document."""
         walls = tuple(document.get("walls", ()))
-        fields: dict[str, Any] = {**document, "folder": Path(document["folder"]), "walls": walls}
+        ram = Ram(**document["ram"]) if document.get("ram") else None
+        fields: dict[str, Any] = {**document, "folder": Path(document["folder"]), "walls": walls, "ram": ram}
         return cls(**fields)
 
     @property
@@ -246,8 +250,7 @@ def command_line(
         words += ["-kernel", fds.kernel.path, "-append", kernel_cmdline(config)]
     if fds.initramfs is not None:
         words += ["-initrd", fds.initramfs.path]
-    if config.paused or saved is not None:
-        words += ["-S"]
+    words += ["-S"]  # until `start` has seen which memory it has
     # fmt: on
     if saved is not None:
         words += incoming.words(saved, first_number=FIRST_NUMBER)
@@ -284,12 +287,25 @@ async def start(
         process = await _spawn(config, program, accelerator, walls, folder, children, saved, timeout_s=timeout_s)
         try:
             qmp = await Qmp.connect(process.monitor, vm=config.name, timeout_s=timeout_s)
+            undo.add(qmp.close)
+            process = replace(process, ram=await in_thread(_ram_of, process, config))
+            if not config.paused and saved is None:
+                await qmp.execute("cont", timeout_s=timeout_s)
         except VMGone as error:
             await children.end()
             raise await in_thread(_failure, process, saved) from error
         children.close()
     _log.info("started QEMU %s as process %d (%s)", qmp.version, process.pid, accelerator.name, vm=config.name)
     return process, qmp
+
+
+def _ram_of(process: QemuProcess, config: QemuConfig) -> Ram | None:
+    """What its RAM is, while its guest has not run. None if it cannot be told: then it cannot become a template."""
+    try:
+        return find_ram(process.pid, config.memory_mib << 20, vm=config.name)
+    except (OSError, HostRefused) as error:
+        _log.info("the VM cannot become a template: %s", error, vm=config.name)
+        return None
 
 
 def clean(folder: Path, *, keep_log: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 A VM that was started has its RAM in a memfd, which QEMU's process keeps open. A clone has it as a private mapping of
 its template's file: what is in the file there was not changed is seen only through the process's own address space.
+Which file it is was written down when the VM began (ram.py).
 
 Source: proc(5), /proc/PID/fd, /proc/PID/maps, /proc/PID/mem.
 """
@@ -17,9 +18,10 @@ from threading import Event
 from typing import Final
 
 from utilityvm.errors import HostRefused, SetupError, VMGone
+from utilityvm.hosts.qemu import ram
 from utilityvm.hosts.qemu.launch import QemuProcess
+from utilityvm.hosts.qemu.ram import Ram
 
-_MEMFD: Final = "/memfd:memory-backend-memfd"
 _CHUNK: Final = 1 << 20
 _PAGE: Final = 4096
 _ZEROS: Final = bytes(_PAGE)
@@ -33,18 +35,25 @@ def copy(target: int, process: QemuProcess, size_bytes: int, stop: Event) -> int
     that gave up may have closed its own descriptor, and the number may be another file's by then.
 
     Raises:
+        HostRefused: it is not the memory that QEMU began with.
         SetupError: no right to read it, or no space; says what to do.
         VMGone: QEMU ended meanwhile.
     """
+    known = process.ram
+    if known is None or known.size_bytes != size_bytes:
+        raise HostRefused(
+            f"which file is the memory of VM {process.name} ({size_bytes >> 20} MiB) was not seen when it was started",
+            vm=process.name,
+            remedy="let this user look into /proc/PID/maps of its processes; then save a VM that was started anew",
+        )
     try:
         os.ftruncate(target, size_bytes)
         if is_tmpfs(target):
             # A clone maps the file. A hole is a page that tmpfs has yet to find, and the clone dies if it cannot.
             os.posix_fallocate(target, 0, size_bytes)
-        memfd = _memfd(process, size_bytes)
-        if memfd is None:
-            return _copy_mapping(process, target, size_bytes, stop)
-        return _copy_file(memfd, target, stop)
+        if known.is_private:
+            return _copy_mapping(process, known, target, stop)
+        return _copy_file(ram.open_file(process.pid, known, vm=process.name), target, stop)
     except PermissionError as error:
         raise SetupError(
             f"the memory of VM {process.name} (process {process.pid}) cannot be read: {error.strerror}",
@@ -61,41 +70,6 @@ def copy(target: int, process: QemuProcess, size_bytes: int, stop: Event) -> int
                 remedy="make room in the state folder, or set UTILITYVM_STATE_DIR to a roomier one",
             ) from error
         raise
-
-
-def _memfd(process: QemuProcess, size_bytes: int) -> int | None:
-    """A descriptor of our own of the memfd that is the RAM; None if the RAM is a mapping.
-
-    QEMU may have been taken over, and offer others beside it: there must be one of the RAM's size, and no second.
-
-    Raises:
-        HostRefused: which one is the RAM cannot be told.
-    """
-    found: dict[tuple[int, int], int] = {}
-    is_there = False
-    with ExitStack() as undo:
-        for entry in Path(f"/proc/{process.pid}/fd").iterdir():
-            try:
-                if not str(entry.readlink()).startswith(_MEMFD):
-                    continue
-                fd = os.open(entry, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                continue  # closed meanwhile
-            undo.callback(os.close, fd)
-            is_there = True
-            status = os.fstat(fd)
-            if status.st_size == size_bytes:
-                found[status.st_dev, status.st_ino] = fd
-        if not is_there:
-            return None
-        if len(found) != 1:
-            raise HostRefused(
-                f"QEMU of VM {process.name} has {len(found)} memory files of {size_bytes >> 20} MiB, and not one",
-                vm=process.name,
-                remedy="its QEMU was tampered with: stop the VM, and trust none of its disks",
-            )
-        (only,) = found.values()
-        return os.dup(only)
 
 
 def is_tmpfs(file: int) -> bool:
@@ -135,35 +109,17 @@ def _data(file: int) -> Iterator[tuple[int, int]]:
         yield begin, end
 
 
-def _copy_mapping(process: QemuProcess, target: int, size_bytes: int, stop: Event) -> int:
+def _copy_mapping(process: QemuProcess, known: Ram, target: int, stop: Event) -> int:
     memory = os.open(f"/proc/{process.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     copied = 0
     with ExitStack() as closing:
         closing.callback(os.close, memory)
-        for address, length, offset in _ram_mappings(process, size_bytes):
-            for at in range(0, length, _CHUNK):
+        for part in ram.parts_of(process.pid, known, vm=process.name):
+            for at in range(0, part.length, _CHUNK):
                 if stop.is_set():
                     return copied
-                chunk = os.pread(memory, min(_CHUNK, length - at), address + at)
+                chunk = os.pread(memory, min(_CHUNK, part.length - at), part.address + at)
                 for page in range(0, len(chunk), _PAGE):
                     if (data := chunk[page : page + _PAGE]) != _ZEROS:
-                        copied += os.pwrite(target, data, offset + at + page)
+                        copied += os.pwrite(target, data, part.offset + at + page)
     return copied
-
-
-def _ram_mappings(process: QemuProcess, size_bytes: int) -> list[tuple[int, int, int]]:
-    """Address, length and offset in the RAM of each part of the mapping. It may have been split, never moved."""
-    found: dict[str, list[tuple[int, int, int]]] = {}
-    for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
-        span, mode, offset, device, inode = line.split(maxsplit=5)[:5]
-        begin, end = (int(number, 16) for number in span.split("-"))
-        if mode == "rw-p" and inode != "0":
-            found.setdefault(f"{device} {inode}", []).append((begin, end - begin, int(offset, 16)))
-    for parts in found.values():
-        if sum(length for _, length, _ in parts) == size_bytes:
-            return parts
-    raise HostRefused(
-        f"the memory of VM {process.name} is not found in process {process.pid}",
-        vm=process.name,
-        remedy="only a VM that utilityvm started or cloned can become a template",
-    )
