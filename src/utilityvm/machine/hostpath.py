@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from utilityvm.errors import AccessDenied, InvalidRequest, SetupError, UtilityVMError
+from utilityvm.machine import fileid
 
 HostPath: TypeAlias = str | os.PathLike[str]
 
@@ -85,12 +86,9 @@ def identity_of(host_path: HostPath) -> str | None:
     except (OSError, ValueError, UtilityVMError):
         return None
     try:
-        status = os.fstat(fd)
+        return fileid.identity(os.fstat(fd))
     finally:
         os.close(fd)
-    if stat.S_ISBLK(status.st_mode):
-        return f"block:{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    return f"file:{status.st_dev}:{status.st_ino}"
 
 
 async def identity_within(host_path: HostPath, timeout_s: float | None) -> str | None:
