@@ -46,6 +46,7 @@ NOT_PUBLIC = {
     "QemuProcess.agent": {"Listener"},  # for connecting, which is ours
     "QemuProcess.monitor": {"Listener"},
     "DiskSpec.request": {"AddRequest"},  # for the rooms below
+    "QemuProcess.__init__": {"Ram"},  # made where QEMU is started
     "SavedDisk.of": {"Disk"},
     "SavedDisk.records": {"Record"},
     "SavedDisk.request": {"DiskRequest"},

@@ -254,6 +254,8 @@ async def test_what_cannot_be_saved_is_refused_first(
     async with vm_booted.add_scsi(blank, "/secret", encryption=key, ensure_filesystem=True):
         with pytest.raises(NotSupported, match="key"):
             await vm_booted.save_as_template("secret")
+    with pytest.raises(NotSupported, match="stay in the guest's memory when its mount is released"):
+        await vm_booted.save_as_template("secret")
     assert "secret" not in catalog.names()
     assert await output(vm_booted, "echo alive") == "alive\n"
 

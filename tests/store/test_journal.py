@@ -138,6 +138,42 @@ async def test_a_key_is_nowhere_in_the_files(store: Store, journal: SqliteJourna
         assert key not in file.read_bytes()
 
 
+KEYED = replace(MOUNT, config=MountConfig(encryption=CallerKey(b"k" * 64)))
+
+
+async def test_that_a_vm_had_a_key_is_never_forgotten(store: Store, journal: SqliteJournal) -> None:
+    await journal.write([MOUNT])
+    assert not journal.had_key()
+    await journal.write([KEYED])
+    assert journal.had_key()
+    await journal.write([], [KEYED])
+    assert journal.read() == []
+    assert journal.had_key()
+    with Store.open(store.path) as other:
+        assert SqliteJournal(other, other.get("one")).had_key()
+
+
+async def test_that_a_vm_had_a_key_is_written_with_the_step_that_sends_it(store: Store, journal: SqliteJournal) -> None:
+    """The key is marked in the same transaction, beside whatever else is written, or nothing is written at all."""
+    await journal.write([DISK, KEYED], [RESERVATION])
+    assert journal.had_key()
+    with pytest.raises(StoreError, match="UTF-8"):
+        await journal.write([KEYED, replace(DISK, host_path="/srv/\udcff")])
+    another = SqliteJournal(store, store.add("another", uuid="2", config={}))
+    with pytest.raises(StoreError, match="UTF-8"):
+        await another.write([KEYED, replace(DISK, host_path="/srv/\udcff")])
+    assert not another.had_key()
+
+
+async def test_a_vm_whose_record_was_lost_may_have_had_a_key(store: Store) -> None:
+    record = {"name": "found", "uuid": "3", "created": 1.0, "config": {}, "process": {"pid": 1, "started": "1"}}
+    store.restore(record)
+    assert SqliteJournal(store, store.get("found")).had_key()
+    vm = store.add("damaged", uuid="4", config={})
+    store.heal(vm, {**record, "name": "damaged", "uuid": "4"})
+    assert SqliteJournal(store, vm).had_key()
+
+
 async def test_a_journal_that_another_program_wrote_is_a_store_error(store: Store, journal: SqliteJournal) -> None:
     await journal.write([DISK])
     store.db.execute("UPDATE disks SET lun = 64")

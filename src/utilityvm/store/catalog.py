@@ -189,13 +189,16 @@ class Store:
     def restore(self, record: Mapping[str, Any]) -> bool:
         """Put back a VM that a lost store had, from the copy in its runtime folder. False: the name is there.
 
+        It may have had a key: that was in the store alone.
+
         Its disks and reservations are not in that copy: whoever opens the VM finds them on its bus.
         """
         values = (record["name"], record["uuid"], VMState.RUNNING.value, record["created"])
         documents = (json.dumps(record["config"]), json.dumps(record["process"]))
         return bool(
             self._do(
-                "INSERT OR IGNORE INTO vms (name, uuid, state, created, config, process) VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT OR IGNORE INTO vms (name, uuid, state, created, config, process, had_key) "
+                "VALUES (?, ?, ?, ?, ?, ?, 1)",
                 *values,
                 *documents,
             )
@@ -224,7 +227,7 @@ class Store:
     def heal(self, vm: StoredVM, record: Mapping[str, Any]) -> None:
         """Replace a damaged record by the copy in the VM's runtime folder."""
         self._do(
-            "UPDATE vms SET uuid = ?, state = ?, created = ?, config = ?, process = ? WHERE id = ?",
+            "UPDATE vms SET uuid = ?, state = ?, created = ?, config = ?, process = ?, had_key = 1 WHERE id = ?",
             record["uuid"],
             VMState.RUNNING.value,
             record["created"],

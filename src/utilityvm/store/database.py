@@ -25,7 +25,7 @@ from utilityvm.errors import SetupError, StoreDamaged, StoreError, StoreTooNew
 from utilityvm.log import logger
 from utilityvm.machine import oserrors, paths
 
-VERSION: Final = 3
+VERSION: Final = 4
 # MIGRATIONS[n] makes a store of version n + 1 out of one of version n; version 1 is the first.
 MIGRATIONS: Final[Sequence[str]] = (
     "",
@@ -42,6 +42,8 @@ MIGRATIONS: Final[Sequence[str]] = (
     ALTER TABLE disks ADD COLUMN sector_size_bytes INTEGER;
     """,
     "ALTER TABLE vms ADD COLUMN owner TEXT;",
+    # Of a VM of before nobody knows.
+    "ALTER TABLE vms ADD COLUMN had_key INTEGER NOT NULL DEFAULT 0; UPDATE vms SET had_key = 1;",
 )
 APPLICATION_ID: Final = 0x75766D31  # "uvm1"
 BUSY_S: Final = 2.0  # a writer holds the file for some 20 us; who holds it for longer is stuck

@@ -37,6 +37,9 @@ _DROP_MOUNT: Final = "DELETE FROM mounts WHERE vm = ? AND mount = ?"
 _DROP_RESERVATION: Final = "DELETE FROM reservations WHERE vm = ? AND reservation = ?"
 
 
+_MARK_KEY: Final = "UPDATE vms SET had_key = 1 WHERE id = ?"
+
+
 class SqliteJournal:
     """The journal of one VM, for the one process that owns it."""
 
@@ -79,7 +82,10 @@ class SqliteJournal:
         """Try it, without any waiting."""
         execute = self._execute
         try:
-            if len(put) + len(drop) == 1:  # a statement alone is its own transaction, without two more to say so
+            has_key = any(map(_has_key, put))
+            if (
+                len(put) + len(drop) == 1 and not has_key
+            ):  # a statement alone is its own transaction, without two more to say so
                 for record in put:
                     execute(*_put(self._vm.id, record))
                 for record in drop:
@@ -87,6 +93,8 @@ class SqliteJournal:
                 return
             execute("BEGIN IMMEDIATE")
             try:
+                if has_key:
+                    execute(_MARK_KEY, (self._vm.id,))
                 # Dropped first: what is put may have taken the place of what is dropped.
                 for record in drop:
                     execute(*_drop(self._vm.id, record))
@@ -107,6 +115,18 @@ class SqliteJournal:
             raise database.failure(error, self._store.path) from error
         except UnicodeEncodeError as error:
             raise StoreError(f"a path is not UTF-8 text: {error}", vm=self._vm.name, remedy="rename it") from error
+
+    def had_key(self) -> bool:
+        """Was a caller's key ever sent to the guest, or may it have been? Also if its mount was released since.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        try:
+            rows = self._store.db.execute("SELECT had_key FROM vms WHERE id = ?", (self._vm.id,)).fetchall()
+        except sqlite3.Error as error:
+            raise database.failure(error, self._store.path) from error
+        return rows != [(0,)]
 
     def read(self) -> Sequence[Record]:
         """Every record of this VM: disks, then mounts, then reservations, each in the order of their making.
@@ -131,6 +151,10 @@ class SqliteJournal:
                 vm=self._vm.name,
                 remedy=f"stop the VM, which needs no journal: uvm stop {self._vm.name}",
             ) from error
+
+
+def _has_key(record: Record) -> bool:
+    return isinstance(record, MountRecord) and isinstance(record.config.encryption, CallerKey)
 
 
 def _put(vm: int, record: Record) -> tuple[str, tuple[Any, ...]]:

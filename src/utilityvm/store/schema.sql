@@ -14,7 +14,8 @@ CREATE TABLE vms (
     created  REAL NOT NULL,                        -- seconds since the epoch
     config   TEXT NOT NULL,                        -- JSON, as VMConfig.to_json
     process  TEXT,                                 -- JSON, as QemuProcess.to_json; NULL before QEMU runs
-    owner    TEXT                                  -- JSON, as Owner.to_json; NULL: nobody owns it
+    owner    TEXT,                                 -- JSON, as Owner.to_json; NULL: nobody owns it
+    had_key  INTEGER NOT NULL DEFAULT 0            -- a caller's key was, or may have been, sent to the guest
 ) STRICT;
 
 CREATE TABLE disks (

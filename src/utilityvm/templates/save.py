@@ -23,7 +23,7 @@ from utilityvm.hosts.qemu.accelerator import CPU
 from utilityvm.hosts.qemu.host import ShownDevice
 from utilityvm.machine import fileid, paths
 from utilityvm.machine.threads import aside, in_thread, lent, to_the_end
-from utilityvm.scsi.ports import AttachmentType, CallerKey, DiskFormat, DiskRecord, MountRecord, Record
+from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRecord, MountRecord, Record
 from utilityvm.scsi.transitions import DiskState, MountState
 from utilityvm.tasks import Deadline
 from utilityvm.templates import catalog
@@ -57,13 +57,20 @@ class Shape(Protocol):
     def controllers(self) -> int: ...
 
 
-def check_settled(records: Sequence[Record], *, vm: str) -> None:
-    """Refuse what cannot be in a template.
+def check(records: Sequence[Record], *, had_key: bool, vm: str) -> None:
+    """Refuse what cannot be in a template. `had_key`: a caller's key was in the guest, whatever became of its mount.
 
     Raises:
         WrongState: a disk or a mount is half-way; says which.
-        NotSupported: a mount has a caller's key, which would be stored with the guest's memory.
+        NotSupported: a caller's key would be stored with the guest's memory.
     """
+    if had_key:
+        raise NotSupported(
+            f"VM {vm} had a disk with a key of yours (or its record was lost), and copies of a key stay in the guest's "
+            "memory when its mount is released: they would be in the template, and in each clone",
+            vm=vm,
+            remedy="start a VM anew and save that one, without the key; add the encrypted disk to each clone",
+        )
     for record in records:
         if isinstance(record, DiskRecord) and record.state != DiskState.ATTACHED:
             raise WrongState(
@@ -71,15 +78,8 @@ def check_settled(records: Sequence[Record], *, vm: str) -> None:
                 vm=vm,
                 remedy=f"uvm repair {vm}, or release it",
             )
-        if isinstance(record, MountRecord):
-            if record.state != MountState.MOUNTED:
-                raise WrongState(f"{record.guest_path} is {record.state}", vm=vm, remedy=f"uvm repair {vm}")
-            if isinstance(record.config.encryption, CallerKey):
-                raise NotSupported(
-                    f"{record.guest_path} is encrypted with your key, which would be stored with the guest's memory",
-                    vm=vm,
-                    remedy="release that mount first, and add it to each clone",
-                )
+        if isinstance(record, MountRecord) and record.state != MountState.MOUNTED:
+            raise WrongState(f"{record.guest_path} is {record.state}", vm=vm, remedy=f"uvm repair {vm}")
 
 
 async def write(

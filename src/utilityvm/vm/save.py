@@ -56,7 +56,7 @@ async def save(vm: OwnedVM, name: str, *, timeout_s: float) -> Template:
 async def _write(vm: OwnedVM, draft: Draft, deadline: Deadline) -> None:
     await vm.scsi.settle()
     records = await vm.store.lane.run(vm.journal.read)
-    saving.check_settled(records, vm=vm.name)
+    saving.check(records, had_key=await vm.store.lane.run(vm.journal.had_key), vm=vm.name)
     parent = await in_thread(catalog.parent_of, vm.record.config)
     kernel = str((await vm.guest.info(timeout_s=deadline.left()))["Kernel"])
     vm.check()
