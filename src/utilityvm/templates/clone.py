@@ -20,11 +20,12 @@ from utilityvm.diskimage import blockdev, headers
 from utilityvm.errors import DiskInUse, InvalidRequest, TemplateDamaged, TemplateDiffers
 from utilityvm.hosts.qemu import accelerator as accelerators
 from utilityvm.hosts.qemu import emulator as emulators
+from utilityvm.hosts.qemu import sealed
 from utilityvm.hosts.qemu.disk import Locked, describe, lock, open_disk
 from utilityvm.hosts.qemu.format import FormatMemory
 from utilityvm.hosts.qemu.incoming import Incoming, IncomingDisk, Layer, needs_writable_memory
-from utilityvm.hosts.qemu.launch import QemuProcess
-from utilityvm.machine import hostpath, paths
+from utilityvm.hosts.qemu.sealed import Sealed
+from utilityvm.machine import hostpath, oserrors, paths
 from utilityvm.machine.threads import in_thread
 from utilityvm.scsi.ports import (
     AttachmentType,
@@ -52,6 +53,7 @@ class Prepared:
 
     incoming: Incoming
     records: tuple[Record, ...]
+    shared: Sealed | None = None  # to be kept while the clone runs, for those that come after it
 
 
 async def check_machine(template: Template) -> None:
@@ -121,6 +123,7 @@ def prepare(
     _check_replace(template, replace)
     with ExitStack() as closing:
         ram = _open_own(template.memory, manifest.memory.fingerprint, closing)
+        shared = _sealed(ram, template) if needs_writable_memory(manifest.qemu_version) else None
         state = _open_own(template.state, manifest.state.fingerprint, closing)
         with ExitStack() as undo:
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -134,8 +137,16 @@ def prepare(
                     incoming, host_path = _taken_over(disk, folder, closing)
                 disks.append(incoming)
                 records += _records(disk, incoming, host_path, holder)
-            yield Prepared(Incoming(memory=ram, state=state, disks=tuple(disks)), tuple(records))
+            memory_fd = ram if shared is None else shared.fd
+            yield Prepared(Incoming(memory=memory_fd, state=state, disks=tuple(disks)), tuple(records), shared)
             undo.pop_all()
+
+
+def _sealed(ram: int, template: Template) -> Sealed:
+    try:
+        return sealed.copy_of(ram)
+    except OSError as error:
+        raise oserrors.as_ours(error, f"cannot copy the memory of template {template.name} for its clones") from error
 
 
 def _check_replace(template: Template, replace: Mapping[Slot, DiskRequest]) -> None:
@@ -307,16 +318,6 @@ def _given_sectors(top: Layer, disk: DiskEntry) -> int | None:
     """A physical disk has its sectors by itself; an image, also an overlay on such a disk, has those it is given."""
     is_given = top.kind is AttachmentType.VIRTUAL_DISK and disk.logical_block_bytes != 512
     return disk.logical_block_bytes if is_given else None
-
-
-def memory_mode(qemu_version: str, process: QemuProcess) -> int:
-    """The mode of the memory's file: whom QEMU runs as must be able to open it, and an old one for writing.
-
-    The folder it lies in is for its owner alone, so others cannot reach it whatever this says.
-    """
-    if not needs_writable_memory(qemu_version):
-        return 0o444
-    return 0o600 if process.uid == os.geteuid() else 0o666
 
 
 def _damaged(path: Path, what: str, *, slot: Slot | None = None) -> TemplateDamaged:

@@ -28,7 +28,7 @@ from utilityvm.scsi.transitions import DiskState, MountState
 from utilityvm.tasks import Deadline
 from utilityvm.templates import catalog
 from utilityvm.templates.catalog import DISKS, MANIFEST, MEMORY, STATE, Draft, Template
-from utilityvm.templates.clone import host_cpu, memory_mode
+from utilityvm.templates.clone import host_cpu
 from utilityvm.templates.manifest import (
     VERSION,
     DiskEntry,
@@ -116,7 +116,7 @@ async def write(
             disks = await to_the_end(partial(_disks, process.uuid, records, shown, folder, final=final, parent=parent))
             async with _file(folder / MEMORY) as target:
                 await _in_thread(lent(target, memory.copy), process, size_bytes)
-            files = await _in_thread(_own_files, folder, memory_mode(process.qemu_version, process))
+            files = await _in_thread(_own_files, folder)
             manifest = Manifest(
                 version=VERSION,
                 name=name,
@@ -205,9 +205,9 @@ def _root_layer(root: Path) -> LayerEntry:
     return _layer(root, DiskFormat.RAW, AttachmentType.VIRTUAL_DISK, named=root)
 
 
-def _own_files(folder: Path, memory_mode: int, stop: Event) -> dict[str, File]:
+def _own_files(folder: Path, stop: Event) -> dict[str, File]:
     """What the manifest says of the template's own files."""
-    (folder / MEMORY).chmod(memory_mode)
+    (folder / MEMORY).chmod(0o444)  # QEMU has another user id; the folder is for its owner alone
     return {
         name: File(fingerprint=Fingerprint.at(folder / name), digest=catalog.digest(folder / name, stop))
         for name in (MEMORY, STATE)

@@ -54,6 +54,7 @@ async def clone(
         undo.add(guest.close)
         await claim.store.lane.run(claim.store.set_state, claim.record, VMState.RUNNING)
         vm = OwnedVM(config, claim, host, guest)
+        vm.shared = prepared.shared
         await vm.scsi.restore(is_alive=is_alive, records=prepared.records)
         vm.check()
         vm.take(Event.UP)

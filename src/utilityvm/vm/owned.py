@@ -19,6 +19,7 @@ from utilityvm.errors import InvalidRequest, UtilityVMError, VMNotRunning
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import QemuConfig, QemuHost
 from utilityvm.hosts.qemu.incoming import Incoming
+from utilityvm.hosts.qemu.sealed import Sealed
 from utilityvm.log import logger
 from utilityvm.machine import paths
 from utilityvm.machine.processes import is_running, own_start
@@ -139,6 +140,7 @@ class OwnedVM:
         self.findings: tuple[str, ...] = ()
         self.ending = asyncio.Lock()  # one of save, stop and close at a time
         self.resuming: asyncio.Task[None] | None = None  # in state `resuming`
+        self.shared: Sealed | None = None  # the memory that the clones of this process share; while the VM runs
         self._reason: UtilityVMError | None = None  # why calls are refused
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         self.log = _log.bind(vm=config.name)
@@ -160,6 +162,8 @@ class OwnedVM:
         """Go to the state that the table says. `reason` is what calls are refused with in it; None: as before."""
         self.state = next_state(self.state, event)
         self._reason = (reason or self._reason) if self.state in REFUSING else None
+        if self.state in OVER:
+            self.shared = None
         if self.state is State.ENDED:
             assert self._reason is not None
             self.scsi.mark_gone(self._reason)  # whoever waits for something of the VM is told now

@@ -84,15 +84,23 @@ def is_tmpfs(file: int) -> bool:
 
 
 def _copy_file(memfd: int, target: int, stop: Event) -> int:
+    try:
+        return copy_data(memfd, target, stop)
+    finally:
+        os.close(memfd)
+
+
+def copy_data(source: int, target: int, stop: Event | None = None) -> int:
+    """Copy what is not a hole, and give the number of bytes. Blocks; ends soon after `stop` is set."""
     copied = 0
-    with ExitStack() as closing:
-        closing.callback(os.close, memfd)
-        for begin, end in _data(memfd):
-            os.lseek(target, begin, os.SEEK_SET)
-            while begin < end and not stop.is_set():
-                sent = os.sendfile(target, memfd, begin, min(end - begin, _SEND))
-                begin += sent
-                copied += sent
+    for begin, end in _data(source):
+        os.lseek(target, begin, os.SEEK_SET)
+        while begin < end and not (stop and stop.is_set()):
+            sent = os.sendfile(target, source, begin, min(end - begin, _SEND))
+            if not sent:
+                raise OSError(errno.EIO, "the file was cut while it was copied")
+            begin += sent
+            copied += sent
     return copied
 
 

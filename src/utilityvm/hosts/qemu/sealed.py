@@ -1,0 +1,61 @@
+"""A template's memory that no clone can write to: a sealed copy, shared by the clones that one process starts.
+
+QEMU before 8.2 maps memory privately from a file only if it may write to that file too. One that its guest has taken
+over could then write to what all clones read. The seals of a memfd hold for every descriptor of it, whoever opens it
+and how: private mappings are possible, and nothing else that writes.
+
+The copy takes the RAM that the template's memory has, once for all clones of this process, and is gone with the last.
+Clones of another process have a copy of their own.
+
+Source: memfd_create(2); fcntl(2), F_ADD_SEALS; QEMU 7.2, softmmu/physmem.c, file_ram_open.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import weakref
+from typing import Final
+
+from utilityvm.hosts.qemu.memory import copy_data
+from utilityvm.machine import forks
+from utilityvm.machine.fileid import FileId
+
+SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+
+_lock = threading.Lock()
+_filling: dict[FileId, threading.Lock] = {}
+_known: weakref.WeakValueDictionary[FileId, Sealed] = weakref.WeakValueDictionary()
+
+
+class Sealed:
+    """A sealed copy. Its descriptor is closed when nobody has this object any more."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        weakref.finalize(self, os.close, fd)
+
+
+def copy_of(source: int) -> Sealed:
+    """The copy of that file, which never changes: one for all who have it at a time. Blocks.
+
+    Raises:
+        OSError: no memory, or the file's storage fails.
+    """
+    file = FileId.of(source)
+    with _lock:
+        filling = _filling.setdefault(file, threading.Lock())
+    with filling:  # of one file; others do not wait
+        if (known := _known.get(file)) is not None:
+            return known
+        fd = os.memfd_create("utilityvm-template", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, os.fstat(source).st_size)
+            copy_data(source, fd)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+        except BaseException:
+            os.close(fd)
+            raise
+        _known[file] = sealed = Sealed(forks.keep_from(fd))
+        return sealed
