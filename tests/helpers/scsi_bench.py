@@ -27,18 +27,18 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.host, self.guest = FakeHost(self.world), FakeGuest(self.world)
+        self._numbers = itertools.count(len(self.world.names_used) * 100)  # no two owners give the same name
         self.manager = self.new_manager()
 
     def new_manager(self) -> ScsiManager:
         """Another owner of the same VM."""
-        numbers = itertools.count(len(self.world.names_used) * 100)
         return ScsiManager(
             self.host,
             self.guest,
             self.journal,
             controllers=self.controllers,
             reserved=self.reserved,
-            new_id=lambda: f"id{next(numbers)}",
+            new_id=lambda: f"id{next(self._numbers)}",
             clock=self.clock,
         )
 

@@ -93,7 +93,7 @@ def try_orders(name: str, scenario: Scenario, tell: Tell) -> int:
             if not by_chance:
                 follow = next_order(run)
                 whole = follow is None
-            if len(tried) % 500 == 0:
+            if len(tried) % 2_000 == 0:
                 gc.collect()
     finally:
         gc.enable()

@@ -23,10 +23,11 @@ from utilityvm.errors import (
     OutcomeUnknown,
     StoreError,
 )
+from utilityvm.scsi.document import ScsiState
 from utilityvm.scsi.manager import AddRequest
 from utilityvm.scsi.ports import DiskRequest, Holder
 from utilityvm.scsi.reservation import Reservation
-from utilityvm.testing import Break
+from utilityvm.testing import Break, MemoryJournal
 
 DISKS = st.sampled_from("abcde")
 PATHS = st.sampled_from(["/1", "/2", "/3", None])
@@ -249,6 +250,35 @@ class Model(RuleBasedStateMachine):
                 except Migrating:
                     continue
                 raise AssertionError("a change while all was held still")
+
+    @rule()
+    def export_and_go_on(self) -> None:
+        manager = self.bench.manager
+        state = self.finish(manager.export_state())
+        assert isinstance(state, ScsiState)
+        with self.run_steps.loop.running():
+            for call in (self.bench.attach("a"), manager.remove("a"), manager.resize("a", 1 << 30), manager.repair()):
+                try:
+                    self.run_steps.finish(call)
+                except Migrating:
+                    continue
+                raise AssertionError("a change after the export")
+        assert self.finish(manager.resume()) == []
+
+    @rule()
+    def move_to_another_manager(self) -> None:
+        """Its journal is empty; the reservations keep their names."""
+        state = self.finish(self.bench.manager.export_state())
+        assert isinstance(state, ScsiState)
+        sent = len(self.bench.world.log)
+        self.bench.journal = MemoryJournal()
+        self.bench.manager = self.bench.new_manager()
+        self.bench.manager._book.free._free &= 0b1111
+        self.gone.clear()  # the new manager never knew them
+        with self.run_steps.loop.running():
+            self.bench.manager.import_state(state, holder=Holder(name="moved"))
+        assert self.finish(self.bench.manager.resume()) == []
+        assert all(step.startswith("probe") for step in self.bench.world.log[sent:]), "it changed what was there"
 
     @invariant()
     def is_as_the_model_says(self) -> None:
