@@ -21,6 +21,7 @@ from typing import Final
 from utilityvm.hosts.qemu.memory import copy_data
 from utilityvm.machine import forks
 from utilityvm.machine.fileid import FileId
+from utilityvm.machine.threads import aside
 
 SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
@@ -34,7 +35,7 @@ class Sealed:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        weakref.finalize(self, os.close, fd)
+        weakref.finalize(self, aside, os.close, fd)  # the last close gives the memory back, which takes a while
 
 
 def copy_of(source: int) -> Sealed:
