@@ -98,7 +98,7 @@ async def test_wherever_qemu_dies_everybody_hears_it_at_once(
             assert [type(await error_of(other)) for other in others] == [VMGone, VMGone]
             assert operation != "add" or isinstance(await error_of(sharing), VMGone)
             assert isinstance(await error_of(vm.add_scsi(images[1])), VMGone)
-        check_dead(vm)
+        await check_dead(vm)
         await vm.stop()
         assert not places.vm_dir(vm.name).exists()
         assert not any(map(is_locked, images))
@@ -116,13 +116,14 @@ async def error_of(call: Awaitable[object]) -> UtilityVMError | None:
     return None
 
 
-def check_dead(vm: UtilityVM) -> None:
+async def check_dead(vm: UtilityVM) -> None:
     assert not vm.is_running
     assert not vm.scsi_slots()
     assert not vm.scsi_reservations()
     with Store.open() as store:
-        record = store.get(vm.name)
-        assert record.state is VMState.DEAD
+        async with asyncio.timeout(20):
+            while (record := store.get(vm.name)).state is not VMState.DEAD:  # written in the background
+                await asyncio.sleep(0)
         assert not SqliteJournal(store, record).read()
 
 
@@ -134,7 +135,7 @@ async def test_a_kernel_that_panics_ends_its_vm_and_the_console_says_why(start: 
         assert isinstance(await error_of(vm.run(["sh", "-c", "echo c > /proc/sysrq-trigger; sleep 1000"])), VMGone)
         assert isinstance(await error_of(waiting), VMGone)
         await vm.wait()
-    check_dead(vm)
+    await check_dead(vm)
     assert "Kernel panic" in vm.console()
     await vm.stop()
     assert read_file(images[0], "/greeting", image_format=DiskFormat.RAW) == "hello\n"

@@ -34,7 +34,7 @@ from utilityvm.bridge.mount_options import MountOptions
 _STATE: Final = Path("/run/utilityvm/mounts.json")
 _MAX_LUN: Final = 63
 _BLKFLSBUF: Final = 0x1261  # linux/fs.h
-_PASSING_S: Final = 1.0  # for a use that nobody can be named for
+_PASSING_S: Final = 5.0  # for a use that nobody can be named for, such as a child that was forked beside it
 _LOOK_AGAIN_S: Final = 0.01
 
 
