@@ -38,6 +38,7 @@ class ContractVM(ABC):
     """A VM without disks, and short words for what tests ask of it."""
 
     knows_force: ClassVar[bool] = True
+    falls_back: ClassVar[bool] = False  # does its guest mount read-only, as mount(8) does, what it cannot write to?
     is_asked: ClassVar[bool] = True  # does its guest say what is there, or do we only know what it once answered?
     waits_for_ever: ClassVar[bool] = False  # does its guest hang when it is to mount a disk that is not there?
     grows: ClassVar[bool] = True
@@ -66,6 +67,10 @@ class ContractVM(ABC):
     @abstractmethod
     def silence(self) -> AbstractContextManager[None]:
         """Neither the hypervisor nor the guest does or answers anything; at the end they go on where they were."""
+
+    async def can_write(self, guest_path: PurePosixPath) -> bool:
+        """May a program of the guest write there? Asked only of guests that fall back."""
+        raise NotImplementedError
 
     @abstractmethod
     async def left(self) -> list[str]:
@@ -223,6 +228,8 @@ class HcsVM(ContractVM):
 class QemuVM(ContractVM):
     """A real VM: the backends that its `UtilityVM` has, without its manager."""
 
+    falls_back = True
+
     def __init__(self, vm: UtilityVM, folder: Path) -> None:
         self._vm = vm
         self._folder = folder
@@ -276,6 +283,9 @@ class QemuVM(ContractVM):
             yield
         finally:
             os.kill(self._qemu.process.pid, signal.SIGCONT)
+
+    async def can_write(self, guest_path: PurePosixPath) -> bool:
+        return (await self._agent.run(["touch", str(guest_path / "written")])).exit_code == 0
 
     async def left(self) -> list[str]:
         mounts = await self._agent.mounts()

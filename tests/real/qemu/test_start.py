@@ -226,6 +226,18 @@ async def test_a_start_that_is_cancelled_leaves_nothing(runtime: Path) -> None:
             await asyncio.sleep(0)
 
 
+async def test_a_runtime_folder_may_have_a_longer_path_than_a_socket(runtime: Path) -> None:
+    folder = runtime / ("x" * 120) / "one"  # a socket's own path has 107 bytes at the most
+    vm = await QemuHost.start(QemuConfig(name="one", memory_mib=64), folder=folder)
+    process = vm.process
+    await vm.close()
+    vm = await QemuHost.connect(process)
+    assert await vm.status() == "running"
+    await vm.stop()
+    assert not processes_of(runtime)
+    folder.parent.rmdir()
+
+
 async def test_a_start_without_time_leaves_nothing(runtime: Path) -> None:
     with pytest.raises(DeadlineExceeded):
         await QemuHost.start(QemuConfig(name="one", memory_mib=64), folder=runtime / "one", timeout_s=0.01)
