@@ -5,8 +5,11 @@ from __future__ import annotations
 import builtins
 import collections.abc
 import dataclasses
+import importlib
 import inspect
+import pkgutil
 import re
+import traceback
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,12 +36,47 @@ def test_every_error_is_public() -> None:
 
 
 def test_the_tree_at_the_top_of_errors_is_the_tree() -> None:
+    """Each kind of error once, under its parent."""
     from utilityvm import errors
 
-    drawn = errors.__doc__ or ""
-    for name, thing in vars(errors).items():
-        if inspect.isclass(thing) and issubclass(thing, Exception):
-            assert f" {name} " in drawn.replace("─", " "), f"{name} is not in the tree"
+    drawn: dict[str, str] = {}
+    above: list[tuple[int, str]] = [(-1, "Exception")]
+    for line in (errors.__doc__ or "").splitlines():
+        if found := re.match(r"    ([│├└─ ]*)([A-Z]\w+)  ", line):
+            depth, name = len(found[1]), found[2]
+            while above[-1][0] >= depth:
+                above.pop()
+            assert name not in drawn, f"{name} is drawn twice"
+            drawn[name] = above[-1][1]
+            above.append((depth, name))
+    kinds = [thing for thing in vars(errors).values() if inspect.isclass(thing) and issubclass(thing, Exception)]
+    assert drawn == {kind.__name__: kind.__mro__[1].__name__ for kind in kinds}
+
+
+def test_every_error_of_another_module_is_of_a_kind_in_the_tree() -> None:
+    """It may say more to the module's own callers; to users it is its parent."""
+    from utilityvm import errors
+
+    for module in pkgutil.walk_packages(utilityvm.__path__, "utilityvm."):
+        if module.name.endswith("__main__"):
+            continue
+        for thing in vars(importlib.import_module(module.name)).values():
+            if not inspect.isclass(thing) or not issubclass(thing, errors.UtilityVMError):
+                continue
+            if thing.__module__ != errors.__name__ and not thing.__module__.startswith("utilityvm.cli"):
+                base = thing.__mro__[1]
+                assert base is not errors.UtilityVMError, thing
+                assert base.__module__ == errors.__name__, thing
+
+
+def test_an_uncaught_error_shows_its_remedy() -> None:
+    from utilityvm.errors import InvalidRequest
+
+    shown = "".join(
+        traceback.format_exception(InvalidRequest("guest path 'data' is not absolute", remedy="write '/data'"))
+    )
+    assert "hint: write '/data'" in shown
+    assert "hint" not in "".join(traceback.format_exception(InvalidRequest("no")))
 
 
 # Members whose signatures name a type that is not public, each with the reason. This list only gets shorter.

@@ -5,6 +5,7 @@
     UtilityVMError               .vm .slot .host_path  where · .remedy  what to do next · __cause__  why
     ├── RequestError             cannot be met as asked; nothing was sent, nothing changed
     │   ├── InvalidRequest       a value is wrong by itself: a relative guest path, an unknown option
+    │   │   └── DiskNotFound     no file is at the host path
     │   ├── NoFreeSlot           every slot is taken; .holders says by what
     │   ├── NoControllers        the VM has no SCSI controller
     │   ├── TooManyAttachments   more than a fixed limit: controllers, LUNs, mounts of one disk
@@ -45,7 +46,7 @@
         ├── StoreTooNew          a later version of utilityvm wrote the store
         └── StoreDamaged         the store was not whole and was moved aside; .kept says where
 
-A kind is something that a caller does differently; all else is a field.
+A kind is something that a caller does differently; all else is a field. A traceback shows the remedy as well.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ class UtilityVMError(Exception):
         self.slot = slot
         self.host_path = None if host_path is None else Path(host_path)
         self.remedy = remedy
+        if remedy:
+            self.add_note(f"hint: {remedy}")  # for whoever reads the traceback
 
 
 class RequestError(UtilityVMError):
@@ -83,6 +86,10 @@ class RequestError(UtilityVMError):
 
 class InvalidRequest(RequestError):
     """A value of the request is wrong whatever the VM's state is."""
+
+
+class DiskNotFound(InvalidRequest):
+    """No file is at the host path."""
 
 
 class NoFreeSlot(RequestError):

@@ -15,6 +15,7 @@ from utilityvm.errors import (
     ConfigDiffers,
     DeadlineExceeded,
     DiskInUse,
+    DiskNotFound,
     GuestBusy,
     GuestPathInUse,
     GuestRefused,
@@ -173,7 +174,7 @@ class FakeHost:
         if not path or "\0" in path:
             raise InvalidRequest(f"{request.host_path!r} is no path")
         if path in world.missing:
-            raise InvalidRequest(f"{request.host_path}: there is no such file", host_path=request.host_path)
+            raise DiskNotFound(f"{request.host_path}: there is no such file", host_path=request.host_path)
         if (request.kind is AttachmentType.PASS_THRU) is not (path in world.physical):
             raise InvalidRequest(f"{request.host_path} is no {request.kind}", host_path=request.host_path)
         known = DiskFormat.RAW if path in world.physical else world.formats.get(path)

@@ -19,6 +19,7 @@ from utilityvm.errors import (
     AccessDenied,
     ConfigDiffers,
     DiskInUse,
+    DiskNotFound,
     HostRefused,
     InvalidRequest,
     NotSupported,
@@ -206,7 +207,7 @@ def _cannot_open(path: str, error: OSError | ValueError) -> UtilityVMError:
     if code in (errno.EACCES, errno.EPERM):
         return AccessDenied(f"{path}: this user may not read it", host_path=path)
     if code in (errno.ENOENT, errno.ENOTDIR):
-        return InvalidRequest(f"{path}: there is no such file", host_path=path)
+        return DiskNotFound(f"{path}: there is no such file", host_path=path)
     return InvalidRequest(f"{path}: it cannot be opened: {error}", host_path=path)
 
 

@@ -26,7 +26,15 @@ from typing import Final, TypeAlias
 
 from utilityvm.diskimage import blockdev, gpt, headers
 from utilityvm.diskimage.source import Source
-from utilityvm.errors import AccessDenied, ConfigDiffers, DiskInUse, InvalidRequest, NotSupported, SetupError
+from utilityvm.errors import (
+    AccessDenied,
+    ConfigDiffers,
+    DiskInUse,
+    DiskNotFound,
+    InvalidRequest,
+    NotSupported,
+    SetupError,
+)
 from utilityvm.hosts.qemu.format import FormatMemory, read_header
 from utilityvm.log import logger
 from utilityvm.machine import fileid, hostpath
@@ -139,7 +147,8 @@ def open_disk(request: DiskRequest, *, memory: FormatMemory | None = None) -> Qe
     Which format an image has was decided when it was first opened, if `memory` knows it: see `read_header`.
 
     Raises:
-        InvalidRequest: no such file, or one that cannot be a disk of this kind.
+        DiskNotFound: there is no such file.
+        InvalidRequest: it cannot be a disk of this kind.
         AccessDenied: this user may not open it so; or this is root, and another user decides where the path leads.
         DiskInUse: the host itself uses it.
         NotSupported: an extensible virtual disk, or a writable one on what cannot be written.
@@ -330,6 +339,8 @@ def _cannot_open(path: str, error: OSError) -> InvalidRequest | AccessDenied | N
             )
         case errno.EMFILE | errno.ENFILE:
             return SetupError(message, host_path=path, remedy="raise the limit on open files: ulimit -n")
+        case errno.ENOENT | errno.ENOTDIR:
+            return DiskNotFound(message, host_path=path, remedy="give the path of a disk image or of a block device")
         case errno.EROFS | errno.ETXTBSY:
             return NotSupported(message, host_path=path, remedy="attach it read-only")
         case _:
