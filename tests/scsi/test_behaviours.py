@@ -945,7 +945,7 @@ async def test_a_batch_of_which_one_fails_gives_all_back(bench: Bench) -> None:
     assert [type(result).__name__ for result in results] == [
         "Reservation",
         "Reservation",
-        "InvalidRequest",
+        "DiskNotFound",
         "Reservation",
     ]
     left = await bench.manager.remove_many([one for one in results if not isinstance(one, Exception)])
