@@ -75,12 +75,23 @@ def out_of_a_strangers_folder(secret: Path) -> Path:
     return strangers_folder(secret).parent / ".." / secret.name
 
 
-def in_a_folder_of_everybody(secret: Path) -> Path:
-    folder = secret.with_name("open")
+def strangers_link_in_a_folder_of_everybody(secret: Path) -> Path:
+    folder = open_folder(secret)
+    (folder / "disk").symlink_to(secret)
+    return of_stranger(folder / "disk")
+
+
+def hard_link_in_a_folder_of_everybody(secret: Path) -> Path:
+    folder = open_folder(secret)
+    os.link(secret, folder / "disk")
+    return folder / "disk"
+
+
+def open_folder(beside: Path) -> Path:
+    folder = beside.with_name("open")
     folder.mkdir()
     folder.chmod(0o777)
-    (folder / "disk").write_bytes(b"")
-    return folder / "disk"
+    return folder
 
 
 def hard_link_in_a_shared_folder(secret: Path) -> Path:
@@ -101,7 +112,8 @@ def hard_link_in_a_shared_folder(secret: Path) -> Path:
         roots_link_into_a_strangers_folder,
         strangers_folder,
         out_of_a_strangers_folder,
-        in_a_folder_of_everybody,
+        strangers_link_in_a_folder_of_everybody,
+        hard_link_in_a_folder_of_everybody,
         hard_link_in_a_shared_folder,
     ],
 )
@@ -119,6 +131,13 @@ def test_the_refusal_says_where_the_path_leads(secret: Path) -> None:
     with pytest.raises(AccessDenied, match=f"user {STRANGER}.*") as refused:
         pin(str(strangers_link_behind_roots(secret)))
     assert str(secret) in str(refused.value)
+
+
+@as_root
+def test_roots_image_in_a_folder_that_everybody_may_write_to_is_opened(tmp_path: Path) -> None:
+    disk = open_folder(tmp_path / "disk") / "disk"
+    disk.touch()
+    assert pinned_inode(disk) == disk.stat().st_ino
 
 
 @as_root

@@ -240,13 +240,15 @@ class _Walk:
 
 
 def _refuse_strangers(walk: _Walk, status: os.stat_result) -> None:
-    """Refuse to go on, for root, where another user decides what is there. Who made `/` decides all."""
+    """Refuse to go on, for root, where another user decides what is there. Who made `/` decides all.
+
+    What others put in a folder that they may write to is theirs, and refused as such: a folder or a link of their own,
+    or another name of root's file.
+    """
     owner, mode = status.st_uid, status.st_mode
     if stat.S_ISDIR(mode):
         if walk.here != "/" and owner not in (0, os.geteuid()):
             raise _strangers(walk, f"{walk.here} belongs to {_user(owner)}, who may replace all that is in it")
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            raise _strangers(walk, f"{walk.here} is writable to everybody (mode {stat.S_IMODE(mode):o})")
     elif walk.is_writable and status.st_nlink > 1 and owner in (0, os.geteuid()):
         raise _strangers(
             walk, f"it has {status.st_nlink} names (hard links), and others may make some in {Path(walk.here).parent}"
