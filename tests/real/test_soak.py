@@ -1,4 +1,4 @@
-"""A process that goes on and on leaves nothing behind: some rounds of what `./dev soak` does for hours."""
+"""A process that goes on and on leaves nothing behind: some rounds of what `./dev soak` does by the thousand."""
 
 from __future__ import annotations
 
