@@ -377,3 +377,6 @@ def test_a_thread_that_fails_ends_its_program_and_says_so(host: RawHost, monkeyp
     monkeypatch.setattr(run.Program, "_send_output", fail)
     host.run("sh", "-c", "echo; sleep 1000")
     assert host.outcome()[2] == -signal.SIGKILL
+    for thread in threading.enumerate():  # it tells the outcome first, and raises then: the hook is ours until it has
+        if thread.name.endswith("(_live)"):
+            thread.join(20)
