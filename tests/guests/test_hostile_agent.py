@@ -366,9 +366,12 @@ JSON = st.recursive(
 MEMBERS = ("Result", "ErrorMessage", "Utilityvm", "Present", "MountPaths", "Mounts", "More", "Flushed", "BootId")
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(answer=st.dictionaries(st.sampled_from(MEMBERS), JSON))
-async def test_whatever_it_answers_errors_are_typed_and_soon(connect: Connect, answer: dict[str, Any]) -> None:
+async def test_whatever_it_answers_errors_are_typed_and_soon(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(bridge_guest, "_PAUSES_S", (0.0,))
     questions = (messages.MODIFY, messages.PROBE, messages.MOUNTS, messages.INFO, messages.QUIESCE, messages.UNIQUE)
     guest, _ = await connect({kind: said(**answer) for kind in questions} | {messages.RUN: ran(ended(0))})
     await ask_all(guest)
