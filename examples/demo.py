@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,10 +21,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utilityvm import DiskSpec, ScratchKey, UtilityVM, Verity, VMConfig
-from utilityvm.machine.programs import find_program, run
-from utilityvm.store import Store
-from utilityvm.templates import catalog
+from utilityvm import (
+    DiskSpec,
+    ScratchKey,
+    UtilityVM,
+    Verity,
+    VMConfig,
+    VMNotFound,
+    get_template,
+    get_vm,
+    list_templates,
+)
 
 MIB = 1 << 20
 CLONES = 4
@@ -45,19 +53,26 @@ def step(what: str) -> Iterator[None]:
     print(f"({(time.perf_counter() - begun) * 1000:.0f} ms)", flush=True)
 
 
+def run(*command: str | Path) -> str:
+    """Run a program of this host, and give what it printed. Debian keeps some in /sbin."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{command[0]}: {done.stderr}")
+    return done.stdout
+
+
 def make_image(folder: Path, name: str, files: dict[str, str], *, image_format: str, size_mib: int = 64) -> Path:
     """An ext4 file system that holds `files`, as an image of QEMU's own making."""
     tree, raw = folder / f"{name}.tree", folder / f"{name}.raw"
     for path, text in files.items():
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
         (tree / path).write_text(text)
-    mkfs = find_program("mkfs.ext4", package="e2fsprogs")
-    run([mkfs, "-q", "-F", "-d", tree, raw, f"{size_mib}M"])
+    run("mkfs.ext4", "-q", "-F", "-d", tree, raw, f"{size_mib}M")
     if image_format == "raw":
         return raw
     image = folder / f"{name}.{image_format}"
-    qemu_img = find_program("qemu-img", package="qemu-utils")
-    run([qemu_img, "convert", "-f", "raw", "-O", image_format, raw, image])
+    run("qemu-img", "convert", "-f", "raw", "-O", image_format, raw, image)
     return image
 
 
@@ -78,9 +93,8 @@ def make_verity(folder: Path) -> tuple[Path, Verity]:
     """A file system with its hash tree behind it, and what proves that it is this one."""
     image = make_image(folder, "layer", {"release": "42\n"}, image_format="raw", size_mib=16)
     offset = image.stat().st_size
-    veritysetup = find_program("veritysetup", package="cryptsetup-bin")
     sizes = ["--data-block-size=1024", "--hash-block-size=1024"]  # those of so small an ext4
-    said = run([veritysetup, "format", *sizes, f"--hash-offset={offset}", image, image]).decode()
+    said = run("veritysetup", "format", *sizes, f"--hash-offset={offset}", image, image)
     found = re.search(r"Root hash:\s+([0-9a-f]+)", said)
     if not found:
         raise SystemExit(f"veritysetup said no root hash: {said}")
@@ -90,9 +104,8 @@ def make_verity(folder: Path) -> tuple[Path, Verity]:
 def read_back(image: Path, path: str, folder: Path) -> str:
     """What `path` holds in the image's file system, read on the host without mounting it."""
     raw = folder / "read-back.raw"
-    qemu_img = find_program("qemu-img", package="qemu-utils")
-    run([qemu_img, "convert", "-f", image.suffix[1:], "-O", "raw", image, raw])
-    return run([find_program("debugfs", package="e2fsprogs"), "-R", f"cat {path}", raw]).decode()
+    run("qemu-img", "convert", "-f", image.suffix[1:], "-O", "raw", image, raw)
+    return run("debugfs", "-R", f"cat {path}", raw)
 
 
 async def inside(vm: UtilityVM, script: str) -> str:
@@ -220,13 +233,16 @@ async def killed_owner(folder: Path, name: str) -> None:
     finally:
         if vm.is_running:
             await vm.stop()
-        elif status_of(name):
+        elif is_known(name):
             await UtilityVM.remove(name, force=True)
 
 
-def status_of(name: str) -> bool:
-    with Store.open() as store:
-        return store.find(name) is not None
+def is_known(name: str) -> bool:
+    try:
+        get_vm(name)
+    except VMNotFound:
+        return False
+    return True
 
 
 async def die(name: str, disk: str) -> None:
@@ -276,9 +292,8 @@ async def fork(folder: Path, name: str) -> None:
         await vm.stop()
         for clone in clones:
             await clone.stop(timeout_s=0)
-        if name in catalog.names():
-            with Store.open() as store:
-                catalog.remove(name, store)
+        if name in {template.name for template in list_templates()}:
+            get_template(name).remove()
 
 
 async def demo(folder: Path) -> None:

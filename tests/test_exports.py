@@ -113,13 +113,18 @@ def annotations_of(kind: type) -> Iterator[tuple[str, str]]:
             yield name, str(signature.return_annotation)
 
 
+def annotations_of_function(thing: object) -> Iterator[tuple[str, str]]:
+    if inspect.isfunction(thing):
+        signature = inspect.signature(thing)
+        yield from (("()", str(one.annotation)) for one in signature.parameters.values())
+        yield "()", str(signature.return_annotation)
+
+
 @pytest.mark.parametrize("name", utilityvm.__all__)
 def test_every_type_in_a_public_signature_is_public(name: str) -> None:
     kind = getattr(utilityvm, name)
-    if not inspect.isclass(kind):
-        return
     hidden: dict[str, set[str]] = {}
-    for member, annotation in annotations_of(kind):
+    for member, annotation in annotations_of(kind) if inspect.isclass(kind) else annotations_of_function(kind):
         words = set(re.findall(r"[A-Za-z_]\w*", NOT_A_NAME.sub("", annotation)))
         if unknown := words - STANDARD - set(utilityvm.__all__):
             hidden.setdefault(f"{name}.{member}", set()).update(unknown)

@@ -6,6 +6,10 @@
         async with vm.add_scsi("tools.vhdx", "/tools", read_only=True) as tools:
             result = await vm.run(["ls", "/tools"])
 
+What there is: `list_vms`, `list_disks`, `list_templates`, `list_images`, and `get_vm` and its like. Keeping a host in
+order: `doctor`, `find_leftovers`, `examine_vm`, `repair_vm`. `list_…`, `get_…` and `find_…` read files and block for
+some milliseconds: in an event loop call `asyncio.to_thread`.
+
 Every error is a `UtilityVMError`. After a `RequestError` nothing was sent and nothing changed; after `HostRefused` and
 `GuestRefused` the VM is as it was; after `OutcomeUnknown` the next call finds out first. All may be tried again.
 
@@ -66,9 +70,11 @@ if TYPE_CHECKING:
     )
     from utilityvm.guestimage.build import GuestImage
     from utilityvm.guestimage.custom import GuestRecipe
+    from utilityvm.guestimage.listing import find_image, get_image, list_images
     from utilityvm.guests.bridge_guest import CommandResult, OutputSink
     from utilityvm.hosts.qemu import QemuProcess
     from utilityvm.machine.hostpath import HostPath
+    from utilityvm.machine.processes import introduce
     from utilityvm.scsi.document import SavedDisk, ScsiState
     from utilityvm.scsi.events import ScsiEvent, ScsiEvents
     from utilityvm.scsi.ports import (
@@ -84,9 +90,18 @@ if TYPE_CHECKING:
     from utilityvm.scsi.reservation import Reservation
     from utilityvm.scsi.slot import Slot
     from utilityvm.scsi.views import MountView, SlotView
-    from utilityvm.templates.catalog import Template
+    from utilityvm.store.catalog import VMState
+    from utilityvm.store.ownership import Owner
+    from utilityvm.store.view import DiskInfo, ReservationInfo
+    from utilityvm.templates.catalog import Template, TemplateDisk
+    from utilityvm.templates.listing import get_template, list_templates
+    from utilityvm.upkeep.findings import Finding, doctor
+    from utilityvm.upkeep.images import remove_images
+    from utilityvm.upkeep.leftovers import Leftover, LeftoverKind, find_leftovers, remove_leftover
+    from utilityvm.upkeep.repair import Difference, examine_vm, repair_vm
     from utilityvm.vm.acquiring import Acquiring
     from utilityvm.vm.config import DiskSettings, GuestPath, MountSettings
+    from utilityvm.vm.listing import VMInfo, get_vm, list_disks, list_vms, read_console
     from utilityvm.vm.mount import OnBusy
     from utilityvm.vm.pool import ClonePool
     from utilityvm.vm.utility_vm import GENERATED, DiskSpec, MountedDisk, SCSIMount, UtilityVM, VMConfig
@@ -103,11 +118,14 @@ __all__ = [
     "CommandResult",
     "ConfigDiffers",
     "DeadlineExceeded",
+    "Difference",
     "DiskFormat",
     "DiskInUse",
+    "DiskInfo",
     "DiskNotFound",
     "DiskSettings",
     "DiskSpec",
+    "Finding",
     "GuestBusy",
     "GuestImage",
     "GuestPath",
@@ -122,6 +140,8 @@ __all__ = [
     "ImageUnsafe",
     "InvalidRequest",
     "LayerNotSupported",
+    "Leftover",
+    "LeftoverKind",
     "Migrating",
     "MountConfig",
     "MountSettings",
@@ -134,10 +154,12 @@ __all__ = [
     "OnBusy",
     "OutcomeUnknown",
     "OutputSink",
+    "Owner",
     "ProtocolError",
     "QemuProcess",
     "RequestError",
     "Reservation",
+    "ReservationInfo",
     "SCSIMount",
     "SavedDisk",
     "ScratchKey",
@@ -154,6 +176,7 @@ __all__ = [
     "Template",
     "TemplateDamaged",
     "TemplateDiffers",
+    "TemplateDisk",
     "TemplateExists",
     "TemplateInUse",
     "TemplateNotFound",
@@ -164,16 +187,45 @@ __all__ = [
     "VMConfig",
     "VMExists",
     "VMGone",
+    "VMInfo",
     "VMNotFound",
     "VMNotRunning",
     "VMOwned",
+    "VMState",
     "Verity",
     "WrongLoop",
     "WrongState",
+    "doctor",
     "errors",
+    "examine_vm",
+    "find_image",
+    "find_leftovers",
+    "get_image",
+    "get_template",
+    "get_vm",
+    "introduce",
+    "list_disks",
+    "list_images",
+    "list_templates",
+    "list_vms",
+    "read_console",
+    "remove_images",
+    "remove_leftover",
+    "repair_vm",
 ]
 
 _MODULES = {
+    "utilityvm.vm.listing": ("VMInfo", "get_vm", "list_disks", "list_vms", "read_console"),
+    "utilityvm.store.view": ("DiskInfo", "ReservationInfo"),
+    "utilityvm.store.catalog": ("VMState",),
+    "utilityvm.store.ownership": ("Owner",),
+    "utilityvm.templates.listing": ("get_template", "list_templates"),
+    "utilityvm.guestimage.listing": ("find_image", "get_image", "list_images"),
+    "utilityvm.upkeep.images": ("remove_images",),
+    "utilityvm.upkeep.findings": ("Finding", "doctor"),
+    "utilityvm.upkeep.leftovers": ("Leftover", "LeftoverKind", "find_leftovers", "remove_leftover"),
+    "utilityvm.upkeep.repair": ("Difference", "examine_vm", "repair_vm"),
+    "utilityvm.machine.processes": ("introduce",),
     "utilityvm.guests.bridge_guest": ("CommandResult", "OutputSink"),
     "utilityvm.hosts.qemu": ("QemuProcess",),
     "utilityvm.machine.hostpath": ("HostPath",),
@@ -196,7 +248,7 @@ _MODULES = {
     "utilityvm.scsi.slot": ("Slot",),
     "utilityvm.vm.acquiring": ("Acquiring",),
     "utilityvm.vm.pool": ("ClonePool",),
-    "utilityvm.templates.catalog": ("Template",),
+    "utilityvm.templates.catalog": ("Template", "TemplateDisk"),
     "utilityvm.guestimage.build": ("GuestImage",),
     "utilityvm.guestimage.custom": ("GuestRecipe",),
     "utilityvm.vm.utility_vm": ("GENERATED", "DiskSpec", "MountedDisk", "SCSIMount", "UtilityVM", "VMConfig"),

@@ -1,4 +1,7 @@
-"""Foreign words, made fit to be shown: what a guest, a hypervisor or a file says may be meant for the terminal."""
+"""Text for people: foreign words made fit to be shown, sizes and counts.
+
+What a guest, a hypervisor or a file says may be meant for the terminal.
+"""
 
 from __future__ import annotations
 
@@ -25,3 +28,18 @@ def clean(text: str, limit: int = LIMIT) -> str:
     if not text.isprintable():
         text = "".join(sign if sign.isprintable() or sign in _KEPT else "\N{REPLACEMENT CHARACTER}" for sign in text)
     return f"{text}…" if is_cut else text
+
+
+def size(count: int) -> str:
+    """A number of bytes in a unit that keeps it short."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 10 else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def count(number: int, thing: str) -> str:
+    """`1 disk`, `2 disks`, `no disks`."""
+    return f"{number or 'no'} {thing}{'' if number == 1 else 's'}"

@@ -31,6 +31,7 @@ from utilityvm.scsi.ports import (
 )
 from utilityvm.scsi.slot import Slot
 from utilityvm.store import SqliteJournal, Store, VMState
+from utilityvm.text import size
 
 from .conftest import Uvm
 
@@ -148,7 +149,7 @@ def test_ages_have_one_unit(seconds: float, text: str) -> None:
     ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (1 << 30, "1.0 GiB"), (1 << 50, "1024.0 TiB")]
 )
 def test_sizes_are_short(count: int, text: str) -> None:
-    assert output.size(count) == text
+    assert size(count) == text
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -17,6 +17,7 @@ import pytest
 
 from utilityvm.cli import output
 from utilityvm.store import Store
+from utilityvm.text import count
 
 from .conftest import Uvm
 
@@ -151,7 +152,7 @@ def test_a_table_fits_the_terminal(
 
 @pytest.mark.parametrize(("number", "text"), [(0, "no disks"), (1, "1 disk"), (2, "2 disks")])
 def test_things_are_counted_in_english(number: int, text: str) -> None:
-    assert output.count(number, "disk") == text
+    assert count(number, "disk") == text
 
 
 @pytest.mark.parametrize("wait_for", ["utilityvm.cli.commands", "click", "utilityvm.cli.vm", "utilityvm.store"])

@@ -59,8 +59,8 @@ async def output(vm: UtilityVM, script: str) -> str:
 async def sweep() -> None:
     """What a person does now and then: `uvm gc --apply`. Guest images are the machine's."""
     with Store.open() as store:
-        for one in leftovers.leftovers(store):
-            if one.kind is not leftovers.Kind.IMAGE:
+        for one in leftovers.found_in(store):
+            if one.kind is not leftovers.LeftoverKind.IMAGE:
                 await leftovers.remove(one, store)
 
 

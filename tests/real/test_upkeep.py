@@ -35,7 +35,10 @@ Uvm = Callable[..., "CompletedProcess[str]"]
 
 pytestmark = pytest.mark.real
 
-OF_THE_MACHINE = (leftovers.Kind.IMAGE, leftovers.Kind.BUILD)  # its cache is not the test's: what is old there stays
+OF_THE_MACHINE = (
+    leftovers.LeftoverKind.IMAGE,
+    leftovers.LeftoverKind.BUILD,
+)  # its cache is not the test's: what is old there stays
 
 DISK = DiskRecord(
     attachment="a1",
@@ -102,7 +105,7 @@ async def test_what_vanished_is_put_back(start: Start, disk: Path, uvm: Uvm) -> 
     try:
         await vm.add_scsi(disk, "/data", holder="job")
         with pytest.raises(VMOwned):
-            await repair.examine("torn")
+            await repair.examine_vm("torn")
         await vm._guest.unmount(
             Slot(0, 1), MountConfig(), guest_path=PurePosixPath("/data"), timeout_s=20.0, force=False
         )
@@ -121,7 +124,7 @@ async def test_what_vanished_is_put_back(start: Start, disk: Path, uvm: Uvm) -> 
         assert again == found, "looking changes nothing"
 
         assert uvm("repair", "torn", "--apply").returncode == 0
-        assert await repair.examine("torn") == []
+        assert await repair.examine_vm("torn") == []
         vm = await UtilityVM.open("torn")
         assert await output(vm, "cat /data/greeting") == "hello\n"
         assert [mount.holder for mount in vm.scsi_reservations()] == ["job"]
@@ -136,7 +139,7 @@ async def test_what_no_journal_knows_is_taken_out_unless_it_is_in_use(start: Sta
         await vm.close()
         with Store.open() as store:
             store.set_dead(store.get("lost"))  # as if another store had been lost: its journal is empty
-        assert [one.what for one in await repair.examine("lost")] == [
+        assert [one.what for one in await repair.examine_vm("lost")] == [
             "/data is mounted, and no journal knows it",
             "a disk that no journal knows",
         ]
@@ -144,13 +147,13 @@ async def test_what_no_journal_knows_is_taken_out_unless_it_is_in_use(start: Sta
         await output(vm, "sleep 1000 < /data/greeting > /dev/null 2>&1 &")
         await vm.close()
         with pytest.raises(GuestBusy, match="sleep"):
-            await repair.mend("lost")
-        assert len(await repair.examine("lost")) == 2, "nothing is half removed"
+            await repair.repair_vm("lost")
+        assert len(await repair.examine_vm("lost")) == 2, "nothing is half removed"
         vm = await UtilityVM.open("lost")
         await output(vm, "pkill sleep; while pgrep sleep; do :; done")
         await vm.close()
-        assert len(await repair.mend("lost")) >= 2
-        assert await repair.examine("lost") == []
+        assert len(await repair.repair_vm("lost")) >= 2
+        assert await repair.examine_vm("lost") == []
         vm = await UtilityVM.open("lost")
         async with vm.add_scsi(disk, "/data") as mount:
             assert mount.slot == Slot(0, 1), "the slot is free again"
@@ -186,7 +189,7 @@ async def test_what_is_left_over_is_found_and_removed(start: Start, disk: Path, 
         }
         assert overlays.exists(), "looking removes nothing"
         with Store.open() as store:
-            for one in leftovers.leftovers(store):
+            for one in leftovers.found_in(store):
                 if one.kind not in OF_THE_MACHINE:
                     assert await leftovers.remove(one, store)
                     assert not await leftovers.remove(one, store), "removed before is done"
@@ -206,5 +209,5 @@ async def test_guest_images_in_use_are_no_leftovers(booted: str, monkeypatch: py
     with Store.open() as store, monkeypatch.context() as patch:
         other = next((image for image in build.catalog() if image != current), None)
         patch.setattr(build, "find", lambda: other)
-        names = {one.name for one in leftovers.leftovers(store) if one.kind is leftovers.Kind.IMAGE}
+        names = {one.name for one in leftovers.found_in(store) if one.kind is leftovers.LeftoverKind.IMAGE}
     assert current.key not in names, "the template is made of it"

@@ -21,7 +21,7 @@ from utilityvm.machine.processes import own_start
 from utilityvm.store import Store, StoredVM
 from utilityvm.store.ownership import Ownership
 from utilityvm.upkeep import leftovers
-from utilityvm.upkeep.leftovers import Kind
+from utilityvm.upkeep.leftovers import LeftoverKind
 from utilityvm.vm import lifecycle
 
 REST = {
@@ -82,15 +82,15 @@ def running(store: Store, name: str, **config: object) -> StoredVM:
     return vm
 
 
-def found(store: Store) -> list[tuple[Kind, str]]:
-    return [(one.kind, one.name) for one in leftovers.leftovers(store)]
+def found(store: Store) -> list[tuple[LeftoverKind, str]]:
+    return [(one.kind, one.name) for one in leftovers.found_in(store)]
 
 
 async def test_an_image_that_nobody_uses_goes_and_the_others_stay(store: Store) -> None:
     current, of_a_vm, old = current_image(), image("bookworm-ofavm"), image("bookworm-old")
     running(store, "alive", root=str(of_a_vm / "root.ext4"))
-    [one] = leftovers.leftovers(store)
-    assert (one.kind, one.path) == (Kind.IMAGE, old)
+    [one] = leftovers.found_in(store)
+    assert (one.kind, one.path) == (LeftoverKind.IMAGE, old)
     assert one.size_bytes > 0
     assert await leftovers.remove(one, store)
     assert sorted(path.name for path in (paths.cache_dir() / "images").iterdir()) == sorted(
@@ -105,7 +105,7 @@ async def test_the_image_of_a_vm_that_is_just_starting_stays(store: Store) -> No
     vm = store.add("new", uuid="new", config={"root": str(chosen / "root.ext4")})
     assert found(store) == []
     ownership.release()
-    assert found(store) == [(Kind.VM, "new"), (Kind.IMAGE, chosen.name)], "its starter died"
+    assert found(store) == [(LeftoverKind.VM, "new"), (LeftoverKind.IMAGE, chosen.name)], "its starter died"
     store.remove(vm)
 
 
@@ -114,7 +114,7 @@ def test_an_image_of_a_users_own_recipe_stays_with_its_base(store: Store) -> Non
     image("bookworm-own", base="bookworm-ownbase", recipe={"packages": ["git"]})
     for name in ("bookworm-ownbase", "bookworm-oldbase"):
         (paths.cache_dir() / "bases" / name).mkdir()
-    assert found(store) == [(Kind.BUILD, "bookworm-oldbase")]
+    assert found(store) == [(LeftoverKind.BUILD, "bookworm-oldbase")]
 
 
 def test_who_uses_an_image_is_known(store: Store) -> None:
@@ -130,7 +130,7 @@ def test_all_images_stay_while_a_vm_does_not_say_which_it_uses(store: Store) -> 
     vm = running(store, "alive")
     assert found(store) == []
     store.remove(vm)
-    assert found(store) == [(Kind.IMAGE, "bookworm-old")]
+    assert found(store) == [(LeftoverKind.IMAGE, "bookworm-old")]
 
 
 def test_all_images_stay_while_the_current_one_is_not_built(store: Store) -> None:
@@ -144,7 +144,7 @@ async def test_what_builds_left_goes_unless_somebody_builds(store: Store) -> Non
     (bases / "bookworm-old").mkdir()
     (bases / ".new-bookworm-1").mkdir()
     (paths.cache_dir() / "images/.new-bookworm-2").mkdir()
-    left = leftovers.leftovers(store)
+    left = leftovers.found_in(store)
     assert [one.name for one in left] == [".new-bookworm-1", ".new-bookworm-2", "bookworm-old"]
     with one_builder(paths.cache_dir() / "images/.lock", waiting=lambda: None):
         assert found(store) == []
@@ -165,7 +165,7 @@ async def test_a_vm_that_starts_meanwhile_keeps_its_overlays(store: Store, monke
         return vms
 
     monkeypatch.setattr(store, "vms", read_then_start)
-    assert [one for one in leftovers.leftovers(store) if one.kind is Kind.OVERLAYS] == []
+    assert [one for one in leftovers.found_in(store) if one.kind is LeftoverKind.OVERLAYS] == []
 
 
 def test_overlays_of_a_vm_that_runs_and_is_in_no_store_stay(store: Store) -> None:
@@ -177,14 +177,14 @@ def test_overlays_of_a_vm_that_runs_and_is_in_no_store_stay(store: Store) -> Non
         process.stdout.readline()
         assert found(store) == []
         process.kill()
-    assert found(store) == [(Kind.OVERLAYS, name)]
+    assert found(store) == [(LeftoverKind.OVERLAYS, name)]
 
 
 async def test_what_is_taken_up_meanwhile_is_not_removed(store: Store) -> None:
     folder = paths.vm_dir("taken")
     folder.mkdir(parents=True)
     (folder / "console.log").write_text("")
-    [one] = leftovers.leftovers(store)
+    [one] = leftovers.found_in(store)
     ownership = await Ownership.acquire(folder, vm="taken")
     assert not await leftovers.remove(one, store)
     assert (folder / "console.log").exists()
@@ -205,7 +205,7 @@ async def test_the_folder_of_a_vm_that_is_in_no_store(
     process = {"pid": os.getpid(), "started": started or own_start()}
     copy = {"name": "lost", "uuid": "u", "created": 0.0, "config": {}, "process": process}
     (folder / paths.RECORD_FILE).write_text(json.dumps({**copy, "store": of_store or str(store.path)}))
-    left = leftovers.leftovers(store)
+    left = leftovers.found_in(store)
     assert [one.name for one in left] == ["lost"] * is_left
     assert [await leftovers.remove(one, store) for one in left] == [True] * is_left
     assert folder.exists() is not is_left
@@ -229,7 +229,7 @@ async def test_many_dead_vms_cost_no_more_each_than_few(store: Store, monkeypatc
         store.set_process(vm, {**dead, "name": name, "uuid": name, "folder": str(paths.vm_dir(name))})
         paths.vm_dir(name).mkdir(parents=True)
         (paths.vm_dir(name) / "console.log").touch()
-    left = leftovers.leftovers(store)
+    left = leftovers.found_in(store)
     looks.clear()
     assert all([await leftovers.remove(one, store) for one in left])
     assert looks == []

@@ -23,20 +23,16 @@ from utilityvm.cli.options import (
     vm_argument,
     wait_option,
 )
-from utilityvm.cli.output import OutputFailed, age, count, print_fields, print_json, print_table, say, size
+from utilityvm.cli.output import OutputFailed, age, print_fields, print_json, print_table, say
 from utilityvm.cli.owners import opened
 from utilityvm.cli.values import SIZE, Place, place
 from utilityvm.errors import UtilityVMError
+from utilityvm.text import count, size
 
 if TYPE_CHECKING:
     from typing import Never
 
-    from utilityvm.scsi.ports import CallerKey, Verity
-    from utilityvm.scsi.slot import Slot
-    from utilityvm.scsi.views import SlotView
-    from utilityvm.store.view import SlotRow
-    from utilityvm.vm.config import DiskSpec
-    from utilityvm.vm.mount import SCSIMount
+    from utilityvm import CallerKey, DiskInfo, DiskSpec, SCSIMount, Slot, SlotView, Verity
 
 HOLDER = "cli"
 _LONGEST_KEY = 64
@@ -123,8 +119,7 @@ def attach_command(
     A disk that is attached already is shared: each `uvm attach` takes one more reservation, and each `uvm detach` gives
     one back.
     """
-    from utilityvm.scsi.ports import ScratchKey, VMAccess
-    from utilityvm.vm.config import GENERATED, DiskSpec
+    from utilityvm import GENERATED, DiskSpec, ScratchKey, VMAccess
 
     where = place(disk) if guest_path is None else Place(disk, guest_path)
     if where.mode == "rw" and read_only:
@@ -152,14 +147,14 @@ def attach_command(
         verity=_verity(root_hash, verity_offset),
         physical=physical,
     )
-    spec.request()  # what is wrong by itself is told before the VM is waited for
+    spec.check()  # what is wrong by itself is told before the VM is waited for
     run(_attach(name, spec, holder=holder, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
 
 
 def _key_of(path: str) -> CallerKey:
     """The key in the file; `-` is the standard input, and /dev/fd/N a descriptor that the shell gave us."""
+    from utilityvm import CallerKey
     from utilityvm.machine.hostpath import open_file
-    from utilityvm.scsi.ports import CallerKey
 
     try:
         if path == "-":
@@ -173,7 +168,7 @@ def _key_of(path: str) -> CallerKey:
 
 
 def _verity(root_hash: str | None, offset: int | None) -> Verity | None:
-    from utilityvm.scsi.ports import Verity
+    from utilityvm import Verity
 
     if root_hash is None and offset is None:
         return None
@@ -229,7 +224,9 @@ async def _take_back(mount: SCSIMount, failed: OutputFailed, *, timeout_s: float
 @json_option
 def ls_command(name: str, reservations: bool, as_json: bool) -> None:
     """List the VM's disks: slot, mode, guest paths, references, holders and age."""
-    rows, now = _rows(name), time.time()
+    from utilityvm import list_disks
+
+    rows, now = list_disks(name), time.time()
     if as_json:
         print_json([_document(row, now) for row in rows])
     elif reservations:
@@ -261,7 +258,7 @@ def ls_command(name: str, reservations: bool, as_json: bool) -> None:
         )
 
 
-def _document(row: SlotRow, now: float) -> dict[str, object]:
+def _document(row: DiskInfo, now: float) -> dict[str, object]:
     return {
         "slot": str(row.slot),
         "controller": row.slot.controller,
@@ -295,10 +292,10 @@ def _document(row: SlotRow, now: float) -> dict[str, object]:
 @json_option
 def path_command(name: str, disk: str, as_json: bool) -> None:
     """Print where the disk is mounted in the guest. DISK is any path of its image."""
-    from utilityvm.errors import NotAttached
+    from utilityvm import NotAttached, list_disks
     from utilityvm.machine.hostpath import absolute, identity_of
 
-    row, _ = find(_rows(name), disk, absolute(disk), identity_of(disk), vm=name)
+    row, _ = find(list_disks(name), disk, absolute(disk), identity_of(disk), vm=name)
     if not row.guest_paths:
         raise NotAttached(
             f"{row.host_path} is attached at {row.slot}, but is not mounted",
@@ -406,7 +403,7 @@ def _newest(held: Sequence[SCSIMount], row: SlotView, guest_path: PurePosixPath,
     Raises:
         NotAttached: there is none, or none of the holder.
     """
-    from utilityvm.errors import NotAttached
+    from utilityvm import NotAttached
 
     for one in reversed(held):
         if (one.slot, one.guest_path) == (row.slot, guest_path) and holder in (None, one.holder):
@@ -415,28 +412,6 @@ def _newest(held: Sequence[SCSIMount], row: SlotView, guest_path: PurePosixPath,
     raise NotAttached(
         f"there is no reservation{whose} of {row.host_path} at {guest_path}", slot=row.slot, host_path=row.host_path
     )
-
-
-def _rows(name: str) -> list[SlotRow]:
-    """The disks of a VM that runs, from the store alone.
-
-    Raises:
-        VMNotFound, VMNotRunning: as they say.
-    """
-    from utilityvm.errors import VMNotRunning
-    from utilityvm.store import SqliteJournal
-    from utilityvm.store.recover import open_store
-    from utilityvm.store.view import slots
-
-    with open_store() as store:
-        vm = store.get(name)
-        if not vm.is_alive():
-            raise VMNotRunning(
-                f"VM {name} is {vm.seen_state}: its QEMU does not run",
-                vm=name,
-                remedy=f"see why: uvm log {name}; clear it away: uvm stop {name}",
-            )
-        return slots(SqliteJournal(store, vm).read())
 
 
 class _Row(Protocol):
@@ -465,7 +440,7 @@ def find(rows: Sequence[_R], disk: str, path: str, identity: str | None, *, vm: 
         NotAttached: there is none.
         InvalidRequest: it is the path of one, and the guest path of another.
     """
-    from utilityvm.errors import InvalidRequest, NotAttached
+    from utilityvm import InvalidRequest, NotAttached
 
     row = next((row for row in rows if row.identity == identity), None)
     row = row or next((row for row in rows if row.host_path == path), None)

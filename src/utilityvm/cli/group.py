@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 import click
 
+from utilityvm import introduce
 from utilityvm.cli import exitcodes, output, words
 from utilityvm.errors import UtilityVMError
-from utilityvm.machine.processes import introduce
 
 
 class Failed(Exception):

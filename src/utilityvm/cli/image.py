@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +13,13 @@ import click
 
 from utilityvm.cli.group import Group
 from utilityvm.cli.options import json_option
-from utilityvm.cli.output import age, is_watched, print_fields, print_json, print_table, say, size
+from utilityvm.cli.output import age, is_watched, print_fields, print_json, print_table, say
+from utilityvm.text import size
 
 if TYPE_CHECKING:
-    from utilityvm.guestimage.build import GuestImage
-    from utilityvm.guestimage.custom import GuestRecipe
+    from utilityvm import GuestImage, GuestRecipe
+
+_STEPS = 1000  # of the whole build
 
 
 @click.group("image", cls=Group)
@@ -55,7 +58,7 @@ def build_command(
     With packages, a kernel, files or a hook it is an image of your own, which `uvm start --image` boots. No script of a
     package runs.
     """
-    from utilityvm.guestimage.custom import GuestRecipe
+    from utilityvm import GuestRecipe
 
     recipe = GuestRecipe(packages=packages, kernel=kernel, files=dict(map(_file, files)), hook=hook)
     image = ensure_image(recipe, refresh=refresh)
@@ -78,24 +81,10 @@ def _file(text: str) -> tuple[str, Path]:
 @json_option
 def rm_command(keys: tuple[str, ...], as_json: bool) -> None:
     """Remove guest images by their keys, or the beginnings of these. One that a VM or a template uses stays."""
-    import shutil
+    from utilityvm import get_image, remove_images
 
-    from utilityvm.errors import DiskInUse
-    from utilityvm.guestimage import build
-    from utilityvm.store.recover import open_store
-    from utilityvm.upkeep.leftovers import users_of_image
-
-    images = [find_image(key) for key in dict.fromkeys(keys)]
-    with open_store() as store, build.alone():
-        for image in images:
-            if users := users_of_image(store, image.folder):
-                raise DiskInUse(
-                    f"the guest image {image.key} is used by {', '.join(users)}",
-                    host_path=image.root,
-                    remedy="stop or remove them first",
-                )
-        for image in images:
-            shutil.rmtree(image.folder)
+    images = [get_image(key) for key in dict.fromkeys(keys)]
+    remove_images(images)
     for image in images:
         say(f"removed {image.key} ({size(image.size_bytes)})")
     if as_json:
@@ -106,9 +95,9 @@ def rm_command(keys: tuple[str, ...], as_json: bool) -> None:
 @json_option
 def ls_command(as_json: bool) -> None:
     """List the guest images in the cache; `*` marks the one that new VMs boot."""
-    from utilityvm.guestimage import build
+    from utilityvm import find_image, list_images
 
-    images, current = build.catalog(), build.find()
+    images, current = list_images(), find_image()
     if as_json:
         print_json([{**_document(image), "current": image == current} for image in images])
         return
@@ -152,39 +141,18 @@ def _recipe(image: GuestImage) -> str:
     return " ".join(word for word in words if word)
 
 
-def find_image(key: str) -> GuestImage:
-    """The guest image whose key begins so.
-
-    Raises:
-        SetupError: there is none, or there are several; names them.
-    """
-    from utilityvm.errors import SetupError
-    from utilityvm.guestimage import build
-
-    images = build.catalog()
-    found = [image for image in images if image.key == key] or [image for image in images if image.key.startswith(key)]
-    if len(found) == 1:
-        return found[0]
-    known = ", ".join(image.key for image in (found or images))
-    said = "several guest images have keys that begin" if found else "no guest image has a key that begins"
-    raise SetupError(
-        f"{said} with {key!r}",
-        remedy=f"there are {known}" if known else "build one: uvm image build",
-    )
-
-
 def ensure_image(recipe: GuestRecipe | None = None, *, refresh: bool = False) -> GuestImage:
     """The guest image of a recipe, built first if there is none, with progress for those who watch.
 
     Raises:
         SetupError: a program, space or a package is missing.
     """
-    from utilityvm.guestimage import build
+    from utilityvm import GuestImage, find_image
 
-    if not refresh and (image := build.find(recipe)):
+    if not refresh and (image := find_image(recipe)):
         return image
     with _progress() as report:
-        return build.ensure(recipe, refresh=refresh, progress=report)
+        return GuestImage.build(recipe, refresh=refresh, progress=report)
 
 
 @contextmanager
@@ -193,10 +161,9 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     if not is_watched():
         yield lambda what, done: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    with click.progressbar(length=_STEPS, label="guest image", item_show_func=_text, file=sys.stderr) as bar:
+        yield lambda what, done: bar.update(round(done * _STEPS) - bar.pos, what)
 
-    columns = (TextColumn("guest image: {task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=1.0)
-        yield lambda what, done: progress.update(task, description=what, completed=done)
+
+def _text(what: object) -> str:
+    return "" if what is None else str(what)

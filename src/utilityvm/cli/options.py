@@ -22,12 +22,10 @@ WAIT_S = 30.0
 def _complete_vm(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem
 
-    from utilityvm.errors import UtilityVMError
-    from utilityvm.store import Store
+    from utilityvm import UtilityVMError, list_vms
 
     try:
-        with Store.open() as store:
-            return [CompletionItem(vm.name, help=vm.seen_state) for vm in store.vms() if vm.name.startswith(incomplete)]
+        return [CompletionItem(vm.name, help=vm.state) for vm in list_vms() if vm.name.startswith(incomplete)]
     except UtilityVMError:
         return []
 
@@ -35,13 +33,10 @@ def _complete_vm(ctx: click.Context, param: click.Parameter, incomplete: str) ->
 def complete_attached(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem
 
-    from utilityvm.errors import UtilityVMError
-    from utilityvm.store import SqliteJournal, Store
-    from utilityvm.store.view import slots
+    from utilityvm import UtilityVMError, list_disks
 
     try:
-        with Store.open() as store:
-            rows = slots(SqliteJournal(store, store.get(ctx.params["name"])).read())
+        rows = list_disks(ctx.params["name"])
     except (UtilityVMError, KeyError):
         return []
     here = f"{Path.cwd()}/"

@@ -214,21 +214,6 @@ def age(seconds: float) -> str:
     return f"{int(seconds // 86400)}d"
 
 
-def size(count: int) -> str:
-    """A number of bytes in a unit that keeps it short."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" or value >= 10 else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
-
-
-def count(number: int, thing: str) -> str:
-    """`1 disk`, `2 disks`, `no disks`."""
-    return f"{number or 'no'} {thing}{'' if number == 1 else 's'}"
-
-
 def log_to_stderr(*, debug: bool) -> None:
     """Warnings as `warning: …` lines; with `debug` all that the library logs, as it is."""
     handler: logging.Handler = _Warnings()

@@ -10,26 +10,15 @@ from typing import TYPE_CHECKING
 from utilityvm.cli.output import note
 
 if TYPE_CHECKING:
-    from utilityvm.store import StoredVM
-    from utilityvm.store.ownership import Owner
-    from utilityvm.vm.utility_vm import UtilityVM
+    from utilityvm import Owner, UtilityVM
 
 _QUIET_S = 1.0  # a wait shorter than this is not worth a word
-
-
-def owner_of(vm: StoredVM) -> Owner | None:
-    """The process that owns the VM now."""
-    from utilityvm.machine import paths
-    from utilityvm.store import ownership
-    from utilityvm.store.catalog import is_plain
-
-    return ownership.owner_of(paths.vm_dir(vm.name), vm.owner) if is_plain(vm.name) else None
 
 
 @asynccontextmanager
 async def opened(name: str, *, wait_s: float) -> AsyncIterator[UtilityVM]:
     """`UtilityVM.open`, which says for whom it waits."""
-    from utilityvm.vm.utility_vm import UtilityVM
+    from utilityvm import UtilityVM
 
     async with waiting_for(name, wait_s=wait_s):
         opening = await UtilityVM.open(name, wait_s=wait_s)
@@ -61,13 +50,10 @@ async def waiting_for(name: str, *, wait_s: float) -> AsyncIterator[None]:
 
 
 def _other_owner(name: str) -> Owner | None:
-    from utilityvm.errors import UtilityVMError
-    from utilityvm.store import Store
+    from utilityvm import UtilityVMError, get_vm
 
     try:
-        with Store.open() as store:
-            vm = store.find(name)
-            owner = owner_of(vm) if vm is not None else None
+        owner = get_vm(name).owner
     except UtilityVMError:
         return None
     return owner if owner is not None and owner.pid != os.getpid() else None

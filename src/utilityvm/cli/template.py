@@ -13,16 +13,15 @@ import click
 from utilityvm.cli import output
 from utilityvm.cli.group import Command, Group
 from utilityvm.cli.options import json_option, run, timeout_option, vm_argument, wait_option
-from utilityvm.cli.output import age, print_fields, print_json, print_table, say, size
+from utilityvm.cli.output import age, print_fields, print_json, print_table, say
 from utilityvm.cli.owners import opened
 from utilityvm.cli.values import Count
+from utilityvm.text import size
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from utilityvm.scsi.slot import Slot
-    from utilityvm.templates.catalog import Template
-    from utilityvm.vm.config import DiskSpec
+    from utilityvm import DiskSpec, Slot, Template
 
 SAVE_S = 120.0
 CLONE_S = 60.0
@@ -31,9 +30,9 @@ CLONE_S = 60.0
 def _complete_template(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem
 
-    from utilityvm.templates import catalog
+    from utilityvm import list_templates
 
-    return [CompletionItem(name) for name in catalog.names() if name.startswith(incomplete)]
+    return [CompletionItem(one.name) for one in list_templates() if one.name.startswith(incomplete)]
 
 
 @click.group("template", cls=Group)
@@ -68,11 +67,9 @@ async def _save(name: str, template: str, *, timeout_s: float, wait_s: float, as
 @json_option
 def ls_command(as_json: bool) -> None:
     """List the templates."""
-    from utilityvm.store.recover import open_store
-    from utilityvm.templates import catalog
+    from utilityvm import list_templates
 
-    with open_store() as store:
-        rows = [(template, catalog.users(template, store)) for template in catalog.every()]
+    rows = [(template, template.users()) for template in list_templates()]
     if as_json:
         print_json([_document(template, users) for template, users in rows])
         return
@@ -82,13 +79,13 @@ def ls_command(as_json: bool) -> None:
         [
             (
                 template.name,
-                f"{template.manifest.memory_mib} MiB",
-                template.manifest.cpus,
-                len(template.manifest.disks),
+                f"{template.memory_mib} MiB",
+                template.cpus,
+                len(template.disks),
                 size(template.disk_bytes()),
                 len(users),
-                age(now - template.manifest.created),
-                template.manifest.accelerator,
+                age(now - template.created),
+                template.accelerator,
             )
             for template, users in rows
         ],
@@ -100,8 +97,10 @@ def ls_command(as_json: bool) -> None:
 @json_option
 def show_command(template: str, as_json: bool) -> None:
     """Show what the template is made of, and what depends on it."""
-    found, users = _with_users(template)
-    document = _document(found, users)
+    from utilityvm import get_template
+
+    found = get_template(template)
+    document, users = _document(found, found.users()), found.users()
     if as_json:
         print_json(document)
         return
@@ -125,11 +124,9 @@ def _disk_row(disk: Mapping[str, object]) -> tuple[object, ...]:
 @json_option
 def verify_command(template: str, as_json: bool) -> None:
     """Compare every file of the template, and the disks under it, with what was saved."""
-    from utilityvm.errors import TemplateDamaged
-    from utilityvm.templates import catalog
+    from utilityvm import TemplateDamaged, get_template
 
-    found = catalog.load(template)
-    differences = catalog.verify(found)
+    differences = get_template(template).verify()
     if as_json:
         print_json({"name": template, "differences": differences})
     elif not differences:
@@ -146,11 +143,9 @@ def verify_command(template: str, as_json: bool) -> None:
 @json_option
 def rm_command(template: str, as_json: bool) -> None:
     """Remove the template. Its disks stay, and may be written to again."""
-    from utilityvm.store.recover import open_store
-    from utilityvm.templates import catalog
+    from utilityvm import get_template
 
-    with open_store() as store:
-        catalog.remove(template, store)
+    get_template(template).remove()
     if as_json:
         print_json({"name": template})
 
@@ -197,7 +192,7 @@ async def _clone(
     import asyncio
     from contextlib import AsyncExitStack
 
-    from utilityvm.vm.utility_vm import UtilityVM
+    from utilityvm import UtilityVM
 
     rows: list[dict[str, object]] = []
     async with AsyncExitStack() as closing:
@@ -227,13 +222,11 @@ def _print_clones(rows: list[dict[str, object]], *, is_one: bool, as_json: bool)
 
 def _replacements(template: str, texts: tuple[str, ...]) -> dict[Slot, DiskSpec]:
     """A replacement is as writable as the disk whose place it takes."""
-    from utilityvm.scsi.slot import Slot
-    from utilityvm.templates import catalog
-    from utilityvm.vm.config import DiskSpec
+    from utilityvm import DiskSpec, Slot, get_template
 
     if not texts:
         return {}
-    modes = {disk.slot: disk.read_only for disk in catalog.load(template).manifest.disks}
+    modes = {disk.slot: disk.read_only for disk in get_template(template).disks}
     result = {}
     for text in texts:
         slot_text, equals, disk = text.partition("=")
@@ -247,41 +240,31 @@ def _replacements(template: str, texts: tuple[str, ...]) -> dict[Slot, DiskSpec]
     return result
 
 
-def _with_users(name: str) -> tuple[Template, list[str]]:
-    from utilityvm.store.recover import open_store
-    from utilityvm.templates import catalog
-
-    template = catalog.load(name)
-    with open_store() as store:
-        return template, catalog.users(template, store)
-
-
 def _document(template: Template, users: list[str]) -> dict[str, object]:
-    manifest = template.manifest
     return {
-        "name": manifest.name,
-        "uuid": manifest.uuid,
-        "vm": manifest.vm,
-        "created": manifest.created,
-        "memory_mib": manifest.memory_mib,
-        "cpus": manifest.cpus,
-        "controllers": manifest.controllers,
-        "qemu": manifest.qemu_version,
-        "machine": manifest.machine,
-        "accelerator": manifest.accelerator,
-        "kernel": manifest.kernel,
+        "name": template.name,
+        "uuid": template.uuid,
+        "vm": template.vm,
+        "created": template.created,
+        "memory_mib": template.memory_mib,
+        "cpus": template.cpus,
+        "controllers": template.controllers,
+        "qemu": template.qemu_version,
+        "machine": template.machine,
+        "accelerator": template.accelerator,
+        "kernel": template.kernel,
         "size_bytes": template.disk_bytes(),
         "folder": str(template.folder),
-        "parent": manifest.parent.name if manifest.parent else None,
+        "parent": template.parent,
         "users": users,
         "disks": [
             {
                 "slot": str(disk.slot),
                 "read_only": disk.read_only,
                 "size_bytes": disk.size_bytes,
-                "guest_paths": [mount.guest_path for mount in disk.mounts],
-                "files": [layer.path for layer in disk.layers],
+                "guest_paths": [str(path) for path in disk.guest_paths],
+                "files": list(disk.host_paths),
             }
-            for disk in manifest.disks
+            for disk in template.disks
         ],
     }

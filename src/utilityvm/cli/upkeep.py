@@ -9,14 +9,13 @@ import click
 from utilityvm.cli import output
 from utilityvm.cli.group import Command, Failed
 from utilityvm.cli.options import json_option, run, vm_argument, wait_option
-from utilityvm.cli.output import print_json, print_table, say, size
+from utilityvm.cli.output import print_json, print_table, say
+from utilityvm.text import size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from utilityvm.errors import UtilityVMError
-    from utilityvm.store import Store
-    from utilityvm.upkeep.leftovers import Leftover
+    from utilityvm import Leftover, UtilityVMError
 
 apply_option = click.option("--apply", "is_applied", is_flag=True, help="Do it. Without this option nothing changes.")
 
@@ -36,10 +35,10 @@ def repair_command(name: str, is_applied: bool, wait_s: float, as_json: bool) ->
 
 
 async def _repair(name: str, *, is_applied: bool, wait_s: float, as_json: bool) -> None:
-    from utilityvm.upkeep import repair
+    from utilityvm import examine_vm, repair_vm
 
-    found = await repair.examine(name, wait_s=wait_s)
-    done = await repair.mend(name, wait_s=wait_s) if is_applied else []
+    found = await examine_vm(name, wait_s=wait_s)
+    done = await repair_vm(name, wait_s=wait_s) if is_applied else []
     if as_json:
         differences = [{"slot": str(one.slot or "") or None, "what": one.what, "remedy": one.remedy} for one in found]
         print_json({"name": name, "differences": differences, "done": done})
@@ -62,12 +61,10 @@ def gc_command(is_applied: bool, as_json: bool) -> None:
     Leftovers are dead VMs, runtime folders, overlays of clones, half-made templates, guest images that nothing uses,
     and files of interrupted builds. Your own disk images are never removed.
     """
-    from utilityvm.store.recover import open_store
-    from utilityvm.upkeep import leftovers
+    from utilityvm import find_leftovers
 
-    with open_store() as store:
-        found = leftovers.leftovers(store)
-        removed, failed = run(_remove(found, store)) if is_applied and found else ([], {})
+    found = find_leftovers()
+    removed, failed = run(_remove(found)) if is_applied and found else ([], {})
     if removed:
         output.done(f"removed {', '.join(f'{one.kind} {one.name}' for one in removed)}")
     _print_leftovers(found, removed, failed, is_applied=is_applied, as_json=as_json)
@@ -75,15 +72,14 @@ def gc_command(is_applied: bool, as_json: bool) -> None:
         raise Failed(list(failed.values()))
 
 
-async def _remove(found: list[Leftover], store: Store) -> tuple[list[Leftover], dict[str, UtilityVMError]]:
-    from utilityvm.errors import UtilityVMError
-    from utilityvm.upkeep import leftovers
+async def _remove(found: list[Leftover]) -> tuple[list[Leftover], dict[str, UtilityVMError]]:
+    from utilityvm import UtilityVMError, remove_leftover
 
     removed: list[Leftover] = []
     failed: dict[str, UtilityVMError] = {}
     for one in found:
         try:
-            removed += [one] if await leftovers.remove(one, store) else []
+            removed += [one] if await remove_leftover(one) else []
         except UtilityVMError as error:  # the others can go all the same
             failed[str(one.path)] = error
     return removed, failed

@@ -20,17 +20,13 @@ from utilityvm.cli.options import (
     wait_option,
 )
 from utilityvm.cli.output import age, print_fields, print_json, print_table, say
-from utilityvm.cli.owners import opened, owner_of, waiting_for
+from utilityvm.cli.owners import opened, waiting_for
 from utilityvm.cli.values import MEMORY, SECONDS, Count
 
 if TYPE_CHECKING:
     import asyncio
 
-    from utilityvm.errors import UtilityVMError
-    from utilityvm.store import Store, StoredVM
-    from utilityvm.store.ownership import Owner
-    from utilityvm.vm.config import VMConfig
-    from utilityvm.vm.utility_vm import UtilityVM
+    from utilityvm import UtilityVM, UtilityVMError, VMConfig
 
 BOOT_S = 120.0
 
@@ -74,7 +70,7 @@ def start_command(
     as_json: bool,
 ) -> None:
     """Start a VM named NAME. If there is no guest image yet, it is built first."""
-    from utilityvm.vm.config import VMConfig
+    from utilityvm import VMConfig
 
     config = VMConfig(name=name, memory_mib=memory_mib, cpus=cpus, controllers=controllers, keep=keep)
     run(_start(config, key, timeout_s=timeout_s, as_json=as_json))
@@ -83,11 +79,11 @@ def start_command(
 async def _start(config: VMConfig, key: str | None, *, timeout_s: float, as_json: bool) -> None:
     import asyncio
 
-    from utilityvm.cli.image import ensure_image, find_image
-    from utilityvm.vm.utility_vm import UtilityVM
+    from utilityvm import UtilityVM, get_image
+    from utilityvm.cli.image import ensure_image
 
     config.check()
-    image = find_image(key) if key is not None else await asyncio.to_thread(ensure_image)
+    image = get_image(key) if key is not None else await asyncio.to_thread(ensure_image)
     begun = time.monotonic()
     say(f"starting {config.name}…")
     async with UtilityVM.start(config, image=image, timeout_s=timeout_s) as vm:
@@ -127,29 +123,27 @@ def _description(vm: UtilityVM) -> dict[str, object]:
 @json_option
 def ps_command(as_json: bool) -> None:
     """List the VMs of this user, and the process that owns each."""
-    from utilityvm.store.recover import open_store
+    from utilityvm import list_vms
 
-    now = time.time()
-    with open_store() as store:
-        vms = [(vm, _disks(store, vm), owner_of(vm)) for vm in store.vms()]
+    vms, now = list_vms(), time.time()
     if as_json:
         print_json(
             [
                 {
                     "name": vm.name,
-                    "state": _state(vm, owner),
-                    "pid": vm.pid if vm.is_alive() else None,
+                    "state": vm.state,
+                    "pid": vm.pid,
                     "uuid": vm.uuid,
-                    "memory_mib": vm.config.get("memory_mib"),
-                    "cpus": vm.config.get("cpus"),
-                    "keep": vm.config.get("keep"),
-                    "accelerator": vm.process.get("accelerator") if vm.process else None,
-                    "disks": disks,
-                    "owner": owner.to_json() if owner else None,
+                    "memory_mib": vm.memory_mib,
+                    "cpus": vm.cpus,
+                    "keep": vm.keep,
+                    "accelerator": vm.accelerator,
+                    "disks": None if vm.disks is None else len(vm.disks),
+                    "owner": vm.owner.to_json() if vm.owner else None,
                     "created": vm.created,
                     "age_s": round(now - vm.created, 1),
                 }
-                for vm, disks, owner in vms
+                for vm in vms
             ]
         )
         return
@@ -158,37 +152,17 @@ def ps_command(as_json: bool) -> None:
         [
             (
                 vm.name,
-                _state(vm, owner),
-                vm.pid if vm.is_alive() else None,
-                vm.config.get("memory_mib"),
-                vm.config.get("cpus"),
-                disks,
+                vm.state,
+                vm.pid,
+                vm.memory_mib,
+                vm.cpus,
+                None if vm.disks is None else len(vm.disks),
                 age(now - vm.created),
-                f"{owner.pid} {owner.command}" if owner else None,
+                f"{vm.owner.pid} {vm.owner.command}" if vm.owner else None,
             )
-            for vm, disks, owner in vms
+            for vm in vms
         ],
     )
-
-
-def _disks(store: Store, vm: StoredVM) -> int | None:
-    """How many it has; None: its journal cannot be read."""
-    from utilityvm.errors import StoreError
-    from utilityvm.store import SqliteJournal
-    from utilityvm.store.view import slots
-
-    try:
-        return len(slots(SqliteJournal(store, vm).read()))
-    except StoreError:
-        return None
-
-
-def _state(vm: StoredVM, owner: Owner | None) -> str:
-    """The VM's state as it is: one that was being started or stopped by a process that died is dead."""
-    from utilityvm.store import VMState
-
-    is_left = vm.state in (VMState.STARTING, VMState.STOPPING) and owner is None and not vm.is_alive()
-    return VMState.DEAD if is_left else vm.seen_state
 
 
 @click.command("stop", cls=Command, short_help="End VMs and remove what is left of them.")
@@ -215,8 +189,8 @@ async def _stop(names: tuple[str, ...], *, force: bool, wait_s: float) -> dict[s
     """What went wrong with each."""
     import asyncio
 
+    from utilityvm import UtilityVM
     from utilityvm.errors import UtilityVMError
-    from utilityvm.vm.utility_vm import UtilityVM
 
     failed: dict[str, UtilityVMError] = {}
 
@@ -441,14 +415,9 @@ async def _own_input() -> AsyncIterator[bytes]:
 @json_option
 def log_command(name: str, lines: int | None, as_json: bool) -> None:
     """Print the VM's console and QEMU's messages: at least the last 512 KiB. It works for a VM that died, too."""
-    from utilityvm.hosts.qemu import console
-    from utilityvm.machine import paths
-    from utilityvm.store.recover import open_store
+    from utilityvm import read_console
 
-    with open_store() as store:
-        store.get(name)
-    text = console.read(paths.vm_dir(name)).decode(errors="replace")
-    kept = text.splitlines()
+    kept = read_console(name).splitlines()
     if lines is not None:
         kept = kept[max(0, len(kept) - lines) :]
     if as_json:

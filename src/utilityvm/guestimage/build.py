@@ -61,16 +61,32 @@ class GuestImage:
     recipe: Mapping[str, Any] | None = None  # the user's own; None: that of every guest image
 
     @classmethod
-    def build(cls, recipe: GuestRecipe | None = None, *, refresh: bool = False) -> GuestImage:
-        """The image of a recipe, built first if it is not there; see `ensure`. It blocks: some seconds to minutes.
+    def build(
+        cls,
+        recipe: GuestRecipe | None = None,
+        *,
+        refresh: bool = False,
+        progress: Callable[[str, float], None] | None = None,
+    ) -> GuestImage:
+        """The image of a recipe, built first if it is not there. It blocks: some seconds to minutes.
 
         With `refresh` it is built anew, of the newest packages; the old one stays for VMs and templates that use it.
+        `progress` is told what is being done, and how much of the whole is done, from 0 to 1. If the build fails,
+        nothing of it is left but the packages, for the next one.
 
         Raises:
             SetupError: a program, space, a package source or the network is missing; the remedy says which.
             InvalidRequest: a file of the recipe cannot be read.
         """
-        return ensure(recipe, refresh=refresh)
+        return ensure(recipe, refresh=refresh, progress=progress)
+
+    def verify(self) -> None:
+        """Compare its files with the hashes of their building. It blocks for some seconds.
+
+        Raises:
+            SetupError: a file is not what was built, or cannot be read.
+        """
+        verify(self)
 
     @property
     def folder(self) -> Path:

@@ -184,7 +184,10 @@ _introduced: str | None = None
 
 
 def introduce(command: str) -> None:
-    """From now on this process is known to others as `command`."""
+    """Name this process as `command` to others that find a VM in use; otherwise that is the name of its program.
+
+    Other users may read it: put no secret into it.
+    """
     global _introduced
     _introduced = command
 

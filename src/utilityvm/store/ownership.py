@@ -50,9 +50,9 @@ class Owner:
     """The process that owns a VM, as it introduced itself."""
 
     pid: int
-    started: str
-    command: str
-    since: float
+    started: str  # the kernel's start time of that pid, so that a reused pid is not the owner
+    command: str  # the program, without its arguments
+    since: float  # seconds since the epoch
     lock: str = ""  # device and inode of the file that it locked
 
     def __str__(self) -> str:
@@ -77,10 +77,10 @@ class Owner:
             lock=str(document.get("lock", "")),
         )
 
-    @property
-    def life(self) -> Life:
-        """Does that very process run?"""
-        return life_of(self.pid, self.started)
+
+def _has_ended(owner: Owner) -> bool:
+    """Has that very process ended for certain?"""
+    return life_of(owner.pid, owner.started) is Life.ENDED
 
 
 class Ownership:
@@ -137,7 +137,7 @@ class Ownership:
         """Has the VM an owner that locked another file than ours: `recorded`, as the store has it?"""
         if recorded is None or recorded.lock == self.owner.lock:
             return False  # of the same file the lock decides, and we have it
-        return recorded.life is not Life.ENDED
+        return not _has_ended(recorded)
 
     def release(self, *, remove: bool = False) -> None:
         """Let the next in the queue have it. `remove`: the VM is gone, and so are its lock and its (empty) folder.
@@ -184,11 +184,11 @@ def owner_of(folder: Path, recorded: Mapping[str, Any] | None = None) -> Owner |
         with runtime.entered(folder) as here:
             fd = os.open(here / paths.LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except (FileNotFoundError, NotADirectoryError, SetupError):  # without a folder of ours nobody locked anything in it
-        return named if named and named.life is not Life.ENDED else None
+        return named if named and not _has_ended(named) else None
     try:
         if _highest(fd, _OWNER, before=_OWNER + 1) is not None:
             return named if named and named.lock == _identity(fd) else _read(fd)
-        if named and named.lock != _identity(fd) and named.life is not Life.ENDED:
+        if named and named.lock != _identity(fd) and not _has_ended(named):
             return named
         return None
     finally:

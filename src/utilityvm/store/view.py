@@ -13,49 +13,55 @@ HELD = "held"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReservationRow:
-    id: str
+class ReservationInfo:
+    """A reservation of a disk, as it was when asked."""
+
+    id: str  # what `uvm detach` takes
     holder: str
-    pid: int | None
-    guest_path: PurePosixPath | None
-    since: float
+    pid: int | None  # of the process that holds it; None: a named holder
+    guest_path: PurePosixPath | None  # None: attached only
+    since: float  # seconds since the epoch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SlotRow:
+class DiskInfo:
+    """A disk of a VM, as its journal had it when asked."""
+
     slot: Slot
-    host_path: str
-    identity: str
+    host_path: str  # as the caller who attached it wrote it
+    identity: str  # the same text for the same file, however its path is spelled
     format: str
     read_only: bool
     size_bytes: int
-    sector_size_bytes: int | None
-    state: str
+    sector_size_bytes: int | None  # as it was asked for
+    state: str  # as in docs/concepts: "attached", "attaching", …
     guest_paths: tuple[PurePosixPath, ...]
-    reservations: tuple[ReservationRow, ...]
-    since: float
+    reservations: tuple[ReservationInfo, ...]  # the oldest first
+    since: float  # seconds since the epoch, when its slot was taken
 
     @property
     def references(self) -> int:
+        """How many reservations hold it."""
         return len(self.reservations)
 
     @property
     def holders(self) -> tuple[str, ...]:
+        """The holder of each reservation."""
         return tuple(reservation.holder for reservation in self.reservations)
 
 
-def slots(records: Sequence[Record]) -> list[SlotRow]:
+def slots(records: Sequence[Record]) -> list[DiskInfo]:
     """The rows of a journal, in the order of slots."""
     mounts = {record.mount: record for record in records if isinstance(record, MountRecord)}
     reservations = [record for record in records if isinstance(record, ReservationRecord) and record.state == HELD]
-    rows: list[SlotRow] = []
+    rows: list[DiskInfo] = []
     for disk in records:
         if not isinstance(disk, DiskRecord):
             continue
         own = [one for one in reservations if one.attachment == disk.attachment]
         paths = [mount.guest_path for mount in mounts.values() if mount.attachment == disk.attachment]
         rows.append(
-            SlotRow(
+            DiskInfo(
                 slot=disk.slot,
                 host_path=disk.host_path,
                 identity=disk.identity,
@@ -72,8 +78,8 @@ def slots(records: Sequence[Record]) -> list[SlotRow]:
     return sorted(rows, key=lambda row: row.slot)
 
 
-def _reservation(record: ReservationRecord, mount: MountRecord | None) -> ReservationRow:
-    return ReservationRow(
+def _reservation(record: ReservationRecord, mount: MountRecord | None) -> ReservationInfo:
+    return ReservationInfo(
         id=record.reservation,
         holder=record.holder.name,
         pid=record.holder.pid,

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Event
 from typing import Final
 
@@ -39,7 +39,9 @@ from utilityvm.errors import (
 from utilityvm.log import logger
 from utilityvm.machine import forks, paths
 from utilityvm.machine.threads import aside, in_thread, to_the_end
+from utilityvm.scsi.slot import Slot
 from utilityvm.store import Store
+from utilityvm.store.recover import open_store
 from utilityvm.tasks import Deadline, Undo
 from utilityvm.templates import manifest as manifests
 from utilityvm.templates.manifest import Fingerprint, Manifest
@@ -57,9 +59,20 @@ _log = logger(__name__)
 _known: dict[Path, tuple[Fingerprint, Manifest]] = {}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemplateDisk:
+    """A disk of a template: each clone has it at the same slot and guest paths."""
+
+    slot: Slot
+    read_only: bool  # clones share it; a writable one is an overlay of each clone's own
+    size_bytes: int
+    host_paths: tuple[str, ...]  # the files that it is made of, the top one first
+    guest_paths: tuple[PurePosixPath, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A template as it lies in its folder."""
+    """A template as it lies in its folder. `list_templates` and `UtilityVM.save_as_template` give it."""
 
     folder: Path
     manifest: Manifest
@@ -71,6 +84,66 @@ class Template:
     @property
     def uuid(self) -> str:
         return self.manifest.uuid
+
+    @property
+    def vm(self) -> str:
+        """The VM that was saved."""
+        return self.manifest.vm
+
+    @property
+    def created(self) -> float:
+        """When it was saved, in seconds since the epoch."""
+        return self.manifest.created
+
+    @property
+    def memory_mib(self) -> int:
+        return self.manifest.memory_mib
+
+    @property
+    def cpus(self) -> int:
+        return self.manifest.cpus
+
+    @property
+    def controllers(self) -> int:
+        return self.manifest.controllers
+
+    @property
+    def accelerator(self) -> str:
+        """What ran its processors; its clones need the same."""
+        return self.manifest.accelerator
+
+    @property
+    def qemu_version(self) -> str:
+        return self.manifest.qemu_version
+
+    @property
+    def machine(self) -> str:
+        """QEMU's machine type."""
+        return self.manifest.machine
+
+    @property
+    def kernel(self) -> str:
+        """The release of the kernel that runs in it."""
+        return self.manifest.kernel
+
+    @property
+    def parent(self) -> str | None:
+        """The template that its VM was a clone of."""
+        return self.manifest.parent.name if self.manifest.parent else None
+
+    @property
+    def disks(self) -> tuple[TemplateDisk, ...]:
+        """Its disks, the root disk not among them."""
+        return tuple(
+            TemplateDisk(
+                slot=disk.slot,
+                read_only=disk.read_only,
+                size_bytes=disk.size_bytes,
+                host_paths=tuple(layer.path for layer in disk.layers),
+                guest_paths=tuple(PurePosixPath(mount.guest_path) for mount in disk.mounts),
+            )
+            for disk in self.manifest.disks
+        )
 
     @property
     def memory(self) -> Path:
@@ -89,6 +162,28 @@ class Template:
         """What its own files take on the storage."""
         files = (path.stat() for path in self.folder.rglob("*") if path.is_file())
         return sum(status.st_blocks * 512 for status in files)
+
+    def users(self) -> list[str]:
+        """What depends on it, as a message names it: `VM worker-1`, `template child`. Reads the store, so it blocks."""
+        with open_store() as store:
+            return users(self, store)
+
+    def verify(self) -> list[str]:
+        """Compare every file with what was saved; a line for each that differs. Reads all of it, so it blocks.
+
+        The template's own files are compared whole, the disks under it by size and time of their last change.
+        """
+        return verify(self)
+
+    def remove(self) -> None:
+        """Remove the template. The disks under it stay, and may be written to again. It blocks.
+
+        Raises:
+            TemplateNotFound: it is gone.
+            TemplateInUse: clones or other templates depend on it; nothing was removed.
+        """
+        with open_store() as store:
+            remove(self.name, store)
 
 
 def check_name(name: str) -> None:

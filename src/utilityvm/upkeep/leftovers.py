@@ -1,4 +1,5 @@
-"""What is left of things that are gone: found by `leftovers`, removed by `remove`. Never a disk of the user's.
+"""What is left of things that are gone: found by `find_leftovers`, removed by `remove_leftover`. Never a disk of the
+user's.
 
 Everything here was made by utilityvm, in its own folders, and is something that nobody refers to any more: no VM of the
 store, no template, no process. What somebody owns or works on at this moment is left alone, and a clock is not asked.
@@ -16,8 +17,9 @@ from utilityvm.errors import UtilityVMError, VMNotFound, VMOwned
 from utilityvm.guestimage import build, cache
 from utilityvm.log import logger
 from utilityvm.machine import paths, runtime
+from utilityvm.machine.oserrors import typed
 from utilityvm.machine.processes import values_of
-from utilityvm.machine.threads import in_thread
+from utilityvm.machine.threads import entered, in_thread
 from utilityvm.store import Store, StoredVM, recover
 from utilityvm.store.ownership import owner_of
 from utilityvm.templates import catalog
@@ -26,7 +28,9 @@ from utilityvm.vm import lifecycle
 _log = logger(__name__)
 
 
-class Kind(StrEnum):
+class LeftoverKind(StrEnum):
+    """What was left over."""
+
     VM = "VM"  # dead: its record, sockets, log and overlays
     FOLDER = "runtime folder"  # of a VM without a record
     OVERLAYS = "overlays"  # of a clone without a record
@@ -39,14 +43,36 @@ class Kind(StrEnum):
 class Leftover:
     """Something that nobody refers to."""
 
-    kind: Kind
+    kind: LeftoverKind
     name: str
     path: Path
     size_bytes: int  # on the storage
 
 
-def leftovers(store: Store) -> list[Leftover]:
-    """All that can go, in the order in which it is removed. Nothing is changed."""
+@typed
+def find_leftovers() -> list[Leftover]:
+    """All that can go, in the order in which to remove it. Nothing is changed. It reads folders, so it blocks.
+
+    Raises:
+        StoreError, SetupError: the store cannot be read.
+    """
+    with recover.open_store() as store:
+        return found_in(store)
+
+
+@typed
+async def remove_leftover(leftover: Leftover) -> bool:
+    """Remove it, if it is still one. False: another process took it up meanwhile, or it is gone.
+
+    Raises:
+        UtilityVMError: it cannot be removed; the others can all the same.
+    """
+    async with entered(await in_thread(recover.open_store)) as store:
+        return await remove(leftover, store)
+
+
+def found_in(store: Store) -> list[Leftover]:
+    """As `find_leftovers`, of a store that is open."""
     # The folders first: those of a VM that starts meanwhile are not looked at then.
     folders, overlays = runtime.vm_folders(paths.runtime_dir() / "vms"), _entries(paths.overlays_dir("-").parent)
     vms = store.vms()
@@ -56,22 +82,18 @@ def leftovers(store: Store) -> list[Leftover]:
     # One that is in no store may run all the same: the store was lost, and the copy of its record too.
     running = values_of("-uuid") if overlays else set()
     return [
-        *(_leftover(Kind.VM, vm.name, paths.vm_dir(vm.name)) for vm in vms if _is_left(vm)),
-        *(_leftover(Kind.FOLDER, one.name, one) for one in folders),
-        *(_leftover(Kind.OVERLAYS, one.name, one) for one in overlays if one.name not in running),
-        *(_leftover(Kind.TEMPLATE, path.name, path) for path in catalog.leftovers()),
+        *(_leftover(LeftoverKind.VM, vm.name, paths.vm_dir(vm.name)) for vm in vms if _is_left(vm)),
+        *(_leftover(LeftoverKind.FOLDER, one.name, one) for one in folders),
+        *(_leftover(LeftoverKind.OVERLAYS, one.name, one) for one in overlays if one.name not in running),
+        *(_leftover(LeftoverKind.TEMPLATE, path.name, path) for path in catalog.leftovers()),
         *_images(vms),
     ]
 
 
 async def remove(leftover: Leftover, store: Store) -> bool:
-    """Remove it, if it is still one. False: somebody took it up meanwhile, or it is gone.
-
-    Raises:
-        UtilityVMError: it cannot be removed; says why.
-    """
+    """As `remove_leftover`, in a store that is open."""
     match leftover.kind:
-        case Kind.VM:
+        case LeftoverKind.VM:
             found = await store.lane.run(store.find, leftover.name)
             if found is None or not await in_thread(_is_left, found):
                 return False
@@ -86,7 +108,7 @@ async def remove(leftover: Leftover, store: Store) -> bool:
                 await in_thread(partial(ownership.release, remove=True), always=True)
             finally:
                 await in_thread(ownership.release, always=True)
-        case Kind.FOLDER:
+        case LeftoverKind.FOLDER:
             if not await in_thread(_is_still_nobodys, leftover.path, store):
                 return False
             await lifecycle.sweep(store, leftover.name)
@@ -106,11 +128,11 @@ def _remove_files(leftover: Leftover, store: Store) -> bool:
     if not leftover.path.exists():
         return False
     match leftover.kind:
-        case Kind.TEMPLATE:
+        case LeftoverKind.TEMPLATE:
             if leftover.path not in catalog.leftovers():
                 return False
             catalog.remove_leftover(leftover.path)
-        case Kind.OVERLAYS:
+        case LeftoverKind.OVERLAYS:
             # A new clone has a new UUID, so this cannot be taken up; only a lost store could have found its VM again.
             if store.has_uuid(leftover.name) or leftover.name in values_of("-uuid"):
                 return False
@@ -159,19 +181,21 @@ def _images(vms: list[StoredVM]) -> list[Leftover]:
         if not is_held:
             return []
         images, bases = paths.cache_dir() / "images", paths.cache_dir() / "bases"
-        found = [_leftover(Kind.BUILD, path.name, path) for path in cache.unfinished(images, bases)]
+        found = [_leftover(LeftoverKind.BUILD, path.name, path) for path in cache.unfinished(images, bases)]
         if (current := build.find()) is None:
             return found
         # An image of a user's own recipe stays until its user removes it: nobody else knows whether it is wanted.
         kept = {current.key, *(image.key for image in build.catalog() if image.recipe is not None)}
         old = [
-            _leftover(Kind.IMAGE, path.name, path)
+            _leftover(LeftoverKind.IMAGE, path.name, path)
             for path in cache.whole_folders(images)
             if path.name not in kept and path not in used
         ]
         made_of = {image.base for image in build.catalog() if image.key in kept}
         found += [
-            _leftover(Kind.BUILD, path.name, path) for path in cache.whole_folders(bases) if path.name not in made_of
+            _leftover(LeftoverKind.BUILD, path.name, path)
+            for path in cache.whole_folders(bases)
+            if path.name not in made_of
         ]
         return found + old
 
@@ -206,6 +230,6 @@ def _entries(parent: Path) -> list[Path]:
     return sorted(parent.iterdir()) if parent.is_dir() else []
 
 
-def _leftover(kind: Kind, name: str, path: Path) -> Leftover:
+def _leftover(kind: LeftoverKind, name: str, path: Path) -> Leftover:
     files = [entry.lstat() for entry in path.rglob("*")] if path.is_dir() else []
     return Leftover(kind=kind, name=name, path=path, size_bytes=sum(status.st_blocks * 512 for status in files))

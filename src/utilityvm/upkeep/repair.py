@@ -1,8 +1,9 @@
 """What differs between a VM's journal, its QEMU and its guest, and the mending of it.
 
 Three places know of a VM's disks: the journal knows what was wanted and how far it came, QEMU has the devices, the
-guest has the mounts. `examine` compares them and changes nothing; `mend` makes them agree: it finishes or undoes what
-is half done, gives back the reservations of the dead, and takes out of the VM what no journal knows and nobody uses.
+guest has the mounts. `examine_vm` compares them and changes nothing. `repair_vm` makes them agree: it finishes or
+undoes what is half done, gives back the reservations of the dead, and takes out of the VM what no journal knows and
+nobody uses.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 from utilityvm.errors import VMGone
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import Attachment, QemuHost
+from utilityvm.machine.names import check_text
+from utilityvm.machine.oserrors import typed
 from utilityvm.machine.threads import in_thread
 from utilityvm.scsi.ports import DiskRecord, MountRecord, Record, ReservationRecord
 from utilityvm.scsi.slot import Slot
@@ -29,14 +32,15 @@ from utilityvm.vm.utility_vm import UtilityVM
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Two places that do not agree, and what `mend` does about it."""
+    """Two places that do not agree about a VM's disks."""
 
-    slot: Slot | None
+    slot: Slot | None  # None: it is not of one slot
     what: str
-    remedy: str
+    remedy: str  # what `repair_vm` does about it
 
 
-async def examine(name: str, *, wait_s: float = 0.0) -> list[Difference]:
+@typed
+async def examine_vm(name: str, *, wait_s: float = 0.0) -> list[Difference]:
     """Compare the three; nothing is changed.
 
     Raises:
@@ -44,6 +48,7 @@ async def examine(name: str, *, wait_s: float = 0.0) -> list[Difference]:
         VMOwned: another process owns it, which keeps the three in step itself.
         DeadlineExceeded: QEMU or the agent does not answer.
     """
+    check_text("VM", name)
     async with _looking(name, wait_s=wait_s) as (journal, host, guest):
         if guest is None:
             remedy = "let it go on, as the VM that it was"
@@ -51,12 +56,14 @@ async def examine(name: str, *, wait_s: float = 0.0) -> list[Difference]:
         return compare(await in_thread(journal.read), await host.attachments(), await guest.mounts())
 
 
-async def mend(name: str, *, wait_s: float = 0.0) -> list[str]:
+@typed
+async def repair_vm(name: str, *, wait_s: float = 0.0) -> list[str]:
     """Make the three agree, and say what was done, a line each.
 
     Raises:
-        As `examine`; and GuestBusy and others, if a disk that no journal knows cannot be taken out.
+        As `examine_vm`; and GuestBusy and others, if a disk that no journal knows cannot be taken out.
     """
+    check_text("VM", name)
     await _doubt(name, wait_s=wait_s)
     async with UtilityVM.open(name, wait_s=wait_s) as vm:
         await vm._scsi.repair()

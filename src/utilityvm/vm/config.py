@@ -173,6 +173,12 @@ class DiskSpec:
     verity: Verity | None = None
     physical: bool = False
 
+    def check(self) -> None:
+        """Raises:
+        InvalidRequest: a value is wrong by itself, whatever VM it is for.
+        """
+        self.request()
+
     def request(self) -> AddRequest:
         """What the manager is asked for.
 
