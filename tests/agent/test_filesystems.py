@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from filesystem_devices import MIB, device, digest, make, needs_xfs, soon, write
-from utilityvm.agent import content, filesystems
+from utilityvm.agent import content, filesystems, tools
 from utilityvm.agent.faults import Fault
 from utilityvm.agent.filesystems import Below, check_grow, ensure, grow, is_blank, places_to_read
 
@@ -264,6 +264,6 @@ def test_each_grows_by_its_own_tool(
     node: str, filesystem: str, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[list[str]] = []
-    monkeypatch.setattr(filesystems, "_run", lambda words, deadline: ran.append(words))
+    monkeypatch.setattr(tools, "run", lambda words, deadline: ran.append(words))
     grow(node, "/data", filesystem, soon())
     assert ran == [[node if word == "NODE" else word for word in command]]

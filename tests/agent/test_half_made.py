@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from filesystem_devices import MIB, device, digest, make, needs_xfs, soon, write
-from utilityvm.agent import content, filesystems
+from utilityvm.agent import content, filesystems, tools
 from utilityvm.agent.faults import Fault
 from utilityvm.agent.filesystems import is_half_made
 
@@ -27,7 +27,7 @@ def cut_short(node: str, filesystem: str, monkeypatch: pytest.MonkeyPatch, at: i
     """Begin to make it, and end in the write, flush or program with the number `at`. False: it has no such step."""
     left = [at]
     with monkeypatch.context() as patch:
-        for owner, name in ((filesystems.os, "pwrite"), (filesystems.os, "fsync"), (filesystems, "_run")):  # type: ignore[attr-defined]
+        for owner, name in ((filesystems.os, "pwrite"), (filesystems.os, "fsync"), (tools, "run")):  # type: ignore[attr-defined]
             plain = getattr(owner, name)
 
             def step(*args: Any, plain: Any = plain) -> Any:

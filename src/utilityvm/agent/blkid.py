@@ -1,16 +1,11 @@
 """What is on a device, as Debian's libblkid reads it: every superblock that it finds, and the partition table.
 
-libblkid is C that parses whatever bytes a disk holds, and the agent is the guest's root. So it runs in a child that has
-the device open for reading, a pipe to say what it found, and nothing else: another user's id, no capability, a few
-system calls, bounded memory and time. A crash, a hang or a memory bomb ends the child, and is an error of this device.
-
-The child is forked, as a new interpreter would take most of a mount's time. The agent has threads, any of which may
-hold a lock at the fork: so the library is loaded before, and the child calls it, the kernel and little else.
+libblkid is C that parses whatever bytes a disk holds. So it runs in a child that can do nothing else: see `apart`.
 
 `blkid_do_safeprobe` would tell one file system, or that there are several, but not which; and of a disk below 1.44 MB
 only the first. So the probe is asked for one after the other, and `content` decides, by the same rules.
 
-Source: libblkid 2.38, blkid.h; linux/prctl.h, linux/seccomp.h, linux/filter.h, linux/audit.h.
+Source: libblkid 2.38, blkid.h.
 """
 
 from __future__ import annotations
@@ -19,17 +14,12 @@ import ctypes
 import fcntl
 import json
 import os
-import platform
 import re
-import resource
-import select
-import signal
 import struct
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
+from utilityvm.agent.apart import allow_few_calls, apart, failed
 from utilityvm.agent.faults import Fault
 
 LIBRARY: Final = "libblkid.so.1"
@@ -38,26 +28,10 @@ _SUBLKS_TYPE, _SUBLKS_USAGE, _SUBLKS_MAGIC, _SUBLKS_BADCSUM = 1 << 5, 1 << 7, 1 
 _PARTS_FORCE_GPT: Final = 1 << 1  # also without a protective MBR
 _BLKSSZGET: Final = 0x1268  # linux/fs.h
 
-_LIMIT_S: Final = 20.0
-_CPU_S: Final = 10
-_MEMORY_BYTES: Final = 64 << 20  # beyond what the agent has
-_ANSWER_BYTES: Final = 65536
 _MOST: Final = 128  # superblocks, partitions
-_NOBODY: Final = 65534
-_CRASHES: Final = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
 _SECTOR_SIZES: Final = (512, 4096)
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,31}")
 _NUMBERS: Final = range(1 << 63)
-
-_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
-_SECCOMP_ALLOW, _SECCOMP_EPERM, _SECCOMP_KILL = 0x7FFF0000, 0x00050001, 0x80000000
-_LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06  # BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_RET|BPF_K
-# read, write, close, fstat, lseek, pread, mmap, mprotect, munmap, mremap, brk, madvise, futex, sigreturn, sigprocmask,
-# clock_gettime, exit, exit_group, newfstatat, getrandom: the machine's AUDIT_ARCH, and their numbers.
-_CALLS: Final[dict[str, tuple[int, tuple[int, ...]]]] = {
-    "x86_64": (0xC000003E, (0, 1, 3, 5, 8, 17, 9, 10, 11, 25, 12, 28, 202, 15, 14, 228, 60, 231, 262, 318)),
-    "aarch64": (0xC00000B7, (63, 64, 57, 80, 62, 67, 222, 226, 215, 216, 214, 233, 98, 139, 135, 113, 93, 94, 79, 278)),
-}
 
 
 class Superblock(NamedTuple):
@@ -90,14 +64,11 @@ class Look(NamedTuple):
     hidden: Table | None = None  # one that a kernel would not: in other sectors, or without its protective MBR
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
 def look(node: str, deadline: float) -> Look:
     """What libblkid finds on `node`: a device, or a file.
 
     Raises:
-        Fault: reading it crashed, hung or took too much memory; or libblkid is not in the guest.
+        Fault: reading it crashed, hung or took too much memory; or libblkid is not in the guest. See `apart`.
         OSError: it cannot be opened.
     """
     library = _load()
@@ -111,7 +82,7 @@ def look(node: str, deadline: float) -> Look:
     try:
         return _read(json.loads(answer))
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise _failed("answered what is no answer") from None
+        raise failed("answered what is no answer") from None
 
 
 def sizes(node: str) -> tuple[int, int]:
@@ -152,113 +123,12 @@ def _sector_bytes(fd: int) -> int:
         return UNIT  # a file
 
 
-# The child.
-
-
-def apart(examine: Callable[[], bytes], *, keep: int, deadline: float) -> bytes:
-    """What `examine` gives, called in a child that can read the descriptor `keep`, and do nothing else.
-
-    Raises:
-        Fault: the child crashed, or did not end in time.
-    """
-    limit = min(deadline, time.monotonic() + _LIMIT_S)
-    with open("/proc/self/statm") as file:
-        before = int(file.read().split()[0]) * resource.getpagesize()
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    try:
-        child = os.fork()
-        if not child:
-            try:
-                _give_up_rights(keep, writing, memory_bytes=before + _MEMORY_BYTES)
-                data = examine()
-                while data:
-                    data = data[os.write(writing, data) :]
-            except BaseException:
-                os._exit(1)
-            os._exit(0)
-    except BaseException:
-        os.close(reading)
-        raise
-    finally:
-        os.close(writing)
-    try:
-        answer = _read_until(reading, limit)
-    finally:
-        os.close(reading)
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-    if answer is None:
-        raise _failed(f"took longer than {_LIMIT_S:.0f} s" if time.monotonic() < deadline else "took all of the time")
-    code = os.waitstatus_to_exitcode(status)
-    if not answer:
-        raise _failed(f"ended with {signal.Signals(-code).name}" if code < 0 else "failed")
-    return answer
-
-
-def _read_until(fd: int, limit: float) -> bytes | None:
-    """All that is written to the pipe before it is closed. None: it was not closed in time, or there is too much."""
-    data = b""
-    while len(data) < _ANSWER_BYTES:
-        if not select.select([fd], [], [], max(0.0, limit - time.monotonic()))[0]:
-            return None
-        if not (more := os.read(fd, _ANSWER_BYTES)):
-            return data
-        data += more
-    return None
-
-
-def _failed(how: str) -> Fault:
-    text = f"reading what the disk holds {how}: it is damaged, or made to do harm"
-    return Fault(text, remedy="name its file system, if you trust it all the same (filesystem)")
-
-
-def _give_up_rights(*keep: int, memory_bytes: int) -> None:
-    """Leave the calling process, a child, the descriptors `keep`, and what it needs to read and to compute."""
-    for number in _CRASHES:
-        signal.signal(number, signal.SIG_DFL)
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
-    first = 0
-    for fd in (*sorted(keep), resource.getrlimit(resource.RLIMIT_NOFILE)[1]):
-        os.closerange(first, min(fd, 1 << 20))
-        first = fd + 1
-    for what, limit in (
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_CPU, _CPU_S),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NPROC, 0),
-    ):
-        resource.setrlimit(what, (limit, limit))
-    if not os.geteuid():
-        os.setgroups([])
-        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-        os.setresuid(_NOBODY, _NOBODY, _NOBODY)  # and with it go the capabilities
-    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
-        os._exit(1)
-
-
-def _allow_few_calls() -> None:
-    """From here on the kernel refuses all other system calls, so that nothing is opened, sent or started."""
-    if platform.machine() not in _CALLS:
-        return
-    machine, numbers = _CALLS[platform.machine()]
-    program = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, machine), (_RETURN, 0, 0, _SECCOMP_KILL), (_LOAD, 0, 0, 0)]
-    program += [(_EQUAL, len(numbers) - at, 0, number) for at, number in enumerate(numbers)]
-    program += [(_RETURN, 0, 0, _SECCOMP_EPERM), (_RETURN, 0, 0, _SECCOMP_ALLOW)]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
-    header = struct.pack("@HP", len(program), ctypes.addressof(code))
-    if _libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, header, 0, 0):
-        os._exit(1)
-
-
 def _examine(library: Any, fd: int, size: int, sector: int) -> bytes:
     probe = ctypes.c_void_p(library.blkid_new_probe())
     if not probe or library.blkid_probe_set_device(probe, fd, 0, size):  # it reads nothing yet
         return b"{}"
     library.blkid_probe_set_sectorsize(probe, sector)
-    _allow_few_calls()
+    allow_few_calls()
     found: dict[str, Any] = {"superblocks": _superblocks(library, probe)}
     found["table"] = _table(library, probe, sector, 0)
     if not found["table"]:

@@ -7,14 +7,13 @@ import fcntl
 import mmap
 import os
 import struct
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from utilityvm.agent import content
+from utilityvm.agent import content, tools
 from utilityvm.agent.faults import Fault
 
 _MIB: Final = 1 << 20
@@ -91,7 +90,7 @@ def ensure(node: str, filesystem: str, *, below: Below, reformat: bool, deadline
         if impossible:
             raise impossible
         _wipe(fd)
-    _run([*_MAKERS[filesystem], node], deadline)
+    tools.run([*_MAKERS[filesystem], node], deadline)
     with _claimed(node) as fd:
         _unmark(fd)
 
@@ -130,11 +129,11 @@ def _finish(node: str, filesystem: str, deadline: float) -> None:
         if not _is_marked(device.fileno()):
             return
     if filesystem == "xfs":
-        try:
-            _run(["xfs_repair", "-n", node], deadline)
-        except Fault as fault:
-            text = f"making the xfs file system on the device was cut short, and it is not whole: {fault.message}"
-            raise Fault(text, remedy="have it made anew: ensure_filesystem with reformat") from None
+        done = tools.ask(["xfs_repair", "-n", node], deadline)
+        if done.exit_code:
+            why = tools.failure("xfs_repair", done).message
+            text = f"making the xfs file system on the device was cut short, and it is not whole: {why}"
+            raise Fault(text, remedy="have it made anew: ensure_filesystem with reformat")
     with suppress(Fault), _claimed(node) as fd:  # one that is mounted is left alone
         _unmark(fd)
 
@@ -224,9 +223,9 @@ def _impossible(node: str, filesystem: str, deadline: float) -> Fault | None:
     """What the tool says against it, such as that the device is too small; it writes nothing."""
     try:
         maker, *options = _MAKERS[filesystem]
-        _run([maker, _ONLY_ASK[filesystem], *options, node], deadline)
+        tools.run([maker, _ONLY_ASK[filesystem], *options, node], deadline)
     except Fault as fault:
-        return Fault(f"{fault.message}; nothing was written", kind=fault.kind)
+        return Fault(f"{fault.message}; nothing was written", kind=fault.kind, remedy=fault.remedy)
     return None
 
 
@@ -289,9 +288,9 @@ def grow(node: str, path: str, filesystem: str, deadline: float) -> None:
         Fault: it cannot grow, or growing failed.
     """
     if filesystem in _EXT:
-        _run(["resize2fs", node], deadline)
+        tools.run(["resize2fs", node], deadline)
     elif filesystem == "xfs":
-        _run(["xfs_growfs", "-d", path], deadline)
+        tools.run(["xfs_growfs", "-d", path], deadline)
     elif filesystem == "btrfs":
         _grow_btrfs(path)
     else:
@@ -308,22 +307,3 @@ def _grow_btrfs(path: str) -> None:
         raise Fault(f"the btrfs at {path} does not grow: {os.strerror(error.errno or errno.EIO)}") from None
     finally:
         os.close(fd)
-
-
-def _run(command: list[str], deadline: float) -> None:
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=max(0.1, deadline - time.monotonic()),
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise Fault(f"{command[0]} was not done within the time given", kind="timeout") from None
-    except FileNotFoundError:
-        raise Fault(f"{command[0]} is not in the guest image") from None
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").partition("\nUsage:")[0].strip()
-        raise Fault(f"{command[0]} failed: {said}")

@@ -70,6 +70,8 @@ _NO_DRIVER: Final = (
     "its device without mounting it (block_device)"
 )
 
+_NO_MEMORY: Final = "the guest has too little memory: give the VM more (memory_mib, --memory)"
+
 _LINES_AT_MOST: Final = 3  # of the kernel's log, in an error
 _RECORDS_AT_MOST: Final = 1000
 _KERNEL_LOG: Final = "/dev/kmsg"
@@ -201,7 +203,7 @@ def _mount(source: bytes, target: str, kind: bytes | None, flags: int, data: byt
     if number == errno.ENODEV and kind:
         text = f"{what} as {kind.decode()}: the guest's kernel knows no such file system"
         raise _Refused(text, number, remedy=_NO_DRIVER)
-    raise _Refused(text, number, remedy=_remedy(lines))
+    raise _Refused(text, number, remedy=_NO_MEMORY if number == errno.ENOMEM else _remedy(lines))
 
 
 def _remedy(lines: Sequence[str]) -> str | None:
