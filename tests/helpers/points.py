@@ -1,4 +1,4 @@
-"""Which of many points a test takes: all of them in a long run, a few of them, other ones each day, in a short one.
+"""How much a test tries: all of it in a long run (`./dev long`); else a few of many points, other ones each day.
 
 And how it says so in the end: the fixture `tell`.
 """
@@ -15,7 +15,13 @@ _VARIABLE = "UTILITYVM_CRASH"
 
 
 def takes_all() -> bool:
+    """Is this a long run?"""
     return os.environ.get(_VARIABLE) == "all"
+
+
+def rounds(short: int, *, long: int) -> int:
+    """How many rounds to go of something that is done again and again."""
+    return long if takes_all() else short
 
 
 def chosen(points: int, *, every: int) -> range:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from points import rounds
 from raw_host import RawHost
 from utilityvm import UtilityVM, VMGone
 from utilityvm.errors import DeadlineExceeded, OutcomeUnknown
@@ -114,7 +115,7 @@ async def test_a_client_that_knows_only_the_recordings_is_served(start: Start, d
 
 
 async def test_a_host_that_comes_and_goes_is_met_each_time(vm_booted: UtilityVM) -> None:
-    for number in range(20):
+    for number in range(rounds(4, long=20)):
         client = vm_booted._guest._client
         assert client
         await client.close()
@@ -122,7 +123,7 @@ async def test_a_host_that_comes_and_goes_is_met_each_time(vm_booted: UtilityVM)
 
 
 async def test_a_host_that_goes_in_the_middle_of_output_harms_nobody(vm_booted: UtilityVM) -> None:
-    for _ in range(5):
+    for _ in range(rounds(2, long=10)):
         chunks: asyncio.Queue[bytes] = asyncio.Queue()
         running = asyncio.create_task(
             vm_booted.run_streaming(["cat", "/dev/zero"], stdout=chunks.put_nowait, stderr=chunks.put_nowait)

@@ -30,9 +30,9 @@ COMMAND = [sys.executable, "-c", "from utilityvm.cli import main; main()"]
 
 
 @pytest.fixture(scope="module")
-def worker(own_folders: Path, guest_image: GuestImage) -> Iterator[str]:
-    """A VM that a command started and left running."""
-    subprocess.run([*COMMAND, "start", "worker"], check=True, capture_output=True)
+def worker(booted: str) -> Iterator[str]:
+    """A VM that a command made and left running."""
+    subprocess.run([*COMMAND, "clone", booted, "worker"], check=True, capture_output=True)
     yield "worker"
     subprocess.run([*COMMAND, "stop", "worker", "--force"], check=True, capture_output=True)
     assert not places.vm_dir("worker").exists()
@@ -280,8 +280,8 @@ async def test_without_keep_a_killed_command_takes_the_vm_along(guest_image: Gue
     assert not places.vm_dir("orphan").exists()
 
 
-def test_stop_of_a_guest_that_does_not_answer(uvm: Uvm, guest_image: GuestImage) -> None:
-    assert uvm("start", "hung").returncode == 0
+def test_stop_of_a_guest_that_does_not_answer(uvm: Uvm, booted: str) -> None:
+    assert uvm("clone", booted, "hung").returncode == 0
     with Store.open() as store:
         pid = store.get("hung").pid
     assert pid is not None
@@ -290,8 +290,8 @@ def test_stop_of_a_guest_that_does_not_answer(uvm: Uvm, guest_image: GuestImage)
     assert not places.vm_dir("hung").exists()
 
 
-def test_several_stops_at_once_end_it_once(uvm: Uvm, guest_image: GuestImage) -> None:
-    assert uvm("start", "popular").returncode == 0
+def test_several_stops_at_once_end_it_once(uvm: Uvm, booted: str) -> None:
+    assert uvm("clone", booted, "popular").returncode == 0
     stop = [*COMMAND, "stop", "popular"]
     running = [subprocess.Popen(stop, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(4)]
     assert sorted(process.wait() for process in running) == [0, 3, 3, 3]

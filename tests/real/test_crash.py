@@ -1,8 +1,8 @@
 """The owner of a VM is killed at each point where it writes or sends, and the next one finds everything as promised.
 
 A point is a write to the store, or a message that is sent or answered, before it and after it: see `crash_points`. The
-default takes every twentieth of them, beginning with another one each day; UTILITYVM_CRASH=all takes all, and
-UTILITYVM_CRASH=N begins with number N.
+default takes every fortieth of them, beginning with another one each day; `./dev long` takes all, and UTILITYVM_CRASH=N
+begins with number N.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from utilityvm.testing.images import ext4_image, read_file
 
 pytestmark = pytest.mark.real
 
-EVERY = 20
+EVERY = 40
 STARTS_EVERY = 35  # of which the default takes one: a start and a stop cost seconds
 NAME = "crashes"
 AGENT_CRASH = Path(crash_owner.__file__).with_name("agent_crash.py")  # runs in the VM
@@ -168,7 +168,7 @@ async def test_who_dies_while_he_takes_over_leaves_the_same_to_the_next(
     check = Check("remove_many", folder, kept_vm)
     spoiled.add(NAME)
     killed = 0
-    for first in chosen(99, every=60)[:: 10 if takes_all() else 1]:
+    for first in chosen(99, every=99)[:: 10 if takes_all() else 1]:
         for second in chosen(sys.maxsize, every=45)[:: 7 if takes_all() else 1]:
             make_blank(folder)
             task = Task(operation="remove_many", vm=NAME, folder=str(folder), kill_at=first, holder=JOB)

@@ -27,7 +27,7 @@ from utilityvm.upkeep import leftovers
 
 pytestmark = pytest.mark.real
 
-EVERY = 16
+EVERY = 32
 NAME = "forked"
 
 

@@ -1,8 +1,8 @@
 """Whatever fails once, in whatever step: all is as it was before, or the same call once more finishes it.
 
 Every command to QEMU, request to the agent, write to the store, open and lock of an image is made to fail once, in
-adding a disk, giving it back, and growing it. On a real VM. The default takes every third of these faults, and
-UTILITYVM_CRASH=all takes all: see `points`.
+adding a disk, giving it back, and growing it. On a real VM. The default takes every sixth of these faults, and
+`./dev long` takes all: see `points`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from utilityvm.testing.images import ext4_image
 
 pytestmark = pytest.mark.real
 
-EVERY = 3
+EVERY = 6
 MIB = 1 << 20
 Start = Callable[..., Awaitable[UtilityVM]]
 Act: TypeAlias = Callable[[], Awaitable[object]]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from points import rounds
 from utilityvm.guestimage.build import GuestImage
 
 pytestmark = pytest.mark.real
@@ -16,6 +17,6 @@ SOAK = Path(__file__).parents[2] / "bench" / "soak.py"
 
 
 def test_rounds_of_adding_and_of_cloning_leave_nothing_behind(guest_image: GuestImage) -> None:
-    done = subprocess.run([sys.executable, SOAK, "8"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, SOAK, str(rounds(2, long=100))], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("| nothing |") == 2

@@ -1,6 +1,7 @@
 """Many tasks on many disks of one VM, and every slot that a VM has.
 
-UTILITYVM_STRESS=1000 runs as many rounds of each task as hcsshim's ParallelScsiOps, and mounts the disk at every slot.
+`./dev long` runs twenty rounds of each task, and mounts the disk at every slot; UTILITYVM_STRESS=1000 runs as many
+rounds as hcsshim's ParallelScsiOps.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from points import rounds
 from utilityvm import DiskSpec, NoFreeSlot, SCSIMount, UtilityVM
 from utilityvm.scsi.ports import DiskFormat
 from utilityvm.scsi.slot import Slot
@@ -22,8 +24,8 @@ from utilityvm.testing.images import convert, ext4_image, read_file, suffix
 pytestmark = pytest.mark.real
 
 TASKS, DISKS = 16, 40
-ROUNDS = int(os.environ.get("UTILITYVM_STRESS", "4"))
-MOUNT_EACH = 1 if "UTILITYVM_STRESS" in os.environ else 9  # of the 255 disks
+ROUNDS = int(os.environ.get("UTILITYVM_STRESS", rounds(1, long=20)))
+MOUNT_EACH = rounds(48, long=1)  # of the 255 disks
 FORMATS = list(DiskFormat)
 MARK = "disk 000\n"
 

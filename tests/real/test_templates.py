@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 
 from owners import until_no_process_of
+from points import rounds
 from utilityvm import (
     CallerKey,
     ClonePool,
@@ -35,11 +36,9 @@ from utilityvm import (
     TemplateNotFound,
     UtilityVM,
     UtilityVMError,
-    VMConfig,
     VMExists,
     VMNotRunning,
 )
-from utilityvm.guestimage.build import GuestImage
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import QemuHost, memory
 from utilityvm.machine import paths
@@ -57,7 +56,8 @@ Uvm = Callable[..., "CompletedProcess[str]"]
 pytestmark = pytest.mark.real
 
 WRITTEN, MORE, SHARED, SPARE = Slot(0, 1), Slot(0, 2), Slot(0, 3), Slot(0, 4)
-CLONES = int(os.environ.get("UTILITYVM_CLONES", "3"))  # alive at once
+CLONES = int(os.environ.get("UTILITYVM_CLONES", rounds(3, long=10)))  # alive at once
+UNIQUE = rounds(6, long=20)
 HOOKS = "/etc/utilityvm/template.d"
 
 
@@ -173,7 +173,7 @@ async def test_no_two_clones_are_alike(warm: Warm) -> None:
     )
     clones: list[UtilityVM] = []
     try:
-        for number in range(20):
+        for number in range(UNIQUE):
             clones.append(await UtilityVM.clone("warm", f"unique{number}"))
         assert all(vm.is_running for vm in clones)
         answers = [text.splitlines() for text in await asyncio.gather(*(output(vm, script) for vm in clones))]
@@ -202,10 +202,8 @@ async def test_a_hook_makes_what_a_clone_must_not_share(booted: str) -> None:
             catalog.remove("hooked", store)
 
 
-async def test_a_failed_save_lets_the_vm_go_on(
-    guest_image: GuestImage, disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    vm = await UtilityVM.start(VMConfig(name="going"), image=guest_image)
+async def test_a_failed_save_lets_the_vm_go_on(booted: str, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm = await UtilityVM.clone(booted, "going")
     try:
         await vm.add_scsi(disk, "/data")
         await output(vm, f"mkdir -p {HOOKS} && printf '#!/bin/sh\\nexit 3\\n' > {HOOKS}/no && chmod +x {HOOKS}/no")
@@ -217,7 +215,7 @@ async def test_a_failed_save_lets_the_vm_go_on(
                 patch.setattr(owner, name, refuse)
                 with pytest.raises(SetupError, match="no space"):
                     await vm.save_as_template("never")
-            assert await output(vm, f"echo {name} >> /data/after; sync; hostname") == "utilityvm\n"
+            assert await output(vm, f"echo {name} >> /data/after; sync; hostname") == "going\n"
         with pytest.raises(TemplateNotFound):
             catalog.load("never")
         assert list(paths.templates_dir().glob(".*")) == []
