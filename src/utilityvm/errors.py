@@ -249,7 +249,13 @@ class OutcomeUnknown(UtilityVMError):
 
 
 class DeadlineExceeded(OutcomeUnknown):
-    """The caller's deadline passed first. What was begun is finished or undone in the background."""
+    """The caller's deadline passed first. What was begun is finished or undone in the background.
+
+    Of a program that was run and killed, `stdout` and `stderr` have what it had written by then.
+    """
+
+    stdout: bytes = b""
+    stderr: bytes = b""
 
 
 class VMGone(UtilityVMError):

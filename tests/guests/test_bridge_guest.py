@@ -27,7 +27,7 @@ from utilityvm.errors import (
     VMGone,
 )
 from utilityvm.guests import bridge_client
-from utilityvm.guests.bridge_guest import BridgeGuest, CommandResult
+from utilityvm.guests.bridge_guest import BridgeGuest, CommandResult, OutputSink
 from utilityvm.scsi.ports import CallerKey, GuestBackend, MountConfig, ScratchKey, Verity
 from utilityvm.scsi.slot import Slot
 
@@ -426,6 +426,20 @@ async def test_a_program_out_of_time_is_killed(guest: BridgeGuest) -> None:
     with pytest.raises(DeadlineExceeded, match=r"sleep did not end within 0\.1 s"):
         await guest.run(["sleep", "987654"], timeout_s=0.1)
     await ended(guest, "sleep 98765[4]")
+
+
+async def test_what_a_program_out_of_time_had_written_is_in_the_error(
+    guest: BridgeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def out_of_time(_: object, *, stdout: OutputSink, stderr: OutputSink, **__: object) -> int:
+        stdout(b"so far")
+        stderr(b"and no further")
+        raise DeadlineExceeded("the test broke it")
+
+    monkeypatch.setattr(guest, "run_streaming", out_of_time)
+    with pytest.raises(DeadlineExceeded) as caught:
+        await guest.run(["make"], timeout_s=1)
+    assert (caught.value.stdout, caught.value.stderr) == (b"so far", b"and no further")
 
 
 async def test_a_program_that_is_cancelled_is_killed_with_its_children(guest: BridgeGuest) -> None:

@@ -460,7 +460,7 @@ class BridgeGuest:
 
         Raises:
             GuestRefused: it could not be started, or wrote more than `max_output_bytes` and was killed.
-            DeadlineExceeded: it did not end within `timeout_s` seconds.
+            DeadlineExceeded: it did not end within `timeout_s` seconds; has what it wrote in `stdout` and `stderr`.
             VMGone, OutcomeUnknown: the guest, or its agent, went first.
         """
         outputs = bytearray(), bytearray()
@@ -477,15 +477,19 @@ class BridgeGuest:
         async def given(data: bytes) -> AsyncIterator[bytes]:
             yield data
 
-        exit_code = await self.run_streaming(
-            command,
-            stdin=None if stdin is None else given(stdin),
-            stdout=lambda data: collect(outputs[0], data),
-            stderr=lambda data: collect(outputs[1], data),
-            env=env,
-            cwd=cwd,
-            timeout_s=timeout_s,
-        )
+        try:
+            exit_code = await self.run_streaming(
+                command,
+                stdin=None if stdin is None else given(stdin),
+                stdout=lambda data: collect(outputs[0], data),
+                stderr=lambda data: collect(outputs[1], data),
+                env=env,
+                cwd=cwd,
+                timeout_s=timeout_s,
+            )
+        except DeadlineExceeded as error:
+            error.stdout, error.stderr = map(bytes, outputs)
+            raise
         return CommandResult(exit_code=exit_code, stdout=bytes(outputs[0]), stderr=bytes(outputs[1]))
 
     @raises_callers_errors

@@ -22,16 +22,17 @@ _SHORTEST_QUIT_S: Final = 0.2
 _QUIT_S: Final = 2.0  # for QEMU to write out what it holds of images, before it is killed
 
 
-async def stop(vm: OwnedVM, *, timeout_s: float) -> None:
+async def stop(vm: OwnedVM, *, timeout_s: float) -> list[str]:
     """See `UtilityVM.stop`."""
-    await finish(_stop(vm, timeout_s))
+    return await finish(_stop(vm, timeout_s))
 
 
-async def _stop(vm: OwnedVM, timeout_s: float) -> None:
+async def _stop(vm: OwnedVM, timeout_s: float) -> list[str]:
     quit_s = min(_QUIT_S, timeout_s / 4)  # the last part of the time is QEMU's
+    told: list[str] = []
     async with vm.ending:
         if vm.state in (State.REMOVED, State.CLOSED):
-            return
+            return []
         if vm.state is not State.ENDED:
             if vm.state is not State.STOPPING:
                 vm.take(Event.STOP, stopped(vm))
@@ -39,15 +40,30 @@ async def _stop(vm: OwnedVM, timeout_s: float) -> None:
                 await vm.store.lane.run(vm.store.set_state, vm.record, VMState.STOPPING)
             except UtilityVMError as error:  # a full disk must not keep a VM running
                 vm.log.warning("not written down: %s", error)
-            with suppress(UtilityVMError, TimeoutError):
-                async with asyncio.timeout(timeout_s - quit_s):
-                    for left in await vm.guest.shutdown(timeout_s=(timeout_s - quit_s) * _GUESTS_PART):
-                        vm.log.warning("%s", left)
-                    await asyncio.wait([vm.host.gone])
+            told = await _power_off(vm, timeout_s - quit_s, timeout_s=timeout_s)
+            for line in told if timeout_s else ():  # without any time, it was asked for
+                vm.log.warning("%s", line)
             if vm.state is State.STOPPING:
                 vm.take(Event.DIED, stopped(vm))
         await clear_away(vm, quit_s=max(quit_s, _SHORTEST_QUIT_S))
     vm.log.info("stopped")
+    return told
+
+
+async def _power_off(vm: OwnedVM, guests_s: float, *, timeout_s: float) -> list[str]:
+    """Have the guest write out and power off; says what is not so, a line each."""
+    told: list[str] = []
+    why: object = f"it did not power off within {timeout_s:g} s" if timeout_s else "it had no time to power off"
+    try:
+        async with asyncio.timeout(guests_s):
+            told += await vm.guest.shutdown(timeout_s=guests_s * _GUESTS_PART)
+            await asyncio.wait([vm.host.gone])
+            return told
+    except TimeoutError:
+        pass
+    except UtilityVMError as error:
+        why = error
+    return [*told, lifecycle.killed(vm.name, why)]
 
 
 async def clear_away(vm: OwnedVM, *, quit_s: float = _QUIT_S) -> None:
@@ -70,7 +86,7 @@ async def clear_away(vm: OwnedVM, *, quit_s: float = _QUIT_S) -> None:
 async def close(vm: OwnedVM, *, timeout_s: float) -> None:
     """See `UtilityVM.close`."""
     if not vm.config.keep or vm.state is State.ENDED:
-        await stop(vm, timeout_s=timeout_s)
+        await stop(vm, timeout_s=timeout_s)  # logs what is not as it should be
         return
     await finish(_close(vm, min(SETTLE_S, timeout_s)))
 

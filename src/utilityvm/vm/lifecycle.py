@@ -137,10 +137,11 @@ async def boot(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
     Raises:
         StartFailed: it did not, or QEMU ended; says what the console says.
     """
-    return await _answered(host, name, BridgeGuest.connect(host.process.agent, timeout_s=timeout_s, vm=name))
+    connecting = BridgeGuest.connect(host.process.agent, timeout_s=timeout_s, vm=name)
+    return await _answered(host, name, connecting, timeout_s=timeout_s)
 
 
-async def _answered(host: QemuHost, name: str, connecting: Awaitable[BridgeGuest]) -> BridgeGuest:
+async def _answered(host: QemuHost, name: str, connecting: Awaitable[BridgeGuest], *, timeout_s: float) -> BridgeGuest:
     begun = time.monotonic()
     try:
         return await connecting
@@ -149,8 +150,16 @@ async def _answered(host: QemuHost, name: str, connecting: Awaitable[BridgeGuest
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         told = [line for mark in _TELLING for line in reversed(lines) if mark in line]
         said = f'its console says "{(told or lines[-1:])[0]}"' if lines else "its console is empty"
+        match error:
+            case VMGone():
+                ran_s = time.monotonic() - begun
+                what = f"VM {name} ended {ran_s:.1f} s after it began to run, before its agent answered"
+            case DeadlineExceeded():
+                what = f"VM {name} did not come up within {timeout_s:g} s: its agent did not answer"
+            case _:
+                what = f"VM {name} did not come up: {error}"
         raise StartFailed(
-            f"VM {name} did not come up within {time.monotonic() - begun:.0f} s ({error}); {said}",
+            f"{what}; {said}",
             console=lines[-_CONSOLE_LINES:],
             vm=name,
             remedy="give it more memory or time; `uvm doctor` tells whether this machine can run VMs",
@@ -170,7 +179,7 @@ async def wake(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
         GuestRefused: it could not be made unique; it must not be used.
     """
     awakening = BridgeGuest.awaken(host.process.agent, **new_identity(name), timeout_s=timeout_s, vm=name)
-    connecting = asyncio.ensure_future(_answered(host, name, awakening))
+    connecting = asyncio.ensure_future(_answered(host, name, awakening, timeout_s=timeout_s))
     try:
         await host.resume(timeout_s=timeout_s)
         return await connecting
@@ -368,8 +377,7 @@ async def shut_down(record: StoredVM, *, timeout_s: float) -> list[str]:
                 told.append(f"the runtime folder {process.folder} was removed while the VM ran, and was made again")
             guest = await BridgeGuest.connect(process.agent, timeout_s=CONNECT_S, vm=record.name)
             closing.push_async_callback(guest.close)
-            for left in await guest.shutdown(timeout_s=SHUTDOWN_S):
-                _log.warning("%s", left, vm=record.name)
+            told += await guest.shutdown(timeout_s=SHUTDOWN_S)
             await asyncio.wait([host.gone], timeout=SHUTDOWN_S)
             if host.gone.done():
                 return told
@@ -377,7 +385,12 @@ async def shut_down(record: StoredVM, *, timeout_s: float) -> list[str]:
         pass
     except UtilityVMError as error:
         why = str(error)
-    return [*told, f"VM {record.name} was killed, and what its guest had not written out is lost: {why}"]
+    return [*told, killed(record.name, why)]
+
+
+def killed(name: str, why: object) -> str:
+    """What to tell of a VM whose guest could not be asked to power off, or did not."""
+    return f"VM {name} was killed, and what its guest had not written out is lost: {why}"
 
 
 async def clear(record: StoredVM, store: Store) -> None:

@@ -138,7 +138,8 @@ class UtilityVM:
         """End a VM, whatever state it is in, and remove all that is left of it.
 
         Its guest is asked to write out everything and to power off, within `timeout_s` seconds. If it cannot be asked,
-        or does not, it is killed; the result says so, a line each, and is empty otherwise.
+        or does not, it is killed. The result says that, and what the guest left unwritten, a line each; it is empty
+        otherwise.
 
         `force` asks nobody: the VM is killed at once, whoever owns it. Its owner gets VMGone; one that stands still
         gets it when it goes on.
@@ -540,7 +541,7 @@ class UtilityVM:
 
         Raises:
             GuestRefused: it could not be started; the message has the reason.
-            DeadlineExceeded: it did not end within `timeout_s` seconds.
+            DeadlineExceeded: it did not end within `timeout_s` seconds; has what it wrote in `stdout` and `stderr`.
             VMGone: the VM died.
         """
         self._vm.check()
@@ -615,17 +616,18 @@ class UtilityVM:
         return reason
 
     @checked
-    async def stop(self, *, timeout_s: float = SHUTDOWN_S) -> None:
+    async def stop(self, *, timeout_s: float = SHUTDOWN_S) -> list[str]:
         """End the VM: the guest writes out everything and powers off, or is killed after `timeout_s` seconds.
 
         True on return: no process, socket, lock or record of it is left; its disks are free. Stopped before is done.
+        The result says what the guest left unwritten, and whether it was killed, a line each; it is empty otherwise.
 
         Raises:
             OutcomeUnknown: the kernel does not let QEMU go; call again.
             StoreError: it has ended, and the store keeps its record; call again.
         """
         self._vm.check_here()
-        await end.stop(self._vm, timeout_s=timeout_s)
+        return await end.stop(self._vm, timeout_s=timeout_s)
 
     @checked
     async def close(self, *, timeout_s: float = SHUTDOWN_S) -> None:
