@@ -97,7 +97,7 @@ if TYPE_CHECKING:
     from utilityvm.templates.listing import get_template, list_templates
     from utilityvm.upkeep.findings import Finding, doctor
     from utilityvm.upkeep.images import remove_images
-    from utilityvm.upkeep.leftovers import Leftover, LeftoverKind, find_leftovers, remove_leftover
+    from utilityvm.upkeep.leftovers import Leftover, LeftoverKind, find_leftovers, remove_leftover, remove_leftovers
     from utilityvm.upkeep.repair import Difference, examine_vm, repair_vm
     from utilityvm.vm.acquiring import Acquiring
     from utilityvm.vm.config import DiskSettings, GuestPath, MountSettings
@@ -211,6 +211,7 @@ __all__ = [
     "read_console",
     "remove_images",
     "remove_leftover",
+    "remove_leftovers",
     "repair_vm",
 ]
 
@@ -223,7 +224,7 @@ _MODULES = {
     "utilityvm.guestimage.listing": ("find_image", "get_image", "list_images"),
     "utilityvm.upkeep.images": ("remove_images",),
     "utilityvm.upkeep.findings": ("Finding", "doctor"),
-    "utilityvm.upkeep.leftovers": ("Leftover", "LeftoverKind", "find_leftovers", "remove_leftover"),
+    "utilityvm.upkeep.leftovers": ("Leftover", "LeftoverKind", "find_leftovers", "remove_leftover", "remove_leftovers"),
     "utilityvm.upkeep.repair": ("Difference", "examine_vm", "repair_vm"),
     "utilityvm.machine.processes": ("introduce",),
     "utilityvm.guests.bridge_guest": ("CommandResult", "OutputSink"),

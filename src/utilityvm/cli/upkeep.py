@@ -73,16 +73,11 @@ def gc_command(is_applied: bool, as_json: bool) -> None:
 
 
 async def _remove(found: list[Leftover]) -> tuple[list[Leftover], dict[str, UtilityVMError]]:
-    from utilityvm import UtilityVMError, remove_leftover
+    from utilityvm import UtilityVMError, remove_leftovers
 
-    removed: list[Leftover] = []
-    failed: dict[str, UtilityVMError] = {}
-    for one in found:
-        try:
-            removed += [one] if await remove_leftover(one) else []
-        except UtilityVMError as error:  # the others can go all the same
-            failed[str(one.path)] = error
-    return removed, failed
+    results = list(zip(found, await remove_leftovers(found), strict=True))
+    removed = [one for one, result in results if result is True]
+    return removed, {str(one.path): result for one, result in results if isinstance(result, UtilityVMError)}
 
 
 def _print_leftovers(

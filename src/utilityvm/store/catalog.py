@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from utilityvm.errors import StoreError, VMExists, VMNotFound
-from utilityvm.machine import paths
+from utilityvm.machine import paths, patience
 from utilityvm.machine.processes import Life, life_of
 from utilityvm.store import database
 from utilityvm.store.formats import Formats
@@ -104,7 +104,7 @@ class Store:
     def close(self) -> None:
         """Twice is once."""
         if self._checkpoint is not None:
-            self._checkpoint.join()
+            self._checkpoint.join(patience.left_s(database.BUSY_S))  # it can be left out, and has its own connection
         if self._unwaiting is not None:
             self._unwaiting.close()
         self.formats.close()
@@ -162,7 +162,7 @@ class Store:
         """
         created = time.time()
         try:
-            cursor = self.db.execute(
+            cursor = database.patient(self.db).execute(
                 "INSERT INTO vms (name, uuid, state, created, config, owner) VALUES (?, ?, ?, ?, ?, ?)",
                 (name, uuid, VMState.STARTING.value, created, json.dumps(config), owner and json.dumps(owner)),
             )
@@ -239,7 +239,7 @@ class Store:
     def set_dead(self, vm: StoredVM) -> None:
         """Its QEMU ended: it is dead, and holds no disk any more."""
         try:
-            with database.transaction(self.db):
+            with database.transaction(database.patient(self.db)):
                 self.db.execute("UPDATE vms SET state = ? WHERE id = ?", (VMState.DEAD.value, vm.id))
                 for table in ("disks", "mounts", "reservations"):
                     self.db.execute(f"DELETE FROM {table} WHERE vm = ?", (vm.id,))
@@ -265,13 +265,13 @@ class Store:
 
     def _ask(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
         try:
-            return self.db.execute(sql, values).fetchall()
+            return database.patient(self.db).execute(sql, values).fetchall()
         except sqlite3.Error as error:
             raise database.failure(error, self.path) from error
 
     def _do(self, sql: str, *values: object) -> int:
         try:
-            return self.db.execute(sql, values).rowcount
+            return database.patient(self.db).execute(sql, values).rowcount
         except sqlite3.Error as error:
             raise database.failure(error, self.path) from error
 

@@ -23,7 +23,7 @@ from typing import Final
 
 from utilityvm.errors import SetupError, StoreDamaged, StoreError, StoreTooNew
 from utilityvm.log import logger
-from utilityvm.machine import oserrors, paths
+from utilityvm.machine import oserrors, paths, patience
 
 VERSION: Final = 4
 # MIGRATIONS[n] makes a store of version n + 1 out of one of version n; version 1 is the first.
@@ -67,7 +67,7 @@ def connect(path: Path) -> sqlite3.Connection:
     Raises:
         StoreTooNew: a later utilityvm wrote it; nothing was touched.
         StoreDamaged: it is not whole. It was moved aside under the name in `kept`, and the next call makes a new one.
-        StoreError: it is another program's, or busy for `BUSY_S` seconds.
+        StoreError: it is another program's, or busy for `BUSY_S` seconds, or for as long as the caller waits.
         SetupError: its folder cannot be used.
     """
     _make_folder(path.parent)
@@ -182,7 +182,14 @@ def _make_folder(folder: Path) -> None:
         )
 
 
-def _open(path: Path, *, timeout: float = BUSY_S) -> sqlite3.Connection:
+def patient(db: sqlite3.Connection) -> sqlite3.Connection:
+    """The connection, whose next statement waits for other writers, but no longer than our caller does."""
+    db.execute(f"PRAGMA busy_timeout = {patience.left_s(BUSY_S) * 1000:.0f}")
+    return db
+
+
+def _open(path: Path, *, timeout: float | None = None) -> sqlite3.Connection:
+    timeout = patience.left_s(BUSY_S) if timeout is None else timeout
     quoted = str(path.absolute())
     for mark in "%?#":
         quoted = quoted.replace(mark, f"%{ord(mark):02x}")
@@ -294,7 +301,7 @@ def _set_aside(path: Path, error: sqlite3.Error) -> StoreDamaged:
     """Move a damaged store and what belongs to it out of the way, whole; nothing ever overwrites it."""
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+        _lock(folder, path)
         kept = _free_name(path)
         if _is_damaged(path):  # and not yet replaced by another process that saw the same
             for suffix in ("", "-wal", "-shm"):
@@ -307,6 +314,22 @@ def _set_aside(path: Path, error: sqlite3.Error) -> StoreDamaged:
         kept=kept,
         remedy="run the command again: it goes on with a new store, and finds the VMs that run",
     )
+
+
+def _lock(folder: int, path: Path) -> None:
+    """Have the folder for ourselves. Its holder may stand still, so there is an end to waiting for it."""
+    ends = time.monotonic() + patience.left_s(BUSY_S)
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= ends:
+                raise StoreBusy(
+                    f"the store {path} is damaged, and another process is moving it aside",
+                    remedy=f"see which: fuser -v {path.parent}",
+                ) from None
+        time.sleep(WAITS_S[-1])
 
 
 def _is_damaged(path: Path) -> bool:

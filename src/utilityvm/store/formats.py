@@ -75,7 +75,7 @@ class Formats:
     def _open(self) -> sqlite3.Connection:
         if self._db is None:
             self._db = database.connect_beside(self._path)
-        return self._db
+        return database.patient(self._db)
 
     def _put(self, file: FileId, format: str, size_bytes: int) -> None:
         db = self._open()

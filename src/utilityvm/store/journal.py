@@ -123,7 +123,8 @@ class SqliteJournal:
             StoreError: the store cannot be read.
         """
         try:
-            rows = self._store.db.execute("SELECT had_key FROM vms WHERE id = ?", (self._vm.id,)).fetchall()
+            db = database.patient(self._store.db)
+            rows = db.execute("SELECT had_key FROM vms WHERE id = ?", (self._vm.id,)).fetchall()
         except sqlite3.Error as error:
             raise database.failure(error, self._store.path) from error
         return rows != [(0,)]
@@ -135,10 +136,9 @@ class SqliteJournal:
             StoreError: the store cannot be read, or holds what no version of us wrote.
         """
         try:
+            db = database.patient(self._store.db)
             disks, mounts, reservations = (
-                self._store.db.execute(
-                    f"SELECT * FROM {table} WHERE vm = ? ORDER BY since, 2", (self._vm.id,)
-                ).fetchall()
+                db.execute(f"SELECT * FROM {table} WHERE vm = ? ORDER BY since, 2", (self._vm.id,)).fetchall()
                 for table in ("disks", "mounts", "reservations")
             )
         except sqlite3.Error as error:

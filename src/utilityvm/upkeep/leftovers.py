@@ -8,10 +8,13 @@ store, no template, no process. What somebody owns or works on at this moment is
 from __future__ import annotations
 
 import shutil
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from utilityvm.errors import UtilityVMError, VMNotFound, VMOwned
 from utilityvm.guestimage import build, cache
@@ -22,8 +25,12 @@ from utilityvm.machine.processes import values_of
 from utilityvm.machine.threads import entered, in_thread
 from utilityvm.store import Store, StoredVM, recover
 from utilityvm.store.ownership import owner_of
+from utilityvm.tasks import Deadline
 from utilityvm.templates import catalog
 from utilityvm.vm import lifecycle
+from utilityvm.vm.arguments import checked
+
+REMOVE_S: Final = 60.0  # a template, or the overlays of a clone, may be large
 
 _log = logger(__name__)
 
@@ -61,14 +68,41 @@ def find_leftovers() -> list[Leftover]:
 
 
 @typed
-async def remove_leftover(leftover: Leftover) -> bool:
+@checked
+async def remove_leftover(leftover: Leftover, *, timeout_s: float = REMOVE_S) -> bool:
     """Remove it, if it is still one. False: another process took it up meanwhile, or it is gone.
 
     Raises:
         UtilityVMError: it cannot be removed; the others can all the same.
+        DeadlineExceeded: not done within `timeout_s` seconds; call again.
     """
-    async with entered(await in_thread(recover.open_store)) as store:
+    limit = Deadline(timeout_s).limit(f"the {leftover.kind} {leftover.name} was not removed")
+    async with limit, _opened() as store:
         return await remove(leftover, store)
+
+
+@typed
+async def remove_leftovers(leftovers: Iterable[Leftover]) -> list[bool | UtilityVMError]:
+    """As `remove_leftover` each, and quick for many; instead of one that cannot be removed its error is in the list.
+
+    Cancelled, those that were removed are gone, and the others are as they were.
+    """
+    async with _opened() as store:
+        results: list[bool | UtilityVMError] = []
+        for one in leftovers:
+            try:
+                async with Deadline(REMOVE_S).limit(f"the {one.kind} {one.name} was not removed"):
+                    results.append(await remove(one, store))
+            except UtilityVMError as error:
+                results.append(error)
+        return results
+
+
+@asynccontextmanager
+async def _opened() -> AsyncIterator[Store]:
+    opened = await in_thread(recover.open_store, late=Store.close)
+    async with entered(opened) as store:
+        yield store
 
 
 def found_in(store: Store) -> list[Leftover]:

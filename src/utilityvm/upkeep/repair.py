@@ -24,10 +24,12 @@ from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.transitions import DiskState, MountState
 from utilityvm.store import SqliteJournal, Store, VMState
 from utilityvm.store.recover import open_store
+from utilityvm.tasks import Deadline
 from utilityvm.vm import lifecycle
+from utilityvm.vm.arguments import checked
 from utilityvm.vm.lifecycle import CONNECT_S
 from utilityvm.vm.owned import ROOT_SLOT, is_alive
-from utilityvm.vm.utility_vm import UtilityVM
+from utilityvm.vm.utility_vm import OPEN_S, UtilityVM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,16 +42,18 @@ class Difference:
 
 
 @typed
-async def examine_vm(name: str, *, wait_s: float = 0.0) -> list[Difference]:
-    """Compare the three; nothing is changed.
+@checked
+async def examine_vm(name: str, *, wait_s: float = 0.0, timeout_s: float = OPEN_S) -> list[Difference]:
+    """Compare the three; nothing is changed. `wait_s` is for the queue, if another process uses the VM.
 
     Raises:
         VMNotFound, VMNotRunning: there is no such VM, or nothing of it to compare.
         VMOwned: another process owns it, which keeps the three in step itself.
-        DeadlineExceeded: QEMU or the agent does not answer.
+        DeadlineExceeded: QEMU or the agent does not answer within `timeout_s` seconds.
     """
     check_text("VM", name)
-    async with _looking(name, wait_s=wait_s) as (journal, host, guest):
+    limit = Deadline(wait_s + timeout_s).limit(f"VM {name} was not examined", vm=name)
+    async with limit, _looking(name, wait_s=wait_s) as (journal, host, guest):
         if guest is None:
             remedy = "let it go on, as the VM that it was"
             return [Difference(slot=None, what="saving it as a template was cut short", remedy=remedy)]
@@ -57,17 +61,25 @@ async def examine_vm(name: str, *, wait_s: float = 0.0) -> list[Difference]:
 
 
 @typed
-async def repair_vm(name: str, *, wait_s: float = 0.0) -> list[str]:
-    """Make the three agree, and say what was done, a line each.
+@checked
+async def repair_vm(name: str, *, wait_s: float = 0.0, timeout_s: float = OPEN_S) -> list[str]:
+    """Make the three agree within `timeout_s` seconds, and say what was done, a line each.
+
+    `wait_s` is for the queue, if another process uses the VM. Out of time, the rest is left for the next call.
 
     Raises:
         As `examine_vm`; and GuestBusy and others, if a disk that no journal knows cannot be taken out.
     """
     check_text("VM", name)
-    await _doubt(name, wait_s=wait_s)
-    async with UtilityVM.open(name, wait_s=wait_s) as vm:
-        await vm._scsi.repair()
-        return [*vm.findings, *await vm.remove_strays()]
+    deadline = Deadline(wait_s + timeout_s)
+    async with deadline.limit(f"VM {name} was not repaired", vm=name):
+        await _doubt(name, wait_s=wait_s)
+        vm = await UtilityVM.open(name, wait_s=wait_s, timeout_s=deadline.left())
+        try:
+            await vm._scsi.repair()
+            return [*vm.findings, *await vm.remove_strays()]
+        finally:
+            await vm.close(timeout_s=deadline.left_to_undo())
 
 
 async def _doubt(name: str, *, wait_s: float) -> None:

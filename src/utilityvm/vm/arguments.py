@@ -1,7 +1,8 @@
 """What callers may pass, by the name of the parameter: one rule for each name, for every public call and value.
 
 `checked` looks at all arguments before anything else happens, so that a wrong one is `InvalidRequest`, names the value,
-and has changed nothing. `timed` ends a call when its time is up, whatever it waits for.
+and has changed nothing. What may block below the call is told how long the caller waits. `timed` ends a call when its
+time is up, whatever it waits for.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from pathlib import PurePosixPath
 from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast
 
 from utilityvm.errors import InvalidRequest
+from utilityvm.machine import patience
 from utilityvm.scsi.ports import CallerKey, DiskFormat, ScratchKey, Verity, VMAccess
 from utilityvm.scsi.slot import Slot
-from utilityvm.tasks import Deadline
+from utilityvm.tasks import GRACE_S, Deadline
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 LONGEST_S: Final = 1e8  # three years; what has no end is None
+_TIMES: Final = ("wait_s", "timeout_s")  # a call may take both, one after the other
 _LATER_S: Final = 0.2  # than the steps of a call, which say better what was not done in time
 
 
@@ -195,6 +198,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     signature = inspect.signature(function)
     optional = {name for name, parameter in signature.parameters.items() if parameter.default is None}
     looked_at = [name for name in signature.parameters if name in RULES]
+    times = {name: signature.parameters[name].default for name in _TIMES if name in signature.parameters}
 
     def look(arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = signature.bind(*arguments, **named).arguments
@@ -214,7 +218,11 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     async def awaited(*arguments: P.args, **named: P.kwargs) -> Any:
         look(arguments, named)
-        return await cast(Awaitable[Any], function(*arguments, **named))
+        seconds = [named.get(name, default) for name, default in times.items()]
+        if not seconds or None in seconds:
+            return await cast(Awaitable[Any], function(*arguments, **named))
+        with patience.within(sum(cast("list[float]", seconds)) + GRACE_S):
+            return await cast(Awaitable[Any], function(*arguments, **named))
 
     return cast(Callable[P, R], awaited)
 

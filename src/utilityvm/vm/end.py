@@ -8,10 +8,11 @@ from functools import partial
 from typing import Final
 
 from utilityvm.errors import UtilityVMError, VMNotFound, VMNotRunning
+from utilityvm.machine import patience
 from utilityvm.machine.threads import entered, in_thread
 from utilityvm.store import VMState
 from utilityvm.store.recover import open_store
-from utilityvm.tasks import Undo, finish
+from utilityvm.tasks import Deadline, Undo, finish
 from utilityvm.vm import lifecycle
 from utilityvm.vm.owned import Claim, OwnedVM, stopped
 from utilityvm.vm.state import Event, State
@@ -37,7 +38,8 @@ async def _stop(vm: OwnedVM, timeout_s: float) -> list[str]:
             if vm.state is not State.STOPPING:
                 vm.take(Event.STOP, stopped(vm))
             try:
-                await vm.store.lane.run(vm.store.set_state, vm.record, VMState.STOPPING)
+                with patience.within(quit_s):  # the time is the guest's
+                    await vm.store.lane.run(vm.store.set_state, vm.record, VMState.STOPPING)
             except UtilityVMError as error:  # a full disk must not keep a VM running
                 vm.log.warning("not written down: %s", error)
             told = await _power_off(vm, timeout_s - quit_s, timeout_s=timeout_s)
@@ -53,7 +55,7 @@ async def _stop(vm: OwnedVM, timeout_s: float) -> list[str]:
 async def _power_off(vm: OwnedVM, guests_s: float, *, timeout_s: float) -> list[str]:
     """Have the guest write out and power off; says what is not so, a line each."""
     told: list[str] = []
-    why: object = f"it did not power off within {timeout_s:g} s" if timeout_s else "it had no time to power off"
+    why: object = f"it did not power off within {timeout_s:.3g} s" if timeout_s else "it had no time to power off"
     try:
         async with asyncio.timeout(guests_s):
             told += await vm.guest.shutdown(timeout_s=guests_s * _GUESTS_PART)
@@ -122,7 +124,8 @@ async def hang_up(vm: OwnedVM) -> None:
 
 async def remove(name: str, *, wait_s: float, force: bool, timeout_s: float) -> list[str]:
     """See `UtilityVM.remove`."""
-    async with Undo() as undo:
+    whole = Deadline(wait_s + timeout_s)
+    async with Undo(whole) as undo:
         try:
             if force:
                 claim = await Claim.seized(undo, name, wait_s=wait_s)
@@ -132,7 +135,9 @@ async def remove(name: str, *, wait_s: float, force: bool, timeout_s: float) -> 
             async with entered(await in_thread(open_store)) as store:
                 await lifecycle.sweep(store, name)
             raise
-        return [] if claim is None else await finish(_remove(claim, force=force, timeout_s=timeout_s))
+        if claim is None:
+            return []
+        return await finish(_remove(claim, force=force, timeout_s=min(timeout_s, whole.left())))
 
 
 async def _remove(claim: Claim, *, force: bool, timeout_s: float) -> list[str]:

@@ -367,7 +367,7 @@ async def shut_down(record: StoredVM, *, timeout_s: float) -> list[str]:
     The VM may run on then, and is to be killed.
     """
     told = []
-    why = f"it did not power off within {timeout_s:g} s"
+    why = f"it did not power off within {timeout_s:.3g} s"
     try:
         process = process_of(record)
         async with asyncio.timeout(timeout_s), AsyncExitStack() as closing:
