@@ -306,17 +306,16 @@ def swap_paths() -> list[str]:
     return []
 
 
-def _openers(numbers: Iterable[Number], pids: Iterable[int]) -> list[str]:
+def _openers(numbers: set[Number], pids: Iterable[int]) -> list[str]:
     """Processes that have one of the block devices itself open."""
-    devices = {os.makedev(*number) for number in numbers}
     found = []
     for pid in pids:
         with contextlib.suppress(OSError):
             for fd in os.listdir(f"{PROC}/{pid}/fd"):
-                with contextlib.suppress(OSError):
-                    status = os.stat(f"{PROC}/{pid}/fd/{fd}")
-                    if status.st_rdev in devices and stat.S_ISBLK(status.st_mode):
-                        found.append(f"process {pid} ({_name(pid)}) has {os.readlink(f'/proc/{pid}/fd/{fd}')} open")
+                link = f"{PROC}/{pid}/fd/{fd}"
+                if _number(link) in numbers:
+                    with contextlib.suppress(OSError):
+                        found.append(f"process {pid} ({_name(pid)}) has {os.readlink(link)} open")
     return found
 
 

@@ -88,8 +88,12 @@ def stands_alone(path: str, number: tuple[int, int], mountinfo: str | Path | Non
     name = os.fsencode(_written(path))
     with open(mountinfo or _OWN, "rb", buffering=0) as file:
         data = file.readall()
-    once = data.count(b" %s " % name) == data.count(b" %d:%d " % number) == 1
-    return once and b" %s/" % name not in data and not _has_overlays(data)
+    at_path, of_device = b" %s " % name, b" %d:%d " % number
+    if data.count(at_path) != 1 or data.count(of_device) != 1:
+        return False
+    begin, end = data.find(of_device), data.find(at_path)
+    is_one_line = begin < end and b"\n" not in data[begin:end]
+    return is_one_line and b" %s/" % name not in data and not _has_overlays(data)
 
 
 def _has_overlays(data: bytes) -> bool:
