@@ -87,7 +87,7 @@ if TYPE_CHECKING:
         Verity,
         VMAccess,
     )
-    from utilityvm.scsi.reservation import Reservation
+    from utilityvm.scsi.reservation import ForceArgument, Reservation
     from utilityvm.scsi.slot import Slot
     from utilityvm.scsi.views import MountView, SlotView
     from utilityvm.store.catalog import VMState
@@ -126,6 +126,7 @@ __all__ = [
     "DiskSettings",
     "DiskSpec",
     "Finding",
+    "ForceArgument",
     "GuestBusy",
     "GuestImage",
     "GuestPath",
@@ -230,7 +231,7 @@ _MODULES = {
     "utilityvm.guests.bridge_guest": ("CommandResult", "OutputSink"),
     "utilityvm.hosts.qemu": ("QemuProcess",),
     "utilityvm.machine.hostpath": ("HostPath",),
-    "utilityvm.scsi.reservation": ("Reservation",),
+    "utilityvm.scsi.reservation": ("ForceArgument", "Reservation"),
     "utilityvm.vm.config": ("DiskSettings", "GuestPath", "MountSettings"),
     "utilityvm.vm.mount": ("OnBusy",),
     "utilityvm.scsi.events": ("ScsiEvent", "ScsiEvents"),

@@ -11,9 +11,11 @@ from scsi_bench import Bench
 from utilityvm.errors import AlreadyReleased, UtilityVMError, VMGone
 from utilityvm.scsi.disk import Disk
 from utilityvm.scsi.manager import AddRequest
+from utilityvm.scsi.mount import Mount
 from utilityvm.scsi.ports import DiskRequest, Holder, MountConfig
-from utilityvm.scsi.reservation import Reservation
+from utilityvm.scsi.reservation import ForceArgument, Reservation
 from utilityvm.scsi.slot import Slot
+from utilityvm.scsi.steps import Steps
 from utilityvm.scsi.transitions import ReservationState
 from utilityvm.testing import FakeGuest
 
@@ -35,6 +37,20 @@ class Stage:
         self.has_died = False
         self.bench.guest = WatchedGuest(self)
         self.bench.manager = self.bench.new_manager()
+        self._watch_overruling(self.bench.manager._steps)
+
+    def _watch_overruling(self, steps: Steps) -> None:
+        """The host takes a disk away. Nobody may lose it by that who did not ask for it, or who has it."""
+        overrule = steps._overrule
+
+        def watched(disk: Disk, mount: Mount | None, error: Exception) -> None:
+            if disk.overruled is None:
+                self.check_force(disk, None)
+                if disk.claims:
+                    self.bench.world.harm.append(f"{disk.identity} was taken away, and somebody has it")
+            overrule(disk, mount, error)
+
+        steps._overrule = watched  # type: ignore[method-assign]
 
     async def pause(self) -> None:
         """Let others go first, or not."""
@@ -66,7 +82,7 @@ class Stage:
             assert at is None or self.bench.world.mounts[PurePosixPath(at)][0] == held.slot
         return held
 
-    async def release(self, held: Reservation, *, force: bool = False) -> None:
+    async def release(self, held: Reservation, *, force: ForceArgument = False) -> None:
         try:
             await self.bench.manager.release(held, force=force)
         except UtilityVMError:
@@ -268,6 +284,22 @@ def dead_storage(disk: str, at: str) -> Caller:
             raise AssertionError("what was not written out was dropped without force")
         await stage.release(held, force=True)
         assert held.slot not in stage.bench.world.bus
+
+    return caller
+
+
+def kept_by_the_guest(disk: str, at: str | None) -> Caller:
+    """The guest lets go of the disk in no way for a while. The host takes it away, unless another needs it."""
+
+    async def caller(stage: Stage, name: str) -> None:
+        held = await stage.add(name, disk, at, force=True)
+        stage.was_busy = True
+        stage.bench.world.stubborn.add(f"file:{disk}")
+        stage.bench.world.pulled.add(f"file:{disk}")
+        try:
+            await stage.release(held, force="host")
+        finally:
+            stage.bench.world.stubborn.discard(f"file:{disk}")
 
     return caller
 

@@ -10,10 +10,12 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from utilityvm import GuestBusy, UtilityVM, VMNotRunning, VMOwned
+from utilityvm import DeadlineExceeded, GuestBusy, UtilityVM, VMNotRunning, VMOwned
 from utilityvm.guestimage import build
 from utilityvm.hosts.qemu import Attachment
+from utilityvm.hosts.qemu.disk import Locked, lock
 from utilityvm.machine import paths
+from utilityvm.scsi import steps
 from utilityvm.scsi.ports import (
     AttachmentType,
     DiskFormat,
@@ -25,10 +27,12 @@ from utilityvm.scsi.ports import (
     VMAccess,
 )
 from utilityvm.scsi.slot import Slot
+from utilityvm.scsi.steps import StepTimeouts
 from utilityvm.scsi.transitions import DiskState, MountState, ReservationState
 from utilityvm.store import Store
 from utilityvm.templates import catalog
 from utilityvm.upkeep import leftovers, repair
+from utilityvm.vm import lifecycle
 
 Start = Callable[..., Awaitable[UtilityVM]]
 Uvm = Callable[..., "CompletedProcess[str]"]
@@ -211,3 +215,26 @@ async def test_guest_images_in_use_are_no_leftovers(booted: str, monkeypatch: py
         patch.setattr(build, "find", lambda: other)
         names = {one.name for one in leftovers.found_in(store) if one.kind is leftovers.LeftoverKind.IMAGE}
     assert current.key not in names, "the template is made of it"
+
+
+async def test_a_guest_whose_agent_stands_still_keeps_no_disk(
+    start: Start, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await start("still", keep=True)
+    await vm.add_scsi(disk, "/data", holder="test")
+    with pytest.raises(DeadlineExceeded):
+        await vm.run(["sh", "-c", "kill -STOP $PPID"], timeout_s=1.0)
+    await vm.close()
+    monkeypatch.setattr(lifecycle, "CONNECT_S", 1.0)
+    monkeypatch.setattr(repair, "CONNECT_S", 1.0)
+    monkeypatch.setattr(steps, "_LAST_WORD_S", 0.5)
+    (told,) = await repair.examine("still")  # what the host has is shown, and differs in nothing
+    assert "the guest does not tell" in told.what
+    async with await UtilityVM.open("still", needs_guest=False) as vm:
+        assert "does not answer" in vm.findings[0]
+        vm._scsi._steps._timeouts = StepTimeouts(overrule=1.0)
+        assert await vm.remove_scsi(disk, force="host") is not None
+        assert vm.scsi_slots() == []
+    with disk.open("rb+") as file:
+        assert lock(file.fileno(), host_path=str(disk), read_only=False) is Locked.OURS
+    await UtilityVM.remove("still", force=True)

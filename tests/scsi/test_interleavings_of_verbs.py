@@ -5,7 +5,21 @@ from __future__ import annotations
 import pytest
 
 from points import Tell
-from scsi_callers import batch, busy, dead_storage, die, holder, listen, make, move, remove, resize, still, use
+from scsi_callers import (
+    batch,
+    busy,
+    dead_storage,
+    die,
+    holder,
+    kept_by_the_guest,
+    listen,
+    make,
+    move,
+    remove,
+    resize,
+    still,
+    use,
+)
 from scsi_orders import Scenario, try_orders
 
 SCENARIOS: dict[str, Scenario] = {
@@ -19,6 +33,13 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "two by force": Scenario([use("a", "/1", force=True), use("a", "/1", force=True), busy("/1")], faults=3, cancels=2),
     "dead storage": Scenario([dead_storage("a", "/1")], faults=3, cancels=2),
+    "kept by the guest": Scenario([kept_by_the_guest("a", "/1")], faults=3, cancels=2),
+    "kept by the guest beside the same mount": Scenario(
+        [kept_by_the_guest("a", "/1"), use("a", "/1")], faults=2, cancels=1
+    ),
+    "kept by the guest beside another mount": Scenario(
+        [kept_by_the_guest("a", "/1"), use("a", "/2")], faults=2, cancels=1, orders=2_000
+    ),
     "made anew beside one that looks": Scenario([make("a", "/1", anew=True), make("a", "/1")], faults=3, cancels=2),
     "made anew beside another mount": Scenario([make("a", "/1", anew=True), make("a", "/2")], faults=3, cancels=2),
     "two removals": Scenario(

@@ -28,11 +28,14 @@ PATHS = [7, b"/x", True, ["/x"]]
 WRONG: dict[str, list[Any]] = {
     **dict.fromkeys(("timeout_s", "wait_s"), SECONDS),
     **dict.fromkeys(("name", "template", "prefix", "holder", "filesystem", "accelerator"), TEXTS),
-    **dict.fromkeys(("force", "keep", "read_only", "ensure_filesystem", "reformat", "block_device", "physical"), FLAGS),
+    **dict.fromkeys(
+        ("keep", "needs_guest", "read_only", "ensure_filesystem", "reformat", "block_device", "physical"), FLAGS
+    ),
     **dict.fromkeys(
         ("partition", "size", "size_bytes", "sector_size_bytes", "memory_mib", "cpus", "controllers"), COUNTS
     ),
     **dict.fromkeys(("host_path", "guest_path", "cwd"), PATHS),
+    "force": [*FLAGS, "guest"],
     "options": ["ro", b"ro", [1], 7],
     "command": ["ls", [], b"ls", [1], 7],
     "env": ["A=1", {"A": 1}, {1: "A"}, []],

@@ -32,7 +32,7 @@ from utilityvm.text import count, size
 if TYPE_CHECKING:
     from typing import Never
 
-    from utilityvm import CallerKey, DiskInfo, DiskSpec, SCSIMount, Slot, SlotView, Verity
+    from utilityvm import CallerKey, DiskInfo, DiskSpec, ForceArgument, SCSIMount, Slot, SlotView, Verity
 
 HOLDER = "cli"
 _LONGEST_KEY = 64
@@ -346,7 +346,9 @@ async def _resize(
 @vm_argument
 @click.argument("disk", metavar="DISK|RESERVATION", shell_complete=complete_attached)
 @click.option("--holder", metavar="H", help="Only a reservation of H.")
-@click.option("--force", is_flag=True, help="Unmount and eject it although the guest uses it.")
+@click.option(
+    "--force", is_flag=True, help="Although the guest uses it; if it does not let go, the host takes the disk away."
+)
 @timeout_option(TIMEOUT_S)
 @wait_option
 @json_option
@@ -372,7 +374,8 @@ async def _detach(
 ) -> None:
     from utilityvm.machine.hostpath import identity_within
 
-    async with opened(name, wait_s=wait_s) as vm:
+    how: ForceArgument = "host" if force else False  # asks the guest first, and says so if the host had to act
+    async with opened(name, wait_s=wait_s, needs_guest=not force) as vm:
         begun = time.monotonic()
         held, slots = vm.scsi_reservations(), vm.scsi_slots()
         reservation = next((one for one in held if one.id == disk), None)
@@ -386,15 +389,20 @@ async def _detach(
             if guest_path is not None:
                 reservation = _newest(held, row, guest_path, holder)
         if reservation is not None:
-            await reservation.release(force=force, timeout_s=timeout_s)
+            overruled = await reservation.release(force=how, timeout_s=timeout_s)
         else:
-            await vm.remove_scsi(path, holder=holder, force=force, timeout_s=timeout_s)
+            overruled = await vm.remove_scsi(path, holder=holder, force=how, timeout_s=timeout_s)
         seconds = time.monotonic() - begun
         left = next((view.references for view in vm.scsi_slots() if row and view.attachment == row.attachment), 0)
         became = f"{count(left, 'reference')} left" if left else "detached"
+        if overruled is not None:
+            became = (
+                f"taken away by the host, as the guest did not let go: {overruled}; what it had not written is lost"
+            )
         output.done(f"{path}: {became} ({seconds * 1000:.0f} ms)")
         if as_json:
-            print_json({"vm": name, "host_path": path, "references": left, "seconds": round(seconds, 4)})
+            told = {"vm": name, "host_path": path, "references": left, "seconds": round(seconds, 4)}
+            print_json(told if overruled is None else {**told, "overruled": overruled})
 
 
 def _newest(held: Sequence[SCSIMount], row: SlotView, guest_path: PurePosixPath, holder: str | None) -> SCSIMount:

@@ -16,12 +16,12 @@ _QUIET_S = 1.0  # a wait shorter than this is not worth a word
 
 
 @asynccontextmanager
-async def opened(name: str, *, wait_s: float) -> AsyncIterator[UtilityVM]:
+async def opened(name: str, *, wait_s: float, needs_guest: bool = True) -> AsyncIterator[UtilityVM]:
     """`UtilityVM.open`, which says for whom it waits."""
     from utilityvm import UtilityVM
 
     async with waiting_for(name, wait_s=wait_s):
-        opening = await UtilityVM.open(name, wait_s=wait_s)
+        opening = await UtilityVM.open(name, wait_s=wait_s, needs_guest=needs_guest)
     async with opening as vm:
         yield vm
 

@@ -99,6 +99,7 @@ class BridgeGuest:
         self._ledger = Ledger()
         self._numbers = itertools.count(1)
         self._last_number = 0
+        self._is_known = False  # to be ours, before it ever answered
         self._programs: dict[int, GuestProgram] = {}
         # The ranges of a disk that may hold data, if the host can tell: our agent then need not read all of it to see
         # that it is blank.
@@ -114,6 +115,13 @@ class BridgeGuest:
             ProtocolError: what answers does not speak our protocol.
         """
         return await cls._begin(Dial(address), timeout_s=timeout_s, vm=vm)
+
+    @classmethod
+    def later(cls, address: Address, *, vm: str | None = None) -> BridgeGuest:
+        """A backend on our agent behind `address`, which does not answer now: each request connects anew."""
+        guest = cls(Dial(address), vm=vm)
+        guest._is_known = True
+        return guest
 
     @classmethod
     async def awaken(
@@ -205,7 +213,7 @@ class BridgeGuest:
     @property
     def has_our_agent(self) -> bool:
         """Does our own agent answer, and not another guest of the same protocol?"""
-        return self._client is not None and self._client.is_ours
+        return self._is_known if self._client is None else self._client.is_ours
 
     @property
     def boot_id(self) -> str | None:

@@ -20,7 +20,7 @@ from utilityvm.scsi.ports import (
     Record,
     ReservationRecord,
 )
-from utilityvm.scsi.reservation import Claim
+from utilityvm.scsi.reservation import NOBODY, Claim, Force
 from utilityvm.scsi.slot import FreeSlots, Slot
 from utilityvm.scsi.transitions import WAITING, DiskState, Event, MountState, ReservationState
 
@@ -178,13 +178,16 @@ class Book:
         """Its release was refused before anything was done: it is held as before."""
         disk, mount = claim.disk, claim.mount
         del disk.leaving[claim.id]
-        claim.state, claim.force = ReservationState.HELD, False
+        if claim.holder is NOBODY:
+            self.claims.pop(claim.id, None)
+            return
+        claim.state, claim.force = ReservationState.HELD, Force.NO
         disk.claims[claim.id] = claim
         if mount is not None:
             mount.claims[claim.id] = claim
         self._ledger.note([claim.record()])
 
-    def give_back(self, claim: Claim, *, force: bool) -> None:
+    def give_back(self, claim: Claim, *, force: Force) -> None:
         """From here on the claim wants nothing. `force`: so its release says."""
         disk, mount = claim.disk, claim.mount
         claim.force = force
@@ -198,10 +201,16 @@ class Book:
         disk.leaving[claim.id] = claim
         self._ledger.note([claim.record()])
 
+    def claim_of_nobody(self, disk: Disk) -> Claim:
+        """A claim for who takes out a disk that was left behind: an undo failed, and no reservation of it is left."""
+        claim = Claim(self._new_id(), disk, None, NOBODY, self._clock(), ReservationState.RELEASING, was_held=True)
+        self.claims[claim.id] = disk.leaving[claim.id] = claim
+        return claim
+
     def renew(self, disk: Disk) -> None:
         """It is wanted again: as a new attachment, in the slot that it has."""
         old: list[Record] = [disk.record(), *(mount.record() for mount in disk.mounts.values())]
-        disk.id = self._new_id()
+        disk.id, disk.overruled = self._new_id(), None
         disk.state = disk.after(Event.WANTED)
         claims = [claim.record() for claim in (*disk.claims.values(), *disk.leaving.values())]
         self._ledger.note([disk.record(), *(mount.record() for mount in disk.mounts.values()), *claims], old[:1])

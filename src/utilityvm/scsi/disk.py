@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from utilityvm.errors import ConfigDiffers, UtilityVMError
 from utilityvm.scsi.mount import Mount
 from utilityvm.scsi.ports import DiskRecord, DiskRequest, OpenDisk
-from utilityvm.scsi.reservation import Claim, are_forced
+from utilityvm.scsi.reservation import Claim, Force, force_of
 from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.transitions import ON_BUS, DiskState, Event, next_disk_state
 
@@ -45,6 +45,7 @@ class Disk:
     stuck: set[str] = field(default_factory=set)  # mounts whose last step failed; tried again when somebody asks
     halted: bool = False  # so for the disk itself
     doubt: UtilityVMError | None = None  # why the last step's outcome is unknown
+    overruled: str | None = None  # what the guest said when the host began to take it away; it leaves the bus for that
     phases: dict[str, float] = field(default_factory=dict)  # seconds of the last step of each kind
 
     @property
@@ -53,12 +54,18 @@ class Disk:
 
     @property
     def is_on_bus(self) -> bool:
-        return self.state in ON_BUS
+        """Is it there for who asks for it?"""
+        return self.state in ON_BUS and self.overruled is None
 
     @property
-    def is_forced(self) -> bool:
-        """May its eject be forced?"""
-        return are_forced(self.leaving.values())
+    def force(self) -> Force:
+        """How far may its eject go?"""
+        return Force.HOST if self.overruled is not None else force_of(self.leaving.values())
+
+    @property
+    def is_overruling(self) -> bool:
+        """Does it leave the bus whatever the guest says?"""
+        return self.overruled is not None or (not self.is_wanted and self.force is Force.HOST)
 
     @property
     def wanted_bytes(self) -> int:

@@ -38,7 +38,7 @@ from utilityvm.scsi.ledger import Ledger
 from utilityvm.scsi.migration import check_fits, locate
 from utilityvm.scsi.mount import checked_config
 from utilityvm.scsi.ports import DiskRequest, GuestBackend, Holder, HostBackend, Journal, MountConfig, Record
-from utilityvm.scsi.reservation import Claim, Reservation
+from utilityvm.scsi.reservation import Claim, Force, ForceArgument, Reservation
 from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.steps import Steps, StepTimeouts
 from utilityvm.scsi.transitions import DiskState, MountState, ReservationState
@@ -96,7 +96,7 @@ class ScsiManager:
         self._vm = vm
         self._ledger = Ledger(journal, self._log)
         self._events = Events(self._log, clock)
-        self._steps = Steps(host, guest, self._ledger, self._events, timeouts=self._timeouts, vm=vm)
+        self._steps = Steps(host, guest, self._ledger, self._events, timeouts=self._timeouts, log=self._log, vm=vm)
         self._book = Book(
             self._ledger,
             controllers=controllers,
@@ -172,15 +172,19 @@ class ScsiManager:
         return claim.reservation()
 
     async def release(
-        self, reservation: Reservation | str, *, timeout_s: float = DEFAULT_TIMEOUT_S, force: bool = False
-    ) -> None:
+        self, reservation: Reservation | str, *, timeout_s: float = DEFAULT_TIMEOUT_S, force: ForceArgument = False
+    ) -> str | None:
         """Give a reservation back. The last one of a mount unmounts it; the last one of a disk ejects and detaches it.
 
         Returns when that is done. If it fails and nothing was done, it is held as before. If something was done, it is
         there to be released, and the next release goes on from the step that failed.
 
         `force` unmounts and ejects what the guest still uses, and what can no longer be written out. It belongs to this
-        call: a step by which others leave as well is forced only if they asked for it too.
+        call: a step by which others leave as well is forced only if they asked for it too. `force="host"` takes the
+        disk from a guest that refuses even that, or does not answer, unless somebody else needs the disk.
+
+        Returns what the guest said if the host took the disk away; what the guest had not written to it is lost. None:
+        the guest let go of it.
 
         Raises:
             AlreadyReleased: it was given back before, or is being given back.
@@ -192,8 +196,10 @@ class ScsiManager:
         """
         self._enter()
         claim = self._begin_release(reservation, force=force)
-        if claim is not None:
-            await self._until_released(claim, timeout_s)
+        if claim is None:
+            return None
+        await self._until_released(claim, timeout_s)
+        return claim.overruled
 
     async def remove(
         self,
@@ -202,11 +208,12 @@ class ScsiManager:
         identity: str | None = None,
         holder: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
-        force: bool = False,
-    ) -> None:
+        force: ForceArgument = False,
+    ) -> str | None:
         """Drop one reference of the disk: the newest of `holder`, or the newest of all without one.
 
-        One that is being released is no longer among them, so that two calls at once drop two.
+        One that is being released is no longer among them, so that two calls at once drop two. A disk that nobody has a
+        reservation of, because an undo failed, is taken out. Returns what `release` does.
 
         Raises:
             NotAttached: the disk, or that holder's reservation, is not there.
@@ -222,12 +229,14 @@ class ScsiManager:
             and claim.state is not ReservationState.PENDING
             and not claim.is_awaited
         ]
+        if not candidates and holder is None and not disk.claims and not disk.leaving:
+            candidates = [self._book.claim_of_nobody(disk)]
         if not candidates:
             whose = f" of {holder}" if holder else ""
             raise NotAttached(f"{host_path}: there is no reservation{whose}", vm=self._vm, host_path=host_path)
         # One whose release failed before is taken first: it goes on where that stopped.
         newest = max(candidates, key=lambda claim: (claim.state is ReservationState.RELEASING, claim.since))
-        await self.release(newest.id, timeout_s=timeout_s, force=force)
+        return await self.release(newest.id, timeout_s=timeout_s, force=force)
 
     async def add_many(
         self,
@@ -266,7 +275,11 @@ class ScsiManager:
         return [result for result in results if isinstance(result, (Reservation, UtilityVMError))]
 
     async def remove_many(
-        self, reservations: Iterable[Reservation | str], *, timeout_s: float = DEFAULT_TIMEOUT_S, force: bool = False
+        self,
+        reservations: Iterable[Reservation | str],
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        force: ForceArgument = False,
     ) -> list[UtilityVMError | None]:
         """Release several reservations at the same time; what became of each, in order.
 
@@ -616,7 +629,7 @@ class ScsiManager:
         self._workers.kick(claim.disk)
         await claim.waiter
 
-    def _begin_release(self, reservation: Reservation | str, *, force: bool) -> Claim | None:
+    def _begin_release(self, reservation: Reservation | str, *, force: ForceArgument) -> Claim | None:
         """Everything that can be refused is refused here. None: it is gone, and nobody had been told so."""
         self._check_not_migrating()
         id = reservation if isinstance(reservation, str) else reservation.id
@@ -633,9 +646,9 @@ class ScsiManager:
         if claim.is_awaited:
             doing = "made" if claim.state is ReservationState.PENDING else "released"
             raise AlreadyReleased(f"reservation {id} is being {doing}", vm=self._vm)
-        if force:
+        if Force.of(force) is Force.GUEST:
             self._guest.check_force(claim.disk.slot)
-        self._book.give_back(claim, force=force)
+        self._book.give_back(claim, force=Force.of(force))
         claim.waiter = None
         if not self._workers.try_settle(claim):
             claim.waiter = asyncio.get_running_loop().create_future()
@@ -654,7 +667,7 @@ class ScsiManager:
     def _give_up(self, claim: Claim) -> None:
         """A claim of which nobody knows: it is undone in the background."""
         if self._book.claims.get(claim.id) is claim and claim.state is not ReservationState.RELEASING:
-            self._book.give_back(claim, force=False)
+            self._book.give_back(claim, force=Force.NO)
             claim.was_held, claim.waiter = False, None
             self._workers.try_settle(claim)
             self._workers.kick(claim.disk)

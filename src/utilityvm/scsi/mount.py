@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from utilityvm.bridge.guest_path import mountable
 from utilityvm.errors import ConfigDiffers, InvalidRequest, UtilityVMError
 from utilityvm.scsi.ports import CallerKey, MountConfig, MountRecord, ScratchKey
-from utilityvm.scsi.reservation import are_forced
+from utilityvm.scsi.reservation import NOBODY, Force, force_of
 from utilityvm.scsi.transitions import Event, MountState, ReservationState, next_mount_state
 
 if TYPE_CHECKING:
@@ -131,9 +131,11 @@ class Mount:
         return bool(self.claims)
 
     @property
-    def is_forced(self) -> bool:
-        """May its unmount be forced?"""
-        return are_forced(claim for claim in self.disk.leaving.values() if claim.mount is self)
+    def force(self) -> Force:
+        """How far may its unmount go?"""
+        if self.disk.overruled is not None:
+            return Force.HOST
+        return force_of(one for one in self.disk.leaving.values() if one.mount is self or one.holder is NOBODY)
 
     @property
     def config_to_send(self) -> MountConfig:

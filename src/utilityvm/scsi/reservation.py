@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from utilityvm.scsi.ports import Holder, ReservationRecord
 from utilityvm.scsi.slot import Slot
@@ -16,6 +17,24 @@ if TYPE_CHECKING:
 
     from utilityvm.scsi.disk import Disk
     from utilityvm.scsi.mount import Mount
+
+
+ForceArgument: TypeAlias = bool | Literal["host"]  # as callers say it
+
+
+class Force(IntEnum):
+    """How far a release goes against the guest."""
+
+    NO = 0
+    GUEST = 1  # the guest is told to let go of what it still uses
+    HOST = 2  # and if it does not, the host takes the disk away
+
+    @classmethod
+    def of(cls, asked: ForceArgument) -> Force:
+        return cls.HOST if asked == "host" else cls(bool(asked))
+
+
+NOBODY: Final = Holder(name="nobody")  # of a disk that was left behind: whoever takes it out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +61,8 @@ class Claim:
     state: ReservationState = ReservationState.PENDING
     was_held: bool = False  # before it was given back; not so if its caller gave up waiting for it
     reformat: bool = False  # its add asked for a new file system, whatever the disk holds
-    force: bool = False  # its release asked for force
+    force: Force = Force.NO  # what its release asked for
+    overruled: str | None = None  # what the guest said when the host took the disk away all the same
     waiter: asyncio.Future[None] | None = None  # of the call that waits for it to be held, or to be gone
 
     @property
@@ -75,10 +95,9 @@ class Claim:
         )
 
 
-def are_forced(leaving: Iterable[Claim]) -> bool:
-    """May the step be forced by which these claims leave? Only if each release asked for it.
+def force_of(leaving: Iterable[Claim]) -> Force:
+    """How far may the step go by which these claims leave? As far as each of their releases asked for.
 
     The undoing of an add that failed has no say: nobody ever had what it undoes.
     """
-    asked = [claim.force for claim in leaving if claim.was_held]
-    return bool(asked) and all(asked)
+    return min((claim.force for claim in leaving if claim.was_held), default=Force.NO)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Final
 
 from utilityvm.errors import (
     DeadlineExceeded,
@@ -17,12 +18,17 @@ from utilityvm.errors import (
     UtilityVMError,
     VMGone,
 )
+from utilityvm.log import BoundLogger
 from utilityvm.scsi.disk import Disk
 from utilityvm.scsi.events import Events
 from utilityvm.scsi.ledger import Ledger
 from utilityvm.scsi.mount import Mount
 from utilityvm.scsi.ports import GuestBackend, HostBackend
+from utilityvm.scsi.reservation import Force
 from utilityvm.scsi.transitions import DiskState, Event, MountState, ReservationState
+
+_REFUSALS: Final = (HostRefused, GuestRefused, RequestError)
+_LAST_WORD_S: Final = 2.0  # for a guest that was overruled before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +42,7 @@ class StepTimeouts:
     detach: float = 30.0
     probe: float = 10.0
     resize: float = 120.0
+    overrule: float = 15.0  # of a step in the guest, before the host goes on without it
 
 
 class StepFailed(Exception):
@@ -62,8 +69,10 @@ class Steps:
         events: Events,
         *,
         timeouts: StepTimeouts,
+        log: BoundLogger,
         vm: str | None,
     ) -> None:
+        self._log = log
         self._host = host
         self._guest = guest
         self._ledger = ledger
@@ -100,8 +109,11 @@ class Steps:
         await self._disk_step(
             disk,
             "eject",
-            lambda: self._guest.eject(disk.slot, timeout_s=self._timeouts.eject, force=disk.is_forced),
-            still=lambda: not disk.is_wanted,
+            lambda: self._guest.eject(
+                disk.slot, timeout_s=self._patience(disk, self._timeouts.eject), force=self._tells(disk, disk.force)
+            ),
+            still=lambda: not disk.is_wanted or disk.overruled is not None,
+            of_guest=True,
         )
 
     async def detach(self, disk: Disk) -> None:
@@ -125,11 +137,14 @@ class Steps:
             else:
                 found = await self._host.probe(disk.slot, attachment=disk.id, timeout_s=self._timeouts.probe)
         except Exception as error:
-            raise StepFailed(self._undecided(disk, disk, error)) from error
+            if not (asks_guest and disk.is_overruling):
+                raise StepFailed(self._undecided(disk, disk, error)) from error
+            self._overrule(disk, None, error)
+            found = False
         doubt, disk.doubt = disk.doubt, None
         was_adding = disk.state is DiskState.ATTACH_UNKNOWN
         self.enter_disk(disk, Event.FOUND if found else Event.ABSENT)
-        if doubt is not None and found is not was_adding:
+        if doubt is not None and found is not was_adding and not (asks_guest and disk.is_overruling):
             raise StepFailed(doubt)
 
     async def resize(self, disk: Disk, size_bytes: int) -> None:
@@ -191,10 +206,11 @@ class Steps:
                 disk.slot,
                 mount.config,
                 guest_path=mount.guest_path,
-                timeout_s=self._timeouts.unmount,
-                force=mount.is_forced,
+                timeout_s=self._patience(disk, self._timeouts.unmount),
+                force=self._tells(disk, mount.force),
             ),
-            still=lambda: not mount.is_wanted,
+            still=lambda: not mount.is_wanted or disk.overruled is not None,
+            is_release=True,
         )
 
     async def probe_mount(self, mount: Mount) -> None:
@@ -204,11 +220,14 @@ class Steps:
                 disk.slot, guest_path=mount.guest_path, timeout_s=self._timeouts.probe
             )
         except Exception as error:
-            raise StepFailed(self._undecided(disk, mount, error), mount) from error
+            if not disk.is_overruling:
+                raise StepFailed(self._undecided(disk, mount, error), mount) from error
+            self._overrule(disk, mount, error)
+            found = False
         doubt, mount.doubt = mount.doubt, None
         was_adding = mount.state is MountState.MOUNT_UNKNOWN
         self.enter_mount(mount, Event.FOUND if found else Event.ABSENT)
-        if doubt is not None and found is not was_adding:
+        if doubt is not None and found is not was_adding and not disk.is_overruling:
             raise StepFailed(doubt, mount)
 
     def enter_disk(self, disk: Disk, event: Event, *, write: bool = True, seconds: float | None = None) -> None:
@@ -231,8 +250,12 @@ class Steps:
         *,
         still: Callable[[], bool],
         begin: Event = Event.BEGIN,
+        of_guest: bool = False,
     ) -> None:
-        """`still`: is the step wanted, now that its intent is written? That may have taken a while."""
+        """`still`: is the step wanted, now that its intent is written? That may have taken a while.
+
+        `of_guest`: the guest takes it, and the host can do without.
+        """
         await self._intend_disk(disk, begin)
         if not still():
             self._ledger.note([disk.record()])
@@ -241,18 +264,27 @@ class Steps:
         begun = time.perf_counter()
         try:
             await send()
-        except (HostRefused, GuestRefused, RequestError) as error:
-            self.enter_disk(disk, Event.REFUSED)
-            raise StepFailed(error) from error
         except Exception as error:
-            self.enter_disk(disk, Event.NO_ANSWER)
-            disk.doubt = as_ours(error, f"{phase} {disk.request.host_path} at {disk.slot}")
-            return
+            if of_guest and disk.is_overruling:
+                self._overrule(disk, None, error)
+            elif isinstance(error, _REFUSALS):
+                self.enter_disk(disk, Event.REFUSED)
+                raise StepFailed(error) from error
+            else:
+                self.enter_disk(disk, Event.NO_ANSWER)
+                disk.doubt = as_ours(error, f"{phase} {disk.request.host_path} at {disk.slot}")
+                return
         disk.phases[phase] = time.perf_counter() - begun
         self.enter_disk(disk, Event.DONE, seconds=disk.phases[phase])
 
     async def _mount_step(
-        self, mount: Mount, phase: str, send: Callable[[], Awaitable[None]], *, still: Callable[[], bool]
+        self,
+        mount: Mount,
+        phase: str,
+        send: Callable[[], Awaitable[None]],
+        *,
+        still: Callable[[], bool],
+        is_release: bool = False,
     ) -> None:
         disk = mount.disk
         await self._intend_mount(mount)
@@ -263,15 +295,51 @@ class Steps:
         begun = time.perf_counter()
         try:
             await send()
-        except (HostRefused, GuestRefused, RequestError) as error:
-            self.enter_mount(mount, Event.REFUSED)
-            raise StepFailed(error, mount) from error
         except Exception as error:
-            self.enter_mount(mount, Event.NO_ANSWER)
-            mount.doubt = as_ours(error, f"{phase} {disk.request.host_path} at {mount.guest_path}")
-            return
+            if is_release and disk.is_overruling:
+                self._overrule(disk, mount, error)
+            elif isinstance(error, _REFUSALS):
+                self.enter_mount(mount, Event.REFUSED)
+                raise StepFailed(error, mount) from error
+            else:
+                self.enter_mount(mount, Event.NO_ANSWER)
+                mount.doubt = as_ours(error, f"{phase} {disk.request.host_path} at {mount.guest_path}")
+                return
         disk.phases[phase] = time.perf_counter() - begun
         self.enter_mount(mount, Event.DONE, seconds=disk.phases[phase])
+
+    def _patience(self, disk: Disk, seconds: float) -> float:
+        """How long a step of the guest's may take."""
+        if disk.overruled is not None:
+            return min(seconds, _LAST_WORD_S)  # it has had its say
+        return min(seconds, self._timeouts.overrule) if disk.is_overruling else seconds
+
+    def _tells(self, disk: Disk, force: Force) -> bool:
+        """Is the guest told to force the step? One that knows no force is asked, and overruled if it refuses."""
+        if force is Force.HOST:
+            try:
+                self._guest.check_force(disk.slot)
+            except NotSupported:
+                return False
+        return force is not Force.NO
+
+    def _overrule(self, disk: Disk, mount: Mount | None, error: Exception) -> None:
+        """The guest's answer counts for nothing from here on: the disk leaves the bus, whoever asks for it now."""
+        where = f" at {mount.guest_path}" if mount else ""
+        said = str(as_ours(error, "it failed"))
+        self._log.warning(
+            "the guest does not let go of %s%s (%s): the host takes the disk away; what the guest has not written to "
+            "it is lost",
+            disk.request.host_path,
+            where,
+            said,
+            slot=disk.slot,
+        )
+        if disk.overruled is None:
+            disk.overruled = said
+        for claim in disk.leaving.values():
+            claim.overruled = disk.overruled
+        self._events.emit(disk, mount, "overruled", error=said)
 
     def _undecided(self, disk: Disk, thing: Disk | Mount, error: Exception) -> UtilityVMError:
         doubt, thing.doubt = thing.doubt, None  # told now; a retry begins without it

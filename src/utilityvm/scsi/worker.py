@@ -19,7 +19,7 @@ from utilityvm.scsi.disk import Disk
 from utilityvm.scsi.events import Events
 from utilityvm.scsi.ledger import Ledger
 from utilityvm.scsi.mount import Mount
-from utilityvm.scsi.reservation import Claim
+from utilityvm.scsi.reservation import Claim, Force
 from utilityvm.scsi.steps import StepFailed, Steps, as_ours
 from utilityvm.scsi.transitions import WAITING, DiskState, Event, MountState, ReservationState
 
@@ -158,7 +158,8 @@ class Workers:
         whole = [claim for claim in blocked if claim.is_awaited and _is_whole(claim)]
         whole = [claim for claim in whole if claim.mount is mount] or whole
         # What is held again is wanted, and so lets go those who asked for force; nobody else need wait any more.
-        back = [claim for claim in whole if not claim.force] or whole
+        least = min((claim.force for claim in whole), default=Force.NO)
+        back = [claim for claim in whole if claim.force is least]
         for claim in back:
             self._book.take_back(claim)
         run.told += [(claim.waiter, error) for claim in back or blocked]
@@ -189,6 +190,10 @@ class Workers:
                 todo = [mount for mount in disk.mounts.values() if self._has_work(mount)]
                 if todo:
                     await self._advance_mounts(disk, todo, run)
+                elif disk.overruled is not None:
+                    if disk.stuck:
+                        return False
+                    await self._steps.eject(disk)
                 elif disk.resizing or disk.resizes:
                     await self._advance_resize(disk, run)
                 elif disk.is_wanted or disk.mounts:
@@ -207,7 +212,11 @@ class Workers:
         return True
 
     def _has_work(self, mount: Mount) -> bool:
-        return mount.id not in mount.disk.stuck and not (mount.state is MountState.MOUNTED and mount.is_wanted)
+        if mount.id in mount.disk.stuck:
+            return False
+        if mount.disk.overruled is not None:  # it goes with its disk; who wants it gets it when that has come again
+            return not (mount.state is MountState.RESERVED and mount.is_wanted)
+        return not (mount.state is MountState.MOUNTED and mount.is_wanted)
 
     async def _advance_mounts(self, disk: Disk, mounts: Sequence[Mount], run: _Run) -> None:
         if len(mounts) == 1:

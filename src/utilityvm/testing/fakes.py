@@ -94,6 +94,8 @@ class FakeWorld:
     in_use_elsewhere: set[str] = field(default_factory=set)
     dead: set[str] = field(default_factory=set)  # identities of disks whose storage answers with I/O errors
     knows_force: bool = True
+    stubborn: set[str] = field(default_factory=set)  # identities of disks that the guest lets go of in no way
+    pulled: set[str] = field(default_factory=set)  # of those that the host may take from under the guest
     neighbours: list[FakeWorld] = field(default_factory=list)  # other VMs on the same machine
     bus: dict[Slot, Attached] = field(default_factory=dict)
     guest_devices: dict[Slot, str] = field(default_factory=dict)  # the attachment that the guest knows
@@ -227,6 +229,9 @@ class FakeHost:
             there = world.bus.get(slot)
             if there is None or there.attachment != attachment:
                 return
+            if there.identity in world.pulled:  # what the guest has of it goes with it
+                world.guest_devices.pop(slot, None)
+                world.mounts = {path: one for path, one in world.mounts.items() if one[0] != slot}
             if world.guest_devices.get(slot) == attachment:
                 world.harm.append(f"{there.identity} was pulled from under the guest")
             for path, (where, _) in world.mounts.items():  # which stay, over nothing
@@ -327,6 +332,7 @@ class FakeGuest:
             there = world.mounts.get(guest_path)
             if there is None:
                 return
+            self._check_lets_go(slot)
             if there[0] != slot:
                 raise InvalidRequest(f"{guest_path} holds the disk at {there[0]}, which is another", slot=slot)
             if (user := world.busy.get(guest_path)) and not force:
@@ -341,6 +347,7 @@ class FakeGuest:
         world = self.world
 
         def act() -> None:
+            self._check_lets_go(slot)
             users = [str(path) for path, (where, _) in world.mounts.items() if where == slot]
             if users and not force:
                 raise GuestBusy(f"the disk at {slot} is mounted", holders=users)
@@ -351,6 +358,11 @@ class FakeGuest:
             world.guest_devices.pop(slot, None)
 
         await world.step("eject", f"{slot}{' by force' if force else ''}", act, GuestRefused, timeout_s)
+
+    def _check_lets_go(self, slot: Slot) -> None:
+        there = self.world.bus.get(slot)
+        if there is not None and there.identity in self.world.stubborn:
+            raise GuestRefused(f"the guest does not let go of the disk at {slot}", slot=slot)
 
     def _is_dead(self, slot: Slot) -> bool:
         there = self.world.bus.get(slot)

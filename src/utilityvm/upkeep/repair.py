@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from utilityvm.errors import VMGone
+from utilityvm.errors import UtilityVMError, VMGone
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import Attachment, QemuHost
 from utilityvm.machine.names import check_text
@@ -49,7 +49,7 @@ async def examine_vm(name: str, *, wait_s: float = 0.0, timeout_s: float = OPEN_
     Raises:
         VMNotFound, VMNotRunning: there is no such VM, or nothing of it to compare.
         VMOwned: another process owns it, which keeps the three in step itself.
-        DeadlineExceeded: QEMU or the agent does not answer within `timeout_s` seconds.
+        DeadlineExceeded: QEMU does not answer within `timeout_s` seconds.
     """
     check_text("VM", name)
     limit = Deadline(wait_s + timeout_s).limit(f"VM {name} was not examined", vm=name)
@@ -57,7 +57,10 @@ async def examine_vm(name: str, *, wait_s: float = 0.0, timeout_s: float = OPEN_
         if guest is None:
             remedy = "let it go on, as the VM that it was"
             return [Difference(slot=None, what="saving it as a template was cut short", remedy=remedy)]
-        return compare(await in_thread(journal.read), await host.attachments(), await guest.mounts())
+        mounts = await _mounts_of(guest, timeout_s=min(CONNECT_S, timeout_s / 2))
+        silent = [] if not isinstance(mounts, UtilityVMError) else [_silence(mounts)]
+        told = None if isinstance(mounts, UtilityVMError) else mounts
+        return silent + compare(await in_thread(journal.read), await host.attachments(), told)
 
 
 @typed
@@ -88,7 +91,8 @@ async def _doubt(name: str, *, wait_s: float) -> None:
         if guest is None:
             return
         on_bus = {one.attachment for one in await host.attachments() if one.whole}
-        in_guest = {str(mount["MountPath"]) for mount in await guest.mounts()}
+        mounts = await guest.mounts()
+        in_guest = {str(mount["MountPath"]) for mount in mounts}
         doubtful: list[Record] = []
         for record in await in_thread(journal.read):
             if isinstance(record, DiskRecord) and record.state == DiskState.ATTACHED:
@@ -118,19 +122,34 @@ async def _looking(name: str, *, wait_s: float) -> AsyncIterator[tuple[SqliteJou
         closing.push_async_callback(host.close)
         guest = None
         if record.state is not VMState.SAVING:
-            guest = await BridgeGuest.connect(process.agent, timeout_s=CONNECT_S, vm=name)
+            guest = BridgeGuest.later(process.agent, vm=name)
             closing.push_async_callback(guest.close)
         yield SqliteJournal(store, record), host, guest
 
 
+async def _mounts_of(guest: BridgeGuest, *, timeout_s: float) -> list[dict[str, Any]] | UtilityVMError:
+    """What the agent tells; or why it tells nothing, which keeps nobody from seeing what the host has."""
+    try:
+        return await guest.mounts(timeout_s=timeout_s)
+    except UtilityVMError as error:
+        return error
+
+
+def _silence(error: UtilityVMError) -> Difference:
+    what = f"the guest does not tell what it has mounted: {error}"
+    return Difference(slot=None, what=what, remedy="nothing; take a disk from such a guest with `uvm detach --force`")
+
+
 def compare(
-    records: Sequence[Record], attachments: Sequence[Attachment], mounts: Sequence[Mapping[str, Any]]
+    records: Sequence[Record], attachments: Sequence[Attachment], mounts: Sequence[Mapping[str, Any]] | None
 ) -> list[Difference]:
-    """What differs. `mounts` are those that the agent tells: MountPath, Controller, Lun and others."""
+    """What differs. `mounts` are those that the agent tells: MountPath, Controller, Lun and others. None: nothing."""
     disks = {record.attachment: record for record in records if isinstance(record, DiskRecord)}
     on_bus = {one.attachment: one for one in attachments}
-    in_guest = {str(mount["MountPath"]): Slot(mount.get("Controller", 0), mount.get("Lun", 0)) for mount in mounts}
-    found = [*_disks(disks, on_bus), *_mounts(records, disks, in_guest), *_reservations(records, disks)]
+    found = [*_disks(disks, on_bus), *_reservations(records, disks)]
+    if mounts is not None:
+        in_guest = {str(mount["MountPath"]): Slot(mount.get("Controller", 0), mount.get("Lun", 0)) for mount in mounts}
+        found += _mounts(records, disks, in_guest)
     return sorted(found, key=lambda one: (one.slot or ROOT_SLOT, one.what))
 
 

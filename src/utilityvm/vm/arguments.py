@@ -63,6 +63,10 @@ def _guest_path(value: Any) -> str | None:
     return None if is_path else "a path in the guest: a text, a PurePosixPath, or GENERATED"
 
 
+def _force(value: Any) -> str | None:
+    return None if value is True or value is False or value == "host" else 'True, False or "host"'
+
+
 def _words(value: Any) -> str | None:
     is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
     return None if is_list and all(isinstance(word, str) for word in value) else "a list of words"
@@ -127,7 +131,8 @@ RULES: Final[Mapping[str, Rule]] = {
     "holder": _text,
     "filesystem": _text,
     "accelerator": _text,
-    "force": _flag,
+    "force": _force,
+    "needs_guest": _flag,
     "keep": _flag,
     "read_only": _flag,
     "ensure_filesystem": _flag,

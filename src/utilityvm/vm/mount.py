@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeAlias
 
 from utilityvm.errors import AlreadyReleased, GuestBusy, NotAttached, UtilityVMError, VMGone, VMNotRunning
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S
-from utilityvm.scsi.reservation import Reservation
+from utilityvm.scsi.reservation import ForceArgument, Reservation
 from utilityvm.scsi.slot import Slot
 
 if TYPE_CHECKING:
@@ -70,12 +70,16 @@ class SCSIMount:
         """How many reservations there are on the disk now; 0 when this one was given back."""
         return self._vm._scsi.references(self._reservation)
 
-    async def release(self, *, force: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    async def release(self, *, force: ForceArgument = False, timeout_s: float = DEFAULT_TIMEOUT_S) -> str | None:
         """Give it back. The last one of a mount unmounts it; the last one of a disk ejects and detaches it.
 
         If it fails and nothing was done, as when the guest still uses it, it is held as before. If something was done,
         release it again, and that goes on with the step that failed. `force` unmounts and ejects what is in use, and
         what can no longer be written out; a step by which others leave too is forced only if they asked for it as well.
+        `force="host"` takes the disk from a guest that refuses even that, or does not answer, unless somebody else
+        needs it. Its guest may still have a mount of what is gone, and what it had not written is lost.
+
+        Returns what the guest said if the host took the disk away; None: the guest let go of it.
 
         Raises:
             AlreadyReleased: it was given back before.
@@ -84,7 +88,7 @@ class SCSIMount:
             DeadlineExceeded: not done within `timeout_s` seconds; it goes on in the background.
             VMGone, VMNotRunning: the VM died, or was stopped; the disk is free by that.
         """
-        await self._vm.release(self._reservation, force=force, timeout_s=timeout_s)
+        return await self._vm.release(self._reservation, force=force, timeout_s=timeout_s)
 
     async def __aenter__(self) -> Self:
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from utilityvm.errors import VMGone
+from utilityvm.errors import DeadlineExceeded, OutcomeUnknown, ProtocolError, VMGone
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import QemuHost
 from utilityvm.machine.threads import in_thread
@@ -15,20 +15,20 @@ from utilityvm.vm.owned import Claim, OwnedVM, is_alive
 from utilityvm.vm.state import Event
 
 
-async def open_running(name: str, *, wait_s: float, timeout_s: float) -> OwnedVM:
+async def open_running(name: str, *, wait_s: float, timeout_s: float, needs_guest: bool) -> OwnedVM:
     """See `UtilityVM.open`."""
     whole = Deadline(wait_s + timeout_s)
     async with whole.limit(f"VM {name} was not taken over", vm=name), Undo(whole) as waiting:
         claim = await Claim.existing(waiting, name, wait_s=wait_s, must_run=True)
         deadline = Deadline(min(timeout_s, whole.left()))  # the time in the queue is not its
         async with deadline.limit(f"VM {name} was not taken over", vm=name), Undo(deadline) as undo:
-            vm = await _take_over(undo, claim, deadline)
+            vm = await _take_over(undo, claim, deadline, needs_guest=needs_guest)
     for finding in vm.findings:
         vm.log.warning("%s", finding)
     return vm
 
 
-async def _take_over(undo: Undo, claim: Claim, deadline: Deadline) -> OwnedVM:
+async def _take_over(undo: Undo, claim: Claim, deadline: Deadline, *, needs_guest: bool) -> OwnedVM:
     record, store = claim.record, claim.store
     await in_thread(lifecycle.refuse_unfinished, record)
     process = lifecycle.process_of(record)
@@ -43,11 +43,19 @@ async def _take_over(undo: Undo, claim: Claim, deadline: Deadline) -> OwnedVM:
     except VMGone as error:
         raise lifecycle.not_running(record) from error
     undo.add(host.close)
-    found = []
+    found = list[str]()
     if record.state is VMState.SAVING:
         found.append("saving it as a template was cut short: it goes on")
         await host.resume(timeout_s=deadline.left())
-    guest = await BridgeGuest.connect(process.agent, timeout_s=deadline.left(), vm=record.name)
+    needs_guest = needs_guest or record.state is VMState.SAVING
+    patience_s = deadline.left() if needs_guest else min(deadline.left() / 2, lifecycle.CONNECT_S)
+    try:
+        guest = await BridgeGuest.connect(process.agent, timeout_s=patience_s, vm=record.name)
+    except (DeadlineExceeded, OutcomeUnknown, ProtocolError, VMGone) as error:
+        if needs_guest:
+            raise
+        found.append(f"the guest's agent does not answer: {error}")
+        guest = BridgeGuest.later(process.agent, vm=record.name)
     undo.add(guest.close)
     if record.state is VMState.SAVING:
         await guest.thaw(timeout_s=deadline.left())

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Final, Literal, Self, Unpack, overload
 
-from utilityvm.errors import UtilityVMError
+from utilityvm.errors import InvalidRequest, UtilityVMError
 from utilityvm.guestimage.build import GuestImage
 from utilityvm.guests.bridge_guest import BridgeGuest, CommandResult, OutputSink
 from utilityvm.hosts.qemu import QemuHost, QemuProcess
@@ -21,7 +21,7 @@ from utilityvm.scsi.events import ScsiEvents
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S, ScsiManager
 from utilityvm.scsi.migration import ScsiState
 from utilityvm.scsi.ports import MountConfig
-from utilityvm.scsi.reservation import Reservation
+from utilityvm.scsi.reservation import ForceArgument, Reservation
 from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.views import MountView, SlotView
 from utilityvm.store import Store
@@ -116,11 +116,16 @@ class UtilityVM:
     @classmethod
     @acquires
     @checked
-    async def open(cls, name: str, *, wait_s: float = 0.0, timeout_s: float = OPEN_S) -> UtilityVM:
+    async def open(
+        cls, name: str, *, wait_s: float = 0.0, timeout_s: float = OPEN_S, needs_guest: bool = True
+    ) -> UtilityVM:
         """Own a running VM whose owner let go of it, or died. What an owner left half done is finished or undone.
 
         Reservations of processes that are dead are given back; those of named holders stay. `findings` says what was
         found. If this fails nothing changed.
+
+        Without `needs_guest` the VM is opened also if its agent does not answer: `findings` says so, and each call that
+        needs the guest asks it anew.
 
         Raises:
             VMNotFound: there is no VM of that name.
@@ -128,7 +133,7 @@ class UtilityVM:
             VMOwned: another process owns it, also after waiting in the queue for `wait_s` seconds.
             DeadlineExceeded: QEMU or the agent does not answer within `timeout_s` seconds.
         """
-        return cls(await opening.open_running(name, wait_s=wait_s, timeout_s=timeout_s))
+        return cls(await opening.open_running(name, wait_s=wait_s, timeout_s=timeout_s, needs_guest=needs_guest))
 
     @classmethod
     @checked
@@ -149,6 +154,8 @@ class UtilityVM:
             VMOwned: another process owns it, also after waiting in the queue for `wait_s` seconds. Not with `force`.
             OutcomeUnknown: the kernel does not let QEMU go; call again.
         """
+        if not isinstance(force, bool):
+            raise InvalidRequest(f"force {force!r} is for disks", vm=name, remedy="give True to kill the VM")
         return await end.remove(name, wait_s=wait_s, force=force, timeout_s=timeout_s)
 
     # What it is.
@@ -375,10 +382,13 @@ class UtilityVM:
         host_path: HostPath,
         *,
         holder: str | None = None,
-        force: bool = False,
+        force: ForceArgument = False,
         timeout_s: float = DEFAULT_TIMEOUT_S,
-    ) -> None:
+    ) -> str | None:
         """Drop one reference to the disk: the newest, or the newest of `holder`. The last one detaches it.
+
+        `force`, and what is returned, are those of `SCSIMount.release`. A disk that nobody has a reservation of any
+        more, because an undo failed, is taken out.
 
         Raises:
             NotAttached: it is not attached, or `holder` has no reservation on it.
@@ -386,11 +396,11 @@ class UtilityVM:
         """
         self._vm.check()
         path, identity = absolute(host_path), await identity_within(host_path, timeout_s)
-        await self._vm.scsi.remove(path, identity=identity, holder=holder, force=force, timeout_s=timeout_s)
+        return await self._vm.scsi.remove(path, identity=identity, holder=holder, force=force, timeout_s=timeout_s)
 
     @timed
     async def remove_scsi_many(
-        self, mounts: Iterable[SCSIMount], *, force: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S
+        self, mounts: Iterable[SCSIMount], *, force: ForceArgument = False, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> list[UtilityVMError | None]:
         """Give back several reservations at the same time; what became of each, in order. None: it is done."""
         self._vm.check()
@@ -398,11 +408,11 @@ class UtilityVM:
 
     @timed
     async def release(
-        self, reservation: Reservation | str, *, force: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S
-    ) -> None:
+        self, reservation: Reservation | str, *, force: ForceArgument = False, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> str | None:
         """Give back a reservation, also one that this object did not make. See `SCSIMount.release`."""
         self._vm.check()
-        await self._vm.scsi.release(reservation, force=force, timeout_s=timeout_s)
+        return await self._vm.scsi.release(reservation, force=force, timeout_s=timeout_s)
 
     @timed
     async def resize_scsi(self, host_path: HostPath, size_bytes: int, *, timeout_s: float | None = None) -> None:
