@@ -2,7 +2,8 @@
 
 The field names are those of the journal and of `--json`: `vm`, `slot`, `host_path`, `guest_path`,
 `references`, `reservation`. A record carries them as `record.fields`; the text shows them behind the
-message, so that a plain handler loses nothing.
+message, so that a plain handler loses nothing. `record.errors` are the texts of the errors that it tells of.
+Calls may raise these as well: a handler that shows both can tell each once.
 """
 
 from __future__ import annotations
@@ -44,9 +45,8 @@ class BoundLogger:
         all_fields = {key: value for key, value in {**self.fields, **fields}.items() if value is not None}
         text = message % args if args else message
         shown = " ".join(f"{key}={value}" for key, value in all_fields.items())
-        self._target.log(
-            level, "%s", f"{text} [{shown}]" if shown else text, extra={"fields": all_fields}, stacklevel=3
-        )
+        extra = {"fields": all_fields, "errors": [str(arg) for arg in args if isinstance(arg, BaseException)]}
+        self._target.log(level, "%s", f"{text} [{shown}]" if shown else text, extra=extra, stacklevel=3)
 
 
 def logger(name: str, **fields: object) -> BoundLogger:

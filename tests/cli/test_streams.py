@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from utilityvm.cli import output
+from utilityvm.errors import VMGone
+from utilityvm.log import logger
 from utilityvm.store import Store
 from utilityvm.text import count
 
@@ -83,6 +85,33 @@ def test_with_json_warnings_are_in_the_one_document(capsys: pytest.CaptureFixtur
     assert document["exit_code"] == 4
     assert document["warnings"] == ["odd"]
     assert [other["error"] for other in document["others"]] == ["VMOwned"]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_failed_is_told_once_though_the_library_logs_it_too(
+    capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    output.begin(as_json=as_json)
+    output.log_to_stderr(debug=False)
+    log = logger("utilityvm.x", vm="a")
+    log.error("the VM died: %s", VMGone("QEMU of VM a\nhung up"))
+    log.error("a worker failed: %r", ZeroDivisionError("by zero"))
+    log.error("odd")
+    output.tell_errors([output.Told("VMGone", "QEMU of VM a\nhung up (rc 1)", None)], 7)
+    said = capsys.readouterr().err
+    assert said.count("hung up") == 1
+    assert "died" not in said
+    assert "a worker failed: ZeroDivisionError" in said
+    assert "odd" in said
+
+
+def test_what_failed_aside_of_a_command_that_succeeds_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    output.begin(as_json=False)
+    output.log_to_stderr(debug=False)
+    logger("utilityvm.x").error("the journal is behind: %r", OSError(28, "No space left on device"))
+    assert not capsys.readouterr().err
+    output.tell_warnings()
+    assert capsys.readouterr().err.startswith("warning: the journal is behind: ")
 
 
 def test_with_json_warnings_of_a_success_are_json(uvm: Uvm, folders: Path) -> None:

@@ -133,8 +133,8 @@ async def test_a_kernel_that_panics_ends_its_vm_and_the_console_says_why(start: 
         waiting = asyncio.create_task(vm.run(["sleep", "1000"]))
         await vm.add_scsi(images[0], "/data")
         assert isinstance(await error_of(vm.run(["sh", "-c", "echo c > /proc/sysrq-trigger; sleep 1000"])), VMGone)
-        assert isinstance(await error_of(waiting), VMGone)
-        await vm.wait()
+        assert isinstance(said := await error_of(waiting), VMGone)
+        assert str(said) == str(await vm.wait()), "the call tells of the VM's end, and not of the connection's"
     await check_dead(vm)
     assert "Kernel panic" in vm.console()
     await vm.stop()

@@ -55,6 +55,7 @@ class _Command:
     as_json: bool = False
     done: list[str] = field(default_factory=list)  # what it has changed
     warnings: list[str] = field(default_factory=list)  # to be told with the result: JSON stands alone
+    failures: list[tuple[str, list[str]]] = field(default_factory=list)  # logged, with the errors that they tell of
 
 
 _command = _Command()
@@ -174,8 +175,18 @@ def warn(text: str) -> None:
         echo_error(f"{_label('warning:', 'yellow')} {text}")
 
 
+def _tell_failures(errors: Sequence[Told] = ()) -> None:
+    """What the library logged of what failed, unless the command's own errors say it."""
+    told = " ".join(one.message for one in errors)
+    for text, causes in _command.failures:
+        if not any(" ".join(clean(cause).split()) in told for cause in causes):
+            warn(text)
+    _command.failures.clear()
+
+
 def tell_warnings() -> None:
     """At the end of a command that succeeded."""
+    _tell_failures()
     if _command.warnings:
         echo_error(json.dumps({"warnings": _command.warnings}))
 
@@ -191,6 +202,7 @@ def tell_errors(errors: Sequence[Told], code: int) -> None:
         errors = [
             Told(errors[0].kind, f"{errors[0].message}; this was done: {'; '.join(_command.done)}", errors[0].hint)
         ]
+    _tell_failures(errors)
     if _command.as_json:
         first, *others = ({"error": one.kind, "message": one.message, "hint": one.hint} for one in errors)
         document: dict[str, object] = {**first, "exit_code": code}
@@ -228,7 +240,11 @@ def log_to_stderr(*, debug: bool) -> None:
 
 class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        warn(clean(record.getMessage()))
+        text = clean(record.getMessage())
+        if causes := getattr(record, "errors", None) if record.levelno >= logging.ERROR else None:
+            _command.failures.append((text, causes))  # the command is likely to end with that error
+        else:
+            warn(text)
 
 
 def _is_coloured(stream: Any) -> bool | None:

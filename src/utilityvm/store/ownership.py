@@ -330,7 +330,7 @@ def _owned(path: Path, vm: str, *, wait_s: float) -> VMOwned:
 def owned_by(owner: Owner | None, path: Path, vm: str, *, wait_s: float) -> VMOwned:
     """The error for a VM that has another owner; None: one that waited for it before us."""
     who = str(owner) if owner else "another process, which waited for it before us"
-    waited = f", still after {wait_s:g} s" if wait_s else ""
+    waited = f", still after {wait_s:.2g} s" if wait_s else ""
     return VMOwned(
         f"VM {vm} belongs to {who}{waited}",
         owner=str(owner) if owner else "",

@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
-from utilityvm.errors import InvalidRequest, UtilityVMError, VMNotRunning
+from utilityvm.errors import InvalidRequest, UtilityVMError, VMGone, VMNotRunning
+from utilityvm.guests.bridge_client import again
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import QemuConfig, QemuHost
 from utilityvm.hosts.qemu.incoming import Incoming
@@ -37,6 +39,7 @@ from utilityvm.vm.config import VMConfig
 from utilityvm.vm.state import OVER, REFUSING, TABLE, Event, State, next_state
 
 ROOT_SLOT: Final = Slot(0, 0)
+_END_SHOWS_S: Final = 0.3  # the connection to the guest may end so long before its QEMU is seen to have ended
 
 _log = logger(__name__)
 
@@ -204,6 +207,17 @@ class OwnedVM:
             async with deadline.limit(f"VM {self.name} did not go on after a save that failed", vm=self.name):
                 await asyncio.wait([self.resuming])
         self.check()
+
+    @asynccontextmanager
+    async def ends_told(self) -> AsyncIterator[None]:
+        """For what asks the guest: if its connection ends with the VM, the error is the VM's end."""
+        try:
+            yield
+        except VMGone as error:
+            await asyncio.wait([self.host.gone], timeout=_END_SHOWS_S)  # the connection may end first
+            if self._reason is None:
+                raise
+            raise again(self._reason) from error
 
     @property
     def is_running(self) -> bool:

@@ -555,7 +555,8 @@ class UtilityVM:
             VMGone: the VM died.
         """
         self._vm.check()
-        return await self._guest.run(command, stdin=stdin, env=env, cwd=cwd, timeout_s=timeout_s)
+        async with self._vm.ends_told():
+            return await self._guest.run(command, stdin=stdin, env=env, cwd=cwd, timeout_s=timeout_s)
 
     @timed
     @raises_callers_errors
@@ -572,9 +573,10 @@ class UtilityVM:
     ) -> int:
         """Like `run`, with input and output as they come; gives the exit code."""
         self._vm.check()
-        return await self._guest.run_streaming(
-            command, stdin=stdin, stdout=stdout, stderr=stderr, env=env, cwd=cwd, timeout_s=timeout_s
-        )
+        async with self._vm.ends_told():
+            return await self._guest.run_streaming(
+                command, stdin=stdin, stdout=stdout, stderr=stderr, env=env, cwd=cwd, timeout_s=timeout_s
+            )
 
     @timed
     async def ping(self, *, timeout_s: float = 10.0) -> None:
@@ -584,7 +586,8 @@ class UtilityVM:
             DeadlineExceeded, VMGone: it did not.
         """
         self._vm.check()
-        await self._guest.ping(timeout_s=timeout_s)
+        async with self._vm.ends_told():
+            await self._guest.ping(timeout_s=timeout_s)
 
     # What it can become.
 
