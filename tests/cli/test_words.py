@@ -118,6 +118,13 @@ def test_what_is_no_mode_is_not_taken_as_a_name(uvm: Uvm, folders: Path, mode: s
     assert "--guest-path" in result.stderr
 
 
+@pytest.mark.parametrize("words", [["d.raw:/q,ro"], ["d.raw", "--guest-path", "/q:ro"], ["d.raw:/a,rw"]])
+def test_a_guest_path_that_ends_like_a_mode_is_not_taken_as_a_name(uvm: Uvm, words: list[str]) -> None:
+    result = uvm("attach", "v", *words)
+    assert result.exit_code == 2
+    assert "--read-only" in result.stderr
+
+
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30))
 def test_a_guest_path_given_is_found_whatever_the_disk_is_called(name: str) -> None:
     assert place(f"{name}:/data") == Place(name, "/data")

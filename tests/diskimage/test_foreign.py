@@ -70,6 +70,9 @@ MADE: dict[str, tuple[Callable[[], bytes], str]] = {
     "tar of GNU": (lambda: tar(tarfile.GNU_FORMAT), "a tar archive"),
     "tar of POSIX": (lambda: tar(tarfile.PAX_FORMAT), "a tar archive"),
     "zip": (zipped, "a zip archive"),
+    "cpio": (lambda: b"\xc7\x71" + DISK, "a cpio archive"),
+    "cabinet": (lambda: b"MSCF\0\0\0\0" + DISK, "a cabinet"),
+    "snappy": (lambda: b"\xff\x06\0\0sNaPpY" + DISK, "compressed (snappy)"),
     "E01": (lambda: b"EVF\x09\x0d\x0a\xff\x00" + DISK, "an Expert Witness image (E01)"),
     "dmg": (lambda: DISK + struct.pack(">4sII", b"koly", 4, 512).ljust(512, b"\0"), "an Apple disk image (dmg)"),
     "cloop": (lambda: b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop" + DISK, "a cloop image"),
@@ -163,3 +166,15 @@ def test_a_fixed_vhd_that_was_cut_or_padded_is_no_raw_disk(
         read_bytes(data, name="disk.vhd")
     if 512 < length <= 65536:
         assert f"{length} bytes are behind that" in str(refused.value)
+
+
+@pytest.mark.parametrize("length", [1, 512, 4096])
+def test_a_padded_vhd_is_no_raw_disk_whatever_it_is_called_unless_raw_is_stated(
+    seeds: dict[str, Bytes], length: int, tmp_path: Path
+) -> None:
+    data = seeds["vpc-fixed"].save(tmp_path / "whole").read_bytes() + bytes(length)
+    with pytest.raises(ImageDamaged, match=f"{length} bytes are behind the one in it") as refused:
+        read_bytes(data, name="disk.img")
+    assert refused.value.remedy
+    for name, stated in (("disk.img", DiskFormat.RAW), ("disk.raw", None)):
+        assert read_bytes(data, stated, name=name).format is DiskFormat.RAW

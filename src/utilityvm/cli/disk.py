@@ -25,7 +25,7 @@ from utilityvm.cli.options import (
 )
 from utilityvm.cli.output import OutputFailed, age, print_fields, print_json, print_table, say
 from utilityvm.cli.owners import opened
-from utilityvm.cli.values import SIZE, Place, place
+from utilityvm.cli.values import SIZE, Place, place, without_mode
 from utilityvm.errors import UtilityVMError
 from utilityvm.text import count, size
 
@@ -121,7 +121,7 @@ def attach_command(
     """
     from utilityvm import GENERATED, DiskSpec, ScratchKey, VMAccess
 
-    where = place(disk) if guest_path is None else Place(disk, guest_path)
+    where = place(disk) if guest_path is None else Place(disk, without_mode(guest_path))
     if where.mode == "rw" and read_only:
         raise click.UsageError("--read-only contradicts :rw")
     if generated and where.guest_path is not None:

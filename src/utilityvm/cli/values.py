@@ -105,6 +105,19 @@ class Place:
     mode: str | None = None  # ro or rw; None: nothing was said
 
 
+def without_mode(guest_path: str) -> str:
+    """A guest path as it is; one that ends like a mode would be mounted writable by somebody who meant `:ro`.
+
+    Raises:
+        click.UsageError: it ends so.
+    """
+    if re.search("[:,](ro|rw)$", guest_path):
+        raise click.UsageError(
+            f"guest path {guest_path} ends in what looks like a mode; write DISK:GUEST_PATH:ro, or give --read-only"
+        )
+    return guest_path
+
+
 def place(text: str) -> Place:
     """`DISK[:GUEST_PATH][:ro|:rw]`.
 
@@ -119,7 +132,7 @@ def place(text: str) -> Place:
     if found and disk:
         guest_path, colon, mode = rest.partition(":")
         if not colon:
-            return Place(disk, f"/{guest_path}")
+            return Place(disk, without_mode(f"/{guest_path}"))
         if mode in ("ro", "rw"):
             return Place(disk, f"/{guest_path}", mode)
         raise click.UsageError(

@@ -81,6 +81,11 @@ def detect(image: Source) -> DiskFormat:
     promised = foreign.promised(image.name)
     if promised is not None and promised != found:
         raise _broken_promise(image, found, promised)
+    if promised is None and found is DiskFormat.RAW and (behind := vhd.misplaced_footer(image)) is not None:
+        raise image.damaged(
+            f"a VHD ends with its footer, and {behind} bytes are behind the one in it",
+            remedy="restore it from a good copy, or give the format raw if all its bytes are the disk",
+        )
     return found
 
 
