@@ -6,16 +6,19 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
 from utilityvm.errors import DeadlineExceeded, InvalidRequest
+from utilityvm.scsi.document import ScsiState
 from utilityvm.scsi.slot import Slot
 from utilityvm.tasks import Deadline
 from utilityvm.vm import arguments
 from utilityvm.vm.acquiring import is_acquiring
-from utilityvm.vm.arguments import LONGEST_S, RULES, timed
+from utilityvm.vm.arguments import LONGEST_S, RULES, rule_of, timed
 from utilityvm.vm.config import DiskSpec, VMConfig
 from utilityvm.vm.pool import ClonePool
 from utilityvm.vm.utility_vm import UtilityVM
@@ -52,8 +55,12 @@ WRONG: dict[str, list[Any]] = {
     "mounts": ["abc", 7],
     "disks": ["abc", 7],
     "reservation": [7, None, b"x"],
+    "stdin": ["text", 7, []],
+    "config": [7, None, b"x", VMConfig],
+    "image": ["x", 7],
+    "disk": ["x", 7, None, DiskSpec],
+    "state": ["x", 7, None, {}],
 }
-UNCHECKED = {"stdin", "config", "image", "disk", "state"}  # types of their own
 
 
 def public_calls() -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -73,12 +80,19 @@ CASES = [(call, name, value) for call, name in PARAMETERS for value in WRONG.get
 
 @pytest.mark.parametrize(("call", "name"), PARAMETERS)
 def test_every_parameter_of_a_public_call_has_a_rule(call: str, name: str) -> None:
-    assert name in RULES
-    assert name in WRONG or name in UNCHECKED
+    assert rule_of(call.rpartition(".")[2], name)
+    assert name in WRONG
 
 
 def test_every_rule_is_tried() -> None:
-    assert set(RULES) == set(WRONG) | UNCHECKED
+    assert {name.rpartition(".")[2] for name in RULES} == set(WRONG)
+
+
+@pytest.mark.parametrize(("call", "values"), [("add_scsi_many", ["x"]), ("remove_scsi_many", [None])])
+async def test_every_member_of_a_list_is_looked_at(call: str, values: list[Any]) -> None:
+    vm = SimpleNamespace(name="v", _vm=Mock(), _ready=AsyncMock())
+    with pytest.raises(InvalidRequest):
+        await getattr(UtilityVM, call)(vm, values)
 
 
 @pytest.mark.parametrize(("call", "name", "value"), CASES)
@@ -104,7 +118,9 @@ async def called(member: Callable[..., Any], given: dict[str, Any]) -> None:
 
 def right(name: str) -> Any:
     fine = {"name": "x", "template": "x", "host_path": "/x", "size": 1, "size_bytes": 512, "command": ["x"]}
-    fine["reservation"] = "x"
+    fine |= {"reservation": "x", "config": "x"}
+    if name in ("disk", "state"):
+        return DiskSpec(host_path="/x") if name == "disk" else ScsiState(controllers=1, disks=())
     return fine.get(name, print if name in ("stdout", "stderr") else [])
 
 

@@ -11,13 +11,14 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import PurePosixPath
 from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast
 
 from utilityvm.errors import InvalidRequest
 from utilityvm.machine import patience
+from utilityvm.scsi.document import ScsiState
 from utilityvm.scsi.ports import CallerKey, DiskFormat, ScratchKey, Verity, VMAccess
 from utilityvm.scsi.slot import Slot
 from utilityvm.tasks import GRACE_S, Deadline
@@ -118,8 +119,14 @@ def _made_of(*kinds: type, what: str) -> Rule:
     return lambda value: None if isinstance(value, kinds) else what
 
 
-def _anything(value: Any) -> None:
-    """Its type's own methods say what is wrong with it."""
+def _having(member: str, *, what: str, or_text: bool = False) -> Rule:
+    """An object with that member: its class is of a module that imports this one."""
+
+    def rule(value: Any) -> str | None:
+        is_one = hasattr(value, member) and not isinstance(value, type)
+        return None if is_one or (or_text and isinstance(value, str)) else what
+
+    return rule
 
 
 RULES: Final[Mapping[str, Rule]] = {
@@ -165,21 +172,41 @@ RULES: Final[Mapping[str, Rule]] = {
     "mounts": _several,
     "disks": _several,
     "reservation": _reservation,
-    "stdin": _anything,
-    "config": _anything,
-    "image": _anything,
-    "disk": _anything,
-    "state": _anything,
+    "run.stdin": _made_of(bytes, bytearray, memoryview, what="bytes"),
+    "run_streaming.stdin": _having("__aiter__", what="an asynchronous iterator of bytes"),
+    "config": _having("for_qemu", what="a VMConfig, or the name of a VM", or_text=True),
+    "image": _having("initramfs", what="a GuestImage"),
+    "disk": _having("request", what="a DiskSpec"),
+    "state": _made_of(ScsiState, what="a ScsiState"),
 }
+"""A rule that holds for one call alone has its name, as in `run.stdin`."""
 
 
-def check(name: str, value: object, *, optional: bool = False) -> None:
-    """Raises:
-    InvalidRequest: the value cannot be that of a parameter of this name; says what it should be.
+def rule_of(function: str, name: str) -> Rule | None:
+    """The rule for a parameter of that function."""
+    return RULES.get(f"{function}.{name}") or RULES.get(name)
+
+
+def each(name: str, values: Iterable[R]) -> list[R]:
+    """The values, each of which can be that of a parameter of this name.
+
+    Raises:
+        InvalidRequest: as `check`.
     """
-    if optional and value is None:
+    checked_values = list(values)
+    for value in checked_values:
+        check(name, value)
+    return checked_values
+
+
+def check(name: str, value: object, *, of: str = "", optional: bool = False) -> None:
+    """Raises:
+    InvalidRequest: the value cannot be that of a parameter of this name, `of` a function; says what it should be.
+    """
+    rule = rule_of(of, name)  # that each name has one is for a test to say
+    if rule is None or (optional and value is None):
         return
-    wanted = RULES.get(name, _anything)(value)  # that each name has one is for a test to say
+    wanted = rule(value)
     if wanted is not None:
         raise InvalidRequest(f"{name} {value!r} is not {wanted}", remedy=f"give {wanted}")
 
@@ -202,14 +229,14 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     """
     signature = inspect.signature(function)
     optional = {name for name, parameter in signature.parameters.items() if parameter.default is None}
-    looked_at = [name for name in signature.parameters if name in RULES]
+    looked_at = [name for name in signature.parameters if rule_of(function.__name__, name)]
     times = {name: signature.parameters[name].default for name in _TIMES if name in signature.parameters}
 
     def look(arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = signature.bind(*arguments, **named).arguments
         for name in looked_at:
             if name in given:
-                check(name, given[name], optional=name in optional)
+                check(name, given[name], of=function.__name__, optional=name in optional)
 
     if not inspect.iscoroutinefunction(function):
 

@@ -33,7 +33,7 @@ from utilityvm.vm import open as opening
 from utilityvm.vm import save as saving
 from utilityvm.vm import start as starting
 from utilityvm.vm.acquiring import Acquiring, acquires
-from utilityvm.vm.arguments import checked, timed
+from utilityvm.vm.arguments import checked, each, timed
 from utilityvm.vm.config import (
     GENERATED,
     DiskSettings,
@@ -372,7 +372,7 @@ class UtilityVM:
         itself, errors among them.
         """
         self._vm.check()
-        requests = [spec.request() for spec in disks]
+        requests = [spec.request() for spec in each("disk", disks)]
         results = await self._vm.scsi.add_many(requests, which=which, holder=holder_of(holder), timeout_s=timeout_s)
         return [result if isinstance(result, UtilityVMError) else mounted(self, result) for result in results]
 
@@ -400,11 +400,19 @@ class UtilityVM:
 
     @timed
     async def remove_scsi_many(
-        self, mounts: Iterable[SCSIMount], *, force: ForceArgument = False, timeout_s: float = DEFAULT_TIMEOUT_S
+        self,
+        mounts: Iterable[SCSIMount | Reservation | str],
+        *,
+        force: ForceArgument = False,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> list[UtilityVMError | None]:
-        """Give back several reservations at the same time; what became of each, in order. None: it is done."""
+        """Give back several reservations, or those of these ids, at the same time; what became of each, in order.
+
+        None: it is done.
+        """
         self._vm.check()
-        return await self._vm.scsi.remove_many([mount.id for mount in mounts], force=force, timeout_s=timeout_s)
+        ids = [one if isinstance(one, str) else one.id for one in each("reservation", mounts)]
+        return await self._vm.scsi.remove_many(ids, force=force, timeout_s=timeout_s)
 
     @timed
     async def release(
