@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from utilityvm.guestimage import build, recipe
 from utilityvm.guestimage.cache import one_builder
 from utilityvm.machine import paths
 from utilityvm.machine.processes import own_start
-from utilityvm.store import Store, StoredVM
+from utilityvm.store import Store, StoredVM, recover
 from utilityvm.store.ownership import Ownership
 from utilityvm.upkeep import leftovers
 from utilityvm.upkeep.leftovers import LeftoverKind
@@ -249,3 +250,82 @@ async def test_a_vm_whose_lock_was_removed_while_it_starts_is_not_left_over(stor
     ownership.path.unlink()
     assert found(store) == []
     ownership.release(remove=True)
+
+
+def dead(store: Store, number: int) -> StoredVM:
+    """A VM whose QEMU has ended, with its files."""
+    name, vm_uuid = f"dead{number:02}", str(uuid.UUID(int=number))
+    vm = store.add(name, uuid=vm_uuid, config={"root": "/none"})
+    folder = paths.vm_dir(name)
+    about = {"pid": 1 << 30, "log_pid": 1 << 30, "started": "1", "log_started": "1", "folder": str(folder)}
+    store.set_process(vm, {"name": name, "uuid": vm_uuid, **about, **REST})
+    for path in (folder / "console.log", paths.overlays_dir(vm_uuid) / "a.qcow2"):
+        path.parent.mkdir(parents=True, mode=0o700)
+        path.touch()
+    return vm
+
+
+async def test_many_dead_vms_go_with_one_look_at_the_store_and_in_one_go_each(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at the store reads all of it, and all runtime folders: a look for each would be quadratic."""
+    vms = [dead(store, number) for number in range(30)]
+    owned = await Ownership.acquire(paths.vm_dir(vms[7].name), vm=vms[7].name)
+    opened: list[str] = []
+    plain = recover.open_store
+
+    def counted() -> Store:
+        opened.append("once more")
+        return plain()
+
+    monkeypatch.setattr(recover, "open_store", counted)
+    left = leftovers.find_leftovers()
+    assert {one.name for one in left} == {vm.name for vm in vms} - {vms[7].name}
+    owned.release()
+    taken_up = await Ownership.acquire(paths.vm_dir(vms[9].name), vm=vms[9].name)
+    assert await leftovers.remove_leftovers(left) == [one.name != vms[9].name for one in left]
+    assert len(opened) == 2
+    assert [vm.name for vm in store.vms()] == [vms[7].name, vms[9].name]
+    taken_up.release()
+    assert all(await leftovers.remove_leftovers(leftovers.find_leftovers()))
+    assert leftovers.find_leftovers() == []
+    assert not [*paths.runtime_dir().glob("vms/*"), *(paths.state_dir() / "overlays").iterdir()]
+
+
+async def test_what_cannot_be_removed_is_told_and_the_others_go(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    vms = [dead(store, number) for number in range(5)]
+    plain = lifecycle.clear_at_once
+
+    def refuse(record: StoredVM, store: Store) -> bool:
+        if record.name == vms[2].name:
+            raise SetupError("the test broke it")
+        return plain(record, store)
+
+    monkeypatch.setattr(lifecycle, "clear_at_once", refuse)
+    results = await leftovers.remove_leftovers(leftovers.find_leftovers())
+    assert [str(one) for one in results] == ["True", "True", "the test broke it", "True", "True"]
+    assert [vm.name for vm in store.vms()] == [vms[2].name]
+
+
+async def test_a_removal_that_is_cancelled_leaves_the_rest_for_the_next(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        dead(store, number)
+    plain, begun = lifecycle.clear_at_once, asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def tell(record: StoredVM, store: Store) -> bool:
+        loop.call_soon_threadsafe(begun.set)
+        return plain(record, store)
+
+    monkeypatch.setattr(lifecycle, "clear_at_once", tell)
+    removing = asyncio.create_task(leftovers.remove_leftovers(leftovers.find_leftovers()))
+    await begun.wait()
+    removing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await removing
+    left = leftovers.find_leftovers()
+    assert left
+    assert all(await leftovers.remove_leftovers(left))
+    assert store.vms() == []

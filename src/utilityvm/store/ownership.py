@@ -125,6 +125,24 @@ class Ownership:
             os.close(fd)  # the VM ended while we waited, and its folder went with it
 
     @classmethod
+    def acquire_at_once(cls, folder: Path, *, vm: str) -> Self | None:
+        """As `acquire` without waiting, for threads. None: another process owns it, or waits for it."""
+        path = folder / paths.LOCK_FILE
+        while True:
+            fd, is_new = _open(path, vm=vm)
+            try:
+                with _ticket(fd) as number:
+                    if not _is_our_turn(fd, number):
+                        os.close(fd)
+                        return None
+                if _is_same_file(fd, path):
+                    return cls(fd, path, is_new=is_new)
+            except OSError as error:
+                os.close(fd)
+                raise _unlockable(path, error, vm=vm) from error
+            os.close(fd)
+
+    @classmethod
     async def seize(cls, folder: Path, *, vm: str) -> Self:
         """Own a VM that has ended, whoever owned it: that process may stand still for ever.
 
@@ -264,12 +282,17 @@ async def _queue(fd: int, *, until: float) -> bool:
 
     with _ticket(fd) as number:
         while True:
-            if _highest(fd, _FIRST_TICKET, before=number) is None and _set(fd, fcntl.F_WRLCK, _OWNER):
+            if _is_our_turn(fd, number):
                 return True
             left = until - time.monotonic()
             if left <= 0:
                 return False
             await asyncio.sleep(min(left, _LOOK_AGAIN_S))
+
+
+def _is_our_turn(fd: int, number: int) -> bool:
+    """Take the ownership, if it is free and nobody waits before the holder of ticket `number`."""
+    return _highest(fd, _FIRST_TICKET, before=number) is None and _set(fd, fcntl.F_WRLCK, _OWNER)
 
 
 @contextmanager

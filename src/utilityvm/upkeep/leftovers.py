@@ -7,8 +7,9 @@ store, no template, no process. What somebody owns or works on at this moment is
 
 from __future__ import annotations
 
+import asyncio
 import shutil
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -31,6 +32,7 @@ from utilityvm.vm import lifecycle
 from utilityvm.vm.arguments import checked
 
 REMOVE_S: Final = 60.0  # a template, or the overlays of a clone, may be large
+_AT_ONCE: Final = 8  # VMs: most of the time of each is waiting for threads
 
 _log = logger(__name__)
 
@@ -85,17 +87,27 @@ async def remove_leftover(leftover: Leftover, *, timeout_s: float = REMOVE_S) ->
 async def remove_leftovers(leftovers: Iterable[Leftover]) -> list[bool | UtilityVMError]:
     """As `remove_leftover` each, and quick for many; instead of one that cannot be removed its error is in the list.
 
-    Cancelled, those that were removed are gone, and the others are as they were.
+    Dead VMs are removed some at a time, and the rest after them, in the order of the list. Cancelled, those that were
+    removed are gone, and the others can be removed by another call.
     """
+    ordered = list(enumerate(leftovers))
+    results: dict[int, bool | UtilityVMError] = {}
     async with _opened() as store:
-        results: list[bool | UtilityVMError] = []
-        for one in leftovers:
-            try:
-                async with Deadline(REMOVE_S).limit(f"the {one.kind} {one.name} was not removed"):
-                    results.append(await remove(one, store))
-            except UtilityVMError as error:
-                results.append(error)
-        return results
+
+        async def work(queue: Iterator[tuple[int, Leftover]]) -> None:
+            for number, one in queue:
+                try:
+                    async with Deadline(REMOVE_S).limit(f"the {one.kind} {one.name} was not removed"):
+                        results[number] = await remove(one, store)
+                except UtilityVMError as error:
+                    results[number] = error
+
+        vms = iter([item for item in ordered if item[1].kind is LeftoverKind.VM])
+        async with asyncio.TaskGroup() as group:
+            for _ in range(_AT_ONCE):
+                group.create_task(work(vms))
+        await work(iter([item for item in ordered if item[1].kind is not LeftoverKind.VM]))
+    return [results[number] for number, _ in ordered]
 
 
 @asynccontextmanager
@@ -128,9 +140,8 @@ async def remove(leftover: Leftover, store: Store) -> bool:
     """As `remove_leftover`, in a store that is open."""
     match leftover.kind:
         case LeftoverKind.VM:
-            found = await store.lane.run(store.find, leftover.name)
-            if found is None or not await in_thread(_is_left, found):
-                return False
+            if (is_done := await store.lane.run(_remove_dead, leftover.name, store)) is not None:
+                return is_done
             try:
                 record, ownership = await lifecycle.own(store, leftover.name, wait_s=0.0)
             except (VMOwned, VMNotFound):
@@ -151,6 +162,14 @@ async def remove(leftover: Leftover, store: Store) -> bool:
                 return False
     _log.info("removed the %s %s", leftover.kind, leftover.name)
     return not await in_thread(leftover.path.exists)
+
+
+def _remove_dead(name: str, store: Store) -> bool | None:
+    """Remove a dead VM in one go, for there may be thousands. None: of this one more has to be found out."""
+    found = store.find(name)
+    if found is None or not _is_left(found):
+        return False
+    return lifecycle.clear_at_once(found, store) or None
 
 
 def _is_still_nobodys(folder: Path, store: Store) -> bool:

@@ -29,7 +29,7 @@ from utilityvm.errors import (
     VMOwned,
 )
 from utilityvm.guests.bridge_guest import BridgeGuest
-from utilityvm.hosts.qemu import QemuHost, QemuProcess, launch
+from utilityvm.hosts.qemu import QemuHost, QemuProcess, launch, userids
 from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.log import logger
 from utilityvm.machine import paths, runtime
@@ -400,12 +400,44 @@ async def clear(record: StoredVM, store: Store) -> None:
         OutcomeUnknown: the kernel does not let its QEMU go; call again.
     """
     await _end_process(record, store)
+    await in_thread(_remove_files, record)
+    await store.lane.run(store.remove, record)
+
+
+def clear_at_once(record: StoredVM, store: Store) -> bool:
+    """As `clear`, for threads, of a dead VM that nobody owns. False: it has an owner by now, or may run.
+
+    Of one whose process was never written down it cannot be told here.
+    """
+    ownership = Ownership.acquire_at_once(paths.vm_dir(record.name), vm=record.name)
+    if ownership is None:
+        return False
+    try:
+        now = store.find(record.name)
+        if now is None or now.id != record.id or ownership.belongs_to_other(read_owner(now.owner)):
+            return False
+        try:
+            process = process_of(now)
+        except StoreError:
+            return False
+        if now.life is not Life.ENDED:
+            return False
+        store.set_owner(now, ownership.owner.to_json())
+        userids.rest(process.uid)
+        _remove_files(now)
+        store.remove(now)
+        ownership.release(remove=True)
+    finally:
+        ownership.release()
+    return True
+
+
+def _remove_files(record: StoredVM) -> None:
     if is_plain(record.name):
         folder = paths.vm_dir(record.name)
-        await in_thread(launch.clean, folder)
-        await in_thread(remove_copy, folder, record.uuid)
-    await in_thread(remove_overlays, record)
-    await store.lane.run(store.remove, record)
+        launch.clean(folder)
+        remove_copy(folder, record.uuid)
+    remove_overlays(record)
 
 
 async def _end_process(record: StoredVM, store: Store) -> None:
