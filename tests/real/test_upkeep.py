@@ -228,7 +228,7 @@ async def test_a_guest_whose_agent_stands_still_keeps_no_disk(
     monkeypatch.setattr(lifecycle, "CONNECT_S", 1.0)
     monkeypatch.setattr(repair, "CONNECT_S", 1.0)
     monkeypatch.setattr(steps, "_LAST_WORD_S", 0.5)
-    (told,) = await repair.examine("still")  # what the host has is shown, and differs in nothing
+    (told,) = await repair.examine_vm("still")  # what the host has is shown, and differs in nothing
     assert "the guest does not tell" in told.what
     async with await UtilityVM.open("still", needs_guest=False) as vm:
         assert "does not answer" in vm.findings[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from decimal import Decimal
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,8 +18,9 @@ else:  # click 8.1 has no type arguments
 
 MIB = 1 << 20
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_DIGITS = 20  # more than any number that is taken has
 _DECIMAL = ("KB", "MB", "GB", "TB")  # of 1000 to some, of 1024 to others
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?:([KMGT])(?:iB)?)?|([0-9]+)B", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)(?:([KMGT])(?:iB)?)?|([0-9]{1,20})B", re.IGNORECASE | re.ASCII)
 _TIME = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)(s|m|h)?", re.ASCII)
 _SECONDS = {None: 1, "s": 1, "m": 60, "h": 3600}
 
@@ -44,7 +45,7 @@ class Size(_Int):
             self.fail(f"{text!r} is not a size; {advice}", param, ctx)
         number, letter = found[1] or found[3], (found[2] or "").upper()
         is_bare = found[1] and not letter
-        size = Decimal(number) * (self._unit if is_bare else 1 << _UNITS[letter])
+        size = Fraction(number) * (self._unit if is_bare else 1 << _UNITS[letter])
         if size % self._unit:
             what = "bytes" if self._unit == 1 else "MiB"
             self.fail(f"{text!r} is not a whole number of {what}", param, ctx)
@@ -81,7 +82,7 @@ class Count(_Int):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         text = str(value)
-        if not (text.isascii() and text.isdigit()):
+        if not (text.isascii() and text.isdigit() and len(text) <= _DIGITS):
             self.fail(f"{text!r} is not a whole number", param, ctx)
         number = int(text)
         if number < self._least or (self._most is not None and number > self._most):

@@ -143,14 +143,29 @@ class SqliteJournal:
             )
         except sqlite3.Error as error:
             raise database.failure(error, self._store.path) from error
-        try:
-            return [*map(_disk, disks), *map(_mount, mounts), *map(_reservation, reservations)]
-        except (ValueError, KeyError, TypeError, AttributeError, InvalidRequest) as error:
-            raise StoreError(
-                f"the journal of VM {self._vm.name} holds what no utilityvm wrote: {error}",
-                vm=self._vm.name,
-                remedy=f"stop the VM, which needs no journal: uvm stop {self._vm.name}",
-            ) from error
+        return records(disks, mounts, reservations, vm=self._vm.name)
+
+
+def records(
+    disks: Sequence[tuple[Any, ...]],
+    mounts: Sequence[tuple[Any, ...]],
+    reservations: Sequence[tuple[Any, ...]],
+    *,
+    vm: str,
+) -> list[Record]:
+    """The rows of a VM as what they record.
+
+    Raises:
+        StoreError: one holds what no version of us wrote.
+    """
+    try:
+        return [*map(_disk, disks), *map(_mount, mounts), *map(_reservation, reservations)]
+    except (ValueError, KeyError, TypeError, AttributeError, InvalidRequest, RecursionError) as error:
+        raise StoreError(
+            f"the journal of VM {vm} holds what no utilityvm wrote: {error}",
+            vm=vm,
+            remedy=f"stop the VM, which needs no journal: uvm stop {vm}",
+        ) from error
 
 
 def _has_key(record: Record) -> bool:

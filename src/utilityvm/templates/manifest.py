@@ -210,16 +210,23 @@ def read(path: Path) -> Manifest:
         if error.errno in oserrors.OURS:
             raise oserrors.as_ours(error, "cannot read a template") from error
         raise TemplateDamaged(f"{path} cannot be read: {error.strerror}", remedy="is it yours?") from error
+    return parse(data, where=str(path), name=path.parent.name)
+
+
+def parse(data: bytes, *, where: str, name: str) -> Manifest:
+    """Raises:
+    TemplateDamaged: it is not a manifest of the template of that name, or of a later version; says where it is wrong.
+    """
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
         if manifest.version != VERSION:
             raise ValueError(f"it is of version {manifest.version}, and this utilityvm knows {VERSION}")
-        if manifest.name != path.parent.name:
+        if manifest.name != name:
             raise ValueError(f"it is of template {manifest.name!r}")
         _check(manifest)
-    except (ValueError, InvalidRequest) as error:  # msgspec.DecodeError among them
+    except (ValueError, InvalidRequest, RecursionError) as error:  # msgspec.DecodeError among them
         raise TemplateDamaged(
-            f"{path} is not the manifest of a template: {error}", remedy="remove that folder, and save the VM anew"
+            f"{where} is not the manifest of a template: {error}", remedy="remove that folder, and save the VM anew"
         ) from error
     return manifest
 
