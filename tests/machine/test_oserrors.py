@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import enum
 import errno
+import inspect
 import os
 
 import pytest
 
+import utilityvm
 from utilityvm.errors import SetupError, VMGone
-from utilityvm.machine.oserrors import raises_callers_errors, typed_errors
+from utilityvm.hosts.hcs.guest import HcsGuest
+from utilityvm.hosts.hcs.host import HcsHost
+from utilityvm.machine.oserrors import is_typed, raises_callers_errors, typed_errors
+
+# They ask nothing of the system: values that are made of others.
+PURE = {"Acquiring", "Owner", "SavedDisk", "ScsiEvents", "ScsiState", "Slot", "VMConfig", "introduce"}
 
 
 @typed_errors
@@ -60,3 +68,26 @@ async def test_other_errors_are_as_they_were(error: Exception) -> None:
 async def test_what_the_callers_own_code_raises_is_the_callers() -> None:
     with pytest.raises(BrokenPipeError):
         await Face(BrokenPipeError(errno.EPIPE, "Broken pipe")).stream()
+
+
+def public_calls() -> list[tuple[str, object]]:
+    """Every public function, and every public method of every public class."""
+    public = {name: getattr(utilityvm, name) for name in utilityvm.__all__ if name not in PURE}
+    found: list[tuple[str, object]] = []
+    for name, thing in {**public, "HcsHost": HcsHost, "HcsGuest": HcsGuest}.items():
+        if not inspect.isclass(thing):
+            found += [(name, thing)] if inspect.isroutine(thing) else []
+            continue
+        if issubclass(thing, (BaseException, enum.Enum)):
+            continue
+        for method, member in vars(thing).items():
+            function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
+            if inspect.isroutine(function) and (method[0] != "_" or method in ("__aenter__", "__aexit__")):
+                found.append((f"{name}.{method}", function))
+    return found
+
+
+def test_every_public_call_tells_the_systems_errors_as_ours() -> None:
+    calls = public_calls()
+    assert {"list_vms", "UtilityVM.start", "Template.verify", "HcsHost.attach"} <= {name for name, _ in calls}
+    assert [name for name, function in calls if not is_typed(function)] == []

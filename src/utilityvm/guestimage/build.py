@@ -31,6 +31,7 @@ from utilityvm.guestimage.cache import new_folder, no_builder, one_builder, whol
 from utilityvm.guestimage.custom import GuestRecipe
 from utilityvm.guestimage.recipe import Architecture, architecture
 from utilityvm.log import logger
+from utilityvm.machine.oserrors import typed_errors
 from utilityvm.machine.paths import cache_dir
 
 _log = logger(__name__)
@@ -43,6 +44,7 @@ _FILES: Final = ("vmlinuz", "initramfs", "root.ext4")
 _MANIFEST: Final = "manifest.json"
 
 
+@typed_errors
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestImage:
     """A guest image in the cache. Nobody writes to these files; every VM shares them."""

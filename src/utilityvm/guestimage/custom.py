@@ -12,12 +12,14 @@ from typing import Final
 from utilityvm.errors import InvalidRequest, SetupError
 from utilityvm.guestimage import base
 from utilityvm.machine import hostpath
+from utilityvm.machine.oserrors import typed_errors
 from utilityvm.machine.programs import CommandFailed
 
 _PACKAGE: Final = re.compile(r"[a-z0-9][a-z0-9.+-]+")  # Debian Policy, 5.6.1
 _HOOK_S: Final = 600.0
 
 
+@typed_errors
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestRecipe:
     """What a guest image has besides what each has. Another recipe, or another content of a file, is another image.

@@ -96,6 +96,7 @@ def typed(function: F) -> F:
                     raise
                 raise ours from error
 
+        waits.__dict__["is_typed"] = True
         return cast(F, waits)
 
     @functools.wraps(function)
@@ -107,7 +108,14 @@ def typed(function: F) -> F:
                 raise
             raise ours from error
 
+    calls.__dict__["is_typed"] = True
     return cast(F, calls)
+
+
+def is_typed(function: object) -> bool:
+    """Are the system's errors in the function told as errors of ours, or is it marked as one that passes errors on?"""
+    marks = getattr(function, "__dict__", {})
+    return bool(marks.get("is_typed") or marks.get("raises_callers_errors"))
 
 
 def _translated(error: OSError | RuntimeError, doing: str) -> SetupError | None:

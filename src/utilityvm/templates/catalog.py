@@ -38,6 +38,7 @@ from utilityvm.errors import (
 )
 from utilityvm.log import logger
 from utilityvm.machine import forks, paths
+from utilityvm.machine.oserrors import typed_errors
 from utilityvm.machine.threads import aside, in_thread, to_the_end
 from utilityvm.scsi.slot import Slot
 from utilityvm.store import Store
@@ -70,6 +71,7 @@ class TemplateDisk:
     guest_paths: tuple[PurePosixPath, ...]
 
 
+@typed_errors
 @dataclass(frozen=True, slots=True)
 class Template:
     """A template as it lies in its folder. `list_templates` and `UtilityVM.save_as_template` give it."""

@@ -13,6 +13,7 @@ from utilityvm.errors import InvalidRequest
 from utilityvm.guestimage.build import GuestImage
 from utilityvm.hosts.qemu import QemuConfig
 from utilityvm.machine.hostpath import HostPath, absolute
+from utilityvm.machine.oserrors import typed_errors
 from utilityvm.scsi.manager import AddRequest
 from utilityvm.scsi.mount import checked_config, checked_guest_path
 from utilityvm.scsi.ports import (
@@ -153,6 +154,7 @@ class VMConfig:
         return cls(**{name: value for name, value in document.items() if name in known})
 
 
+@typed_errors
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSpec:
     """A disk, and how it is mounted. See `UtilityVM.add_scsi`, whose arguments these are."""

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TypeAlias
 
 from utilityvm.errors import AlreadyReleased, GuestBusy, NotAttached, UtilityVMError, VMGone, VMNotRunning
+from utilityvm.machine.oserrors import typed_errors
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S
 from utilityvm.scsi.reservation import ForceArgument, Reservation
 from utilityvm.scsi.slot import Slot
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 OnBusy: TypeAlias = Literal["raise", "force"]  # what leaving `async with` does if the guest still uses the disk
 
 
+@typed_errors
 class SCSIMount:
     """One reservation of a disk of a VM, mounted in its guest unless it was asked for without a guest path.
 

@@ -48,6 +48,7 @@ from utilityvm.hosts.hcs.documents import (
     unmount_request,
 )
 from utilityvm.hosts.hcs.system import ComputeSystem, HcsRefused, Step
+from utilityvm.machine.oserrors import typed_errors
 from utilityvm.scsi.mount import GENERATED_BELOW, checked_guest_path
 from utilityvm.scsi.ports import CallerKey, DiskRecord, MountConfig, MountRecord, Record
 from utilityvm.scsi.slot import Slot
@@ -82,6 +83,7 @@ class _Eject:
     step: Step = field(default_factory=Step)
 
 
+@typed_errors
 class HcsGuest:
     """Implements `scsi.ports.GuestBackend` on a running VM of HCS's."""
 

@@ -45,6 +45,7 @@ from utilityvm.hosts.hcs.system import (
     Step,
 )
 from utilityvm.log import logger
+from utilityvm.machine.oserrors import typed_errors
 from utilityvm.scsi.document import ScsiState
 from utilityvm.scsi.ports import AttachmentType, DiskRecord, DiskRequest, Holder, OpenDisk, Record, VMAccess
 from utilityvm.scsi.slot import LUNS_PER_CONTROLLER, MAX_CONTROLLERS, Slot
@@ -112,6 +113,7 @@ class GroupAccess:
 _everybodys_group_access = GroupAccess()
 
 
+@typed_errors
 class HcsHost:
     """Implements `scsi.ports.HostBackend` on a running VM of HCS's."""
 

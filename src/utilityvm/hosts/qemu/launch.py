@@ -40,6 +40,7 @@ from utilityvm.hosts.qemu.ram import Ram
 from utilityvm.hosts.qemu.ram import find as find_ram
 from utilityvm.log import logger
 from utilityvm.machine import hostpath, oserrors, runtime
+from utilityvm.machine.oserrors import typed_errors
 from utilityvm.machine.processes import has_words, is_ending, is_running
 from utilityvm.machine.programs import find_program, spawn
 from utilityvm.machine.sockets import Listener
@@ -108,6 +109,7 @@ class QemuConfig:
             raise InvalidRequest("an initramfs or a kernel command line, and no kernel", vm=self.name)
 
 
+@typed_errors
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QemuProcess:
     """A QEMU that runs, or ran. Pid, start time and UUID together name it for as long as the machine is up."""
