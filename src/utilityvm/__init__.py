@@ -77,16 +77,8 @@ if TYPE_CHECKING:
     from utilityvm.machine.processes import introduce
     from utilityvm.scsi.document import SavedDisk, ScsiState
     from utilityvm.scsi.events import ScsiEvent, ScsiEvents
-    from utilityvm.scsi.ports import (
-        AttachmentType,
-        CallerKey,
-        DiskFormat,
-        Holder,
-        MountConfig,
-        ScratchKey,
-        Verity,
-        VMAccess,
-    )
+    from utilityvm.scsi.mount_config import CallerKey, Encryption, MountConfig, MountSettings, ScratchKey, Verity
+    from utilityvm.scsi.ports import AttachmentType, DiskFormat, Holder, VMAccess
     from utilityvm.scsi.reservation import ForceArgument, Reservation
     from utilityvm.scsi.slot import Slot
     from utilityvm.scsi.views import MountView, SlotView
@@ -100,7 +92,7 @@ if TYPE_CHECKING:
     from utilityvm.upkeep.leftovers import Leftover, LeftoverKind, find_leftovers, remove_leftover, remove_leftovers
     from utilityvm.upkeep.repair import Difference, examine_vm, repair_vm
     from utilityvm.vm.acquiring import Acquiring
-    from utilityvm.vm.config import DiskSettings, GuestPath, MountSettings
+    from utilityvm.vm.config import DiskSettings, GuestPath
     from utilityvm.vm.listing import VMInfo, get_vm, list_disks, list_vms, read_console
     from utilityvm.vm.mount import OnBusy
     from utilityvm.vm.pool import ClonePool
@@ -125,6 +117,7 @@ __all__ = [
     "DiskNotFound",
     "DiskSettings",
     "DiskSpec",
+    "Encryption",
     "Finding",
     "ForceArgument",
     "GuestBusy",
@@ -232,20 +225,24 @@ _MODULES = {
     "utilityvm.hosts.qemu": ("QemuProcess",),
     "utilityvm.machine.hostpath": ("HostPath",),
     "utilityvm.scsi.reservation": ("ForceArgument", "Reservation"),
-    "utilityvm.vm.config": ("DiskSettings", "GuestPath", "MountSettings"),
+    "utilityvm.vm.config": ("DiskSettings", "GuestPath"),
+    "utilityvm.scsi.mount_config": (
+        "CallerKey",
+        "Encryption",
+        "MountConfig",
+        "MountSettings",
+        "ScratchKey",
+        "Verity",
+    ),
     "utilityvm.vm.mount": ("OnBusy",),
     "utilityvm.scsi.events": ("ScsiEvent", "ScsiEvents"),
     "utilityvm.scsi.document": ("SavedDisk", "ScsiState"),
     "utilityvm.scsi.views": ("MountView", "SlotView"),
     "utilityvm.scsi.ports": (
         "AttachmentType",
-        "CallerKey",
         "DiskFormat",
         "Holder",
-        "MountConfig",
-        "ScratchKey",
         "VMAccess",
-        "Verity",
     ),
     "utilityvm.scsi.slot": ("Slot",),
     "utilityvm.vm.acquiring": ("Acquiring",),

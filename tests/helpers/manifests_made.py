@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from utilityvm.scsi.ports import AttachmentType, DiskFormat, Verity, VMAccess
+from utilityvm.scsi.mount_config import MountConfig, ScratchKey, Verity
+from utilityvm.scsi.ports import AttachmentType, DiskFormat, VMAccess
 from utilityvm.templates.manifest import (
     VERSION,
     DiskEntry,
@@ -29,15 +30,14 @@ def mount(name: str, path: str) -> MountEntry:
     return MountEntry(
         mount=name,
         guest_path=path,
-        partition=1,
-        read_only=True,
-        options=("noatime",),
-        filesystem="ext4",
-        ensure_filesystem=False,
-        reformat=False,
-        block_device=False,
-        scratch_key=True,
-        verity=Verity(root_hash=b"\x00\xff", hash_offset_bytes=4096),
+        config=MountConfig(
+            partition=1,
+            read_only=True,
+            options=("noatime",),
+            filesystem="ext4",
+            encryption=ScratchKey(),
+            verity=Verity(root_hash=b"\x00\xff", hash_offset_bytes=4096),
+        ),
     )
 
 

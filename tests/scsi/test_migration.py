@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -303,7 +303,7 @@ async def test_no_key_is_in_the_document(bench: Bench) -> None:
     document = (await bench.manager.export_state()).to_json()
 
     assert key not in document
-    assert json.loads(document)["disks"][0]["mounts"][0]["encryption"] == "caller"
+    assert json.loads(document)["disks"][0]["mounts"][0]["config"]["encryption"] == "caller"
 
 
 async def test_an_encrypted_mount_goes_on_where_it_is_and_is_never_made_anew(bench: Bench) -> None:
@@ -419,6 +419,8 @@ async def test_only_a_vm_without_disks_takes_it_and_only_where_it_fits(bench: Be
         await one.attach("/y")  # a refused import lets it go on
 
 
+VECTORS = Path(__file__).parents[1] / "vectors"
+
 # Documents that no manager wrote.
 
 
@@ -439,7 +441,7 @@ def _edit(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
 
 WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
     "another format": _edit("format", to="something else"),
-    "a later version": _edit("version", to=3),
+    "a later version": _edit("version", to=4),
     "sectors that there are not": _edit("disks", 0, "sector_size_bytes", to=1000),
     "no version": lambda d: d.pop("version"),
     "no disks": lambda d: d.pop("disks"),
@@ -468,11 +470,14 @@ WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
     "the guest's own path": _edit("disks", 0, "mounts", 0, "guest_path", to="/proc"),
     "a guest path spelled otherwise": _edit("disks", 0, "mounts", 0, "guest_path", to="//mnt/x"),
     "one guest path twice": _edit("disks", 0, "mounts", 0, "guest_path", to="/mnt/c"),
-    "a writable mount of a read-only disk": _edit("disks", 0, "mounts", 0, "read_only", to=False),
-    "a partition below zero": _edit("disks", 0, "mounts", 0, "partition", to=-1),
-    "mounts that contradict each other": _edit("disks", 0, "mounts", 0, "filesystem", to="xfs"),
+    "a writable mount of a read-only disk": _edit("disks", 0, "mounts", 0, "config", "read_only", to=False),
+    "a partition below zero": _edit("disks", 0, "mounts", 0, "config", "partition", to=-1),
+    "mounts that contradict each other": _edit("disks", 0, "mounts", 0, "config", "filesystem", to="xfs"),
     "a field that there is not": _edit("disks", 0, "references", to=5),
-    "a mount with a field that there is not": _edit("disks", 0, "mounts", 0, "reformat", to=True),
+    "a mount with a setting that there is not": _edit("disks", 0, "mounts", 0, "config", "color", to="red"),
+    "a mount that is to be formatted": _edit("disks", 2, "mounts", 0, "config", "reformat", to=True),
+    "a key that is written out": _edit("disks", 2, "mounts", 0, "config", "encryption", to={"key": "a2V5"}),
+    "version 2 with the mounts of today": _edit("version", to=2),
     "a time that is none": _edit("disks", 0, "since", to=None),
 }
 
@@ -487,13 +492,19 @@ async def test_a_document_that_cannot_be_is_refused_whole(bench: Bench, wrong: s
     assert refused.value.remedy
 
 
-async def test_a_document_of_version_1_had_no_sector_sizes(bench: Bench) -> None:
-    whole = await document(bench)
-    as_now = ScsiState.from_json(json.dumps(whole))
+async def test_a_document_of_version_2_is_read_as_one_of_today() -> None:
+    bench = Bench(clock=lambda: 1.5e9)
+    await fill(bench)
+    assert ScsiState.from_json((VECTORS / "scsi_state_2.json").read_bytes()) == await bench.manager.export_state()
+
+
+async def test_a_document_of_version_1_had_no_sector_sizes() -> None:
+    whole = json.loads((VECTORS / "scsi_state_2.json").read_bytes())
+    as_2 = ScsiState.from_json(json.dumps(whole))
     whole["version"] = 1
     for disk in whole["disks"]:
         del disk["sector_size_bytes"]
-    assert ScsiState.from_json(json.dumps(whole)) == as_now
+    assert ScsiState.from_json(json.dumps(whole)) == as_2
 
 
 async def test_the_sectors_of_a_disk_travel_with_it(bench: Bench) -> None:

@@ -7,6 +7,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,9 @@ def test_an_older_store_is_migrated_in_one_transaction(path: Path, monkeypatch: 
     db.close()
 
 
+STORE_4 = Path(__file__).parents[1] / "vectors/store_4.sql"
+
+
 def columns(path: Path) -> dict[str, list[tuple[object, ...]]]:
     db = sqlite3.connect(path)
     try:
@@ -102,20 +106,23 @@ def columns(path: Path) -> dict[str, list[tuple[object, ...]]]:
 
 
 def test_a_store_of_version_1_becomes_as_a_new_one_and_keeps_its_vms(path: Path, tmp_path: Path) -> None:
-    with Store.open(path) as store:
-        store.add("one", uuid="u", config={})
-        store.db.execute("DROP TABLE images")
-        store.db.execute("ALTER TABLE disks DROP COLUMN sector_size_bytes")
+    path.parent.mkdir(mode=0o700)
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(STORE_4.read_text())
+        db.execute("DROP TABLE images")
+        db.execute("ALTER TABLE disks DROP COLUMN sector_size_bytes")
         # SQLite cuts the text of the last column out of the statement, and is confused by comments before it.
-        store.db.execute("PRAGMA writable_schema = ON")
-        store.db.execute(
+        db.execute("PRAGMA writable_schema = ON")
+        db.execute(
             "UPDATE sqlite_schema SET sql = substr(sql, 1, instr(sql, 'process') - 1) || 'process TEXT) STRICT' "
             "WHERE name = 'vms'"
         )
-        store.db.execute("PRAGMA user_version = 1")
+        db.execute(f"PRAGMA application_id = {database.APPLICATION_ID}")
+        db.execute("PRAGMA user_version = 1")
+        db.commit()
 
     with Store.open(path) as store:
-        assert [vm.name for vm in store.vms()] == ["one"]
+        assert [vm.name for vm in store.vms()] == ["worker"]
     Store.open(tmp_path / "new.db").close()
     assert columns(path) == columns(tmp_path / "new.db")
 

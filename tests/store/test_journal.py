@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import pytest
 from hypothesis import given, settings
@@ -28,6 +30,8 @@ from utilityvm.scsi.ports import (
 from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.transitions import DiskState, MountState, ReservationState
 from utilityvm.store import SqliteJournal, Store, database
+
+VECTORS = Path(__file__).parents[1] / "vectors"
 
 DISK = DiskRecord(
     attachment="a1",
@@ -72,6 +76,46 @@ def journal(store: Store) -> Iterator[SqliteJournal]:
 async def test_records_come_back_as_they_were(journal: SqliteJournal) -> None:
     await journal.write([RESERVATION, MOUNT, DISK])
     assert journal.read() == [DISK, MOUNT, RESERVATION]
+
+
+async def test_a_journal_of_version_4_is_read_as_one_of_today(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript((VECTORS / "store_4.sql").read_text())
+        db.execute(f"PRAGMA application_id = {database.APPLICATION_ID}")
+        db.execute("PRAGMA user_version = 4")
+    verity = Verity(
+        root_hash=b"\x00\xff",
+        hash_offset_bytes=4096,
+        data_blocks=2,
+        salt=b"\x01",
+        algorithm="sha256",
+        block_size_bytes=4096,
+    )
+    with Store.open(path) as store:
+        journal = SqliteJournal(store, store.get("worker"))
+        mounts = [record for record in journal.read() if isinstance(record, MountRecord)]
+        assert [record.config for record in mounts] == [
+            MountConfig(),
+            MountConfig(partition=2, read_only=True, options=("noatime", "a,b"), filesystem="xfs", verity=verity),
+            MountConfig(ensure_filesystem=True, reformat=True, encryption=ScratchKey()),
+            MountConfig(block_device=True, encryption=CallerKey(b"")),
+        ]
+        assert [record.guest_path for record in mounts] == [PurePosixPath(f"/m/{number}") for number in range(4)]
+        await journal.write(mounts)
+        assert journal.had_key()
+
+
+def test_a_row_of_version_4_that_nobody_wrote_keeps_no_store_from_opening(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript((VECTORS / "store_4.sql").read_text())
+        db.execute("UPDATE mounts SET encryption = 'rot13' WHERE mount = 'm0'")
+        db.execute(f"PRAGMA application_id = {database.APPLICATION_ID}")
+        db.execute("PRAGMA user_version = 4")
+        db.commit()
+    with Store.open(path) as store, pytest.raises(StoreError, match="holds what no utilityvm wrote"):
+        SqliteJournal(store, store.get("worker")).read()
 
 
 async def test_a_record_takes_the_place_of_one_of_its_id(journal: SqliteJournal) -> None:

@@ -170,9 +170,17 @@ async def test_a_leftover_is_found_and_removed() -> None:
 
 def image_in(folder: Path) -> GuestImage:
     folder.mkdir(parents=True)
-    files = {name: folder / name for name in ("kernel", "initramfs", "root")}
     return GuestImage(
-        key=folder.name, arch="amd64", cmdline="", suite="bookworm", packages=0, built_at=0.0, size_bytes=0, **files
+        key=folder.name,
+        kernel=folder / "kernel",
+        initramfs=folder / "initramfs",
+        root=folder / "root",
+        arch="amd64",
+        cmdline="",
+        suite="bookworm",
+        packages=0,
+        built_at=0.0,
+        size_bytes=0,
     )
 
 

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
+import typing
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import assert_type
 
+import msgspec
 import pytest
 
-from utilityvm import GENERATED, Acquiring, DiskFormat, DiskSpec, MountedDisk, SCSIMount, UtilityVM, VMAccess
+from utilityvm import (
+    GENERATED,
+    Acquiring,
+    CallerKey,
+    DiskFormat,
+    DiskSpec,
+    MountConfig,
+    MountedDisk,
+    MountSettings,
+    ScratchKey,
+    SCSIMount,
+    UtilityVM,
+    VMAccess,
+)
 from utilityvm.errors import UtilityVMError
-from utilityvm.vm.config import DiskSettings, MountSettings
+from utilityvm.vm.config import DiskSettings
 
 
 async def a_disk_with_a_guest_path_has_one(vm: UtilityVM, maybe: str | None) -> None:
@@ -38,11 +53,34 @@ async def words_and_enums_are_taken_alike(vm: UtilityVM) -> None:
 
 
 def test_the_keywords_of_a_call_are_the_fields_of_a_disk() -> None:
-    fields = {field.name: str(field.type) for field in dataclasses.fields(DiskSpec)}
-    rest = {"host_path", "guest_path", "physical"}
-    assert set(DiskSettings.__annotations__) == fields.keys() - rest
+    parameters = inspect.signature(DiskSpec).parameters
+    rest = {"host_path", "guest_path", "physical", "mount"}
+    assert set(DiskSettings.__annotations__) == parameters.keys() - rest
     for name, annotation in DiskSettings.__annotations__.items():
-        assert annotation.__forward_arg__ == fields[name], name
+        assert annotation.__forward_arg__ == parameters[name].annotation, name
+
+
+def test_the_keywords_of_a_mount_are_the_fields_of_its_config() -> None:
+    """`MountSettings` says to type checkers what `MountConfig` declares."""
+    kinds = typing.get_type_hints(MountSettings)
+    for field in msgspec.structs.fields(MountConfig):
+        kind, meta = typing.get_args(field.type)
+        assert kinds.pop(field.name) in (kind, KEYWORDS.get(field.name)), field.name
+        assert meta.description.endswith("."), field.name
+    assert kinds == {}
+
+
+# Where a caller's type is wider or more exact than what is kept.
+KEYWORDS: dict[str, object] = {"options": Sequence[str], "encryption": ScratchKey | CallerKey | None}
+
+
+def test_a_disk_holds_the_settings_of_its_mount() -> None:
+    spec = DiskSpec(host_path="/a", guest_path="/data", read_only=True, options=["noatime"])
+    assert spec == DiskSpec(host_path="/a", guest_path="/data", mount=spec.mount)
+    writable = DiskSpec(host_path="/a", mount=spec.mount, read_only=False)
+    assert (writable.read_only, writable.mount.options) == (False, spec.mount.options)
+    with pytest.raises(TypeError, match="colour"):
+        DiskSpec(host_path="/a", colour="red")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
@@ -18,6 +18,7 @@ from utilityvm.cli.options import (
     attached_argument,
     complete_attached,
     json_option,
+    mount_options,
     run,
     timeout_option,
     vm_argument,
@@ -45,13 +46,8 @@ TIMEOUT_S = 60.0
 @click.option("--guest-path", metavar="PATH", help="Where to mount it, if the path has a colon.")
 @click.option("--mount", "generated", is_flag=True, help="Mount it at a path that uvm chooses.")
 @click.option("--read-only", is_flag=True, help="As :ro. Nobody can write to it, and other VMs may read it too.")
-@click.option("--option", "-o", "options", multiple=True, metavar="O", help="A mount option. Repeatable.")
 @click.option("--holder", default=HOLDER, metavar="H", help=f"Who the reservation is for.  [default: {HOLDER}]")
-@click.option("--partition", type=int, default=0, metavar="N", help="Mount partition N; 0 is the whole disk.")
-@click.option("--filesystem", metavar="F", help="Mount as this file system, and no other.")
-@click.option("--ensure-filesystem", is_flag=True, help="Make a file system if the disk is blank.")
-@click.option("--reformat", is_flag=True, help="With --ensure-filesystem: make it in any case. The data is lost.")
-@click.option("--block-device", is_flag=True, help="Put the device itself at GUEST_PATH.")
+@mount_options
 @click.option("--physical", is_flag=True, help="DISK is a block device of this host.")
 @click.option(
     "--format",
@@ -93,17 +89,11 @@ def attach_command(
     guest_path: str | None,
     generated: bool,
     read_only: bool,
-    options: tuple[str, ...],
     physical: bool,
     access: str,
     holder: str,
     image_format: str | None,
     sector_size: str | None,
-    partition: int,
-    filesystem: str | None,
-    ensure_filesystem: bool,
-    reformat: bool,
-    block_device: bool,
     encrypt_scratch: bool,
     key_file: str | None,
     root_hash: str | None,
@@ -111,6 +101,7 @@ def attach_command(
     timeout_s: float,
     wait_s: float,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Attach a disk to the VM, and mount it at GUEST_PATH.
 
@@ -134,18 +125,13 @@ def attach_command(
         host_path=where.disk,
         guest_path=GENERATED if generated else where.guest_path,
         read_only=read_only or where.mode == "ro",
-        options=options,
         access=VMAccess(access),
-        partition=partition,
         format=image_format,
         sector_size_bytes=int(sector_size) if sector_size else None,
-        filesystem=filesystem,
-        ensure_filesystem=ensure_filesystem,
-        reformat=reformat,
-        block_device=block_device,
         encryption=ScratchKey() if encrypt_scratch else _key_of(key_file) if key_file is not None else None,
         verity=_verity(root_hash, verity_offset),
         physical=physical,
+        **settings,
     )
     spec.check()  # what is wrong by itself is told before the VM is waited for
     run(_attach(name, spec, holder=holder, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, get_args
 
 import click
+from msgspec.structs import fields
 
+from utilityvm import MountConfig
 from utilityvm.cli.values import SECONDS, WAIT
 
 if TYPE_CHECKING:
@@ -87,6 +89,37 @@ def timeout_option(default_s: float) -> Callable[[F], F]:
         metavar="SECONDS",
         help=f"How long it may take.  [default: {default_s:g}]",
     )
+
+
+# Settings of a mount that are written in another way: `:ro`, --encrypt-scratch and --key-file, --verity.
+WRITTEN_OTHERWISE: Final = {"read_only", "encryption", "verity"}
+
+
+def mount_options(command: F) -> F:
+    """An option for each setting of a mount, as `MountConfig` declares it."""
+    settings = [field for field in fields(MountConfig) if field.name not in WRITTEN_OTHERWISE]
+    for field in reversed(settings):
+        kind, meta = get_args(field.type)
+        text = str(meta.description)
+        for other in settings:
+            if "_" in other.name:
+                text = text.replace(other.name, _option(other.name))
+        word = _option(field.name)
+        if kind is bool:
+            option = click.option(word, field.name, is_flag=True, help=text)
+        elif kind == tuple[str, ...]:  # --options is given one by one
+            short, word = f"-{word[2]}", word.removesuffix("s")
+            option = click.option(word, short, field.name, multiple=True, metavar="O", help=f"{text} Repeatable.")
+        elif kind is int:
+            option = click.option(word, field.name, type=int, default=field.default, metavar="N", help=text)
+        else:
+            option = click.option(word, field.name, default=field.default, metavar=word[2].upper(), help=text)
+        command = option(command)
+    return command
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

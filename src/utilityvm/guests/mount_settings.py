@@ -28,11 +28,11 @@ def check_config(config: MountConfig) -> None:
     """
     if not 0 <= config.partition <= _MAX_PARTITION:
         raise InvalidRequest(f"partition {config.partition}", remedy="they count from 1; 0 is the whole disk")
-    for option in config.options:
+    for option in config.mount_options:
         if not option or any(sign in option for sign in "\0\n"):
             raise InvalidRequest(f"{option!r} is no mount option")
     try:
-        mount_options.parse(config.options, read_only=config.read_only)
+        mount_options.parse(config.mount_options, read_only=config.read_only)
     except ValueError as why:
         raise InvalidRequest(f"the mount option {why}", remedy="leave it out") from None
     if config.filesystem is not None and not _NAME.fullmatch(config.filesystem):
@@ -41,7 +41,7 @@ def check_config(config: MountConfig) -> None:
         raise InvalidRequest("a file system cannot be made on a read-only disk")
     if config.reformat and not config.ensure_filesystem:
         raise InvalidRequest("reformat without ensure_filesystem", remedy="set both")
-    if config.block_device and config.options:
+    if config.block_device and config.mount_options:
         raise InvalidRequest("a published device takes no mount options")
     match config.encryption:
         case CallerKey(key) if len(key) not in _KEY_BYTES:
@@ -91,7 +91,7 @@ def check_plain(config: MountConfig) -> None:
         reformat=config.reformat,
         encrypted=config.encryption is not None,
         block_device=config.block_device,
-        options=config.options,
+        options=config.mount_options,
     ):
         raise NotSupported(objection.reason, remedy=objection.remedy)
 
@@ -109,7 +109,7 @@ def disk_settings(slot: Slot, config: MountConfig, guest_path: PurePosixPath) ->
         Partition=config.partition,
         ReadOnly=config.read_only,
         Encrypted=isinstance(config.encryption, ScratchKey),
-        Options=list(config.options),
+        Options=list(config.mount_options),
         BlockDev=config.block_device,
         EnsureFilesystem=config.ensure_filesystem,
         Filesystem=config.named_filesystem,

@@ -20,27 +20,26 @@ import msgspec
 from utilityvm.errors import InvalidRequest, NotAttached, RequestError, WrongState
 from utilityvm.scsi.disk import Disk
 from utilityvm.scsi.mount import Mount, check_beside, checked_config, checked_guest_path
+from utilityvm.scsi.mount_config import MountConfig, decode_hook, encode_hook
+from utilityvm.scsi.older import FlatMount
 from utilityvm.scsi.ports import (
     AttachmentType,
-    CallerKey,
     DiskFormat,
     DiskRecord,
     DiskRequest,
     Holder,
-    MountConfig,
     MountRecord,
     Record,
     ReservationRecord,
-    ScratchKey,
-    Verity,
     VMAccess,
 )
 from utilityvm.scsi.reservation import Claim
 from utilityvm.scsi.slot import MAX_CONTROLLERS, FreeSlots, Slot
 from utilityvm.scsi.transitions import DiskState, MountState, ReservationState
 
+_encoder: Final = msgspec.json.Encoder(enc_hook=encode_hook)
 FORMAT: Final = "utilityvm scsi state"
-VERSION: Final = 2  # 1 had no sector sizes
+VERSION: Final = 3  # 1 had no sector sizes; 2 had a mount's settings beside its name (see `older`)
 MAX_BYTES: Final = 16 << 20  # 256 disks with some hundred reservations each
 
 _NAME: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")  # of an attachment, a mount, a reservation; devices are named so
@@ -54,46 +53,12 @@ class SavedMount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     mount: str
     guest_path: str
-    partition: int = 0
-    read_only: bool = False
-    options: tuple[str, ...] = ()
-    filesystem: str | None = None
-    ensure_filesystem: bool = False
-    block_device: bool = False
-    encryption: Literal["scratch", "caller"] | None = None
-    verity: Verity | None = None
+    config: MountConfig
     since: Time
 
     @classmethod
     def of(cls, mount: Mount) -> Self:
-        config = mount.config
-        key = config.encryption
-        return cls(
-            mount=mount.id,
-            guest_path=str(mount.guest_path),
-            partition=config.partition,
-            read_only=config.read_only,
-            options=config.options,
-            filesystem=config.filesystem,
-            ensure_filesystem=config.ensure_filesystem,
-            block_device=config.block_device,
-            encryption=None if key is None else "scratch" if isinstance(key, ScratchKey) else "caller",
-            verity=config.verity,
-            since=mount.since,
-        )
-
-    def config(self) -> MountConfig:
-        keys = {None: None, "scratch": ScratchKey(), "caller": CallerKey(b"")}
-        return MountConfig(
-            partition=self.partition,
-            read_only=self.read_only,
-            options=self.options,
-            filesystem=self.filesystem,
-            ensure_filesystem=self.ensure_filesystem,
-            block_device=self.block_device,
-            encryption=keys[self.encryption],
-            verity=self.verity,
-        )
+        return cls(mount=mount.id, guest_path=str(mount.guest_path), config=mount.config, since=mount.since)
 
 
 class SavedReservation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -118,8 +83,8 @@ class SavedReservation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         )
 
 
-class SavedDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A disk at its slot, its mounts, and who holds them. References are not counted: they are the reservations."""
+class _Disk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A disk at its slot, and who holds it, without its mounts."""
 
     attachment: str
     slot: str
@@ -131,8 +96,13 @@ class SavedDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     size_bytes: Size
     sector_size_bytes: int | None = None
     since: Time
-    mounts: tuple[SavedMount, ...] = ()
     reservations: tuple[SavedReservation, ...]
+
+
+class SavedDisk(_Disk, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A disk at its slot, its mounts, and who holds them. References are not counted: they are the reservations."""
+
+    mounts: tuple[SavedMount, ...] = ()
 
     @classmethod
     def of(cls, disk: Disk) -> Self:
@@ -175,7 +145,7 @@ class SavedDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 mount=mount.mount,
                 attachment=self.attachment,
                 guest_path=PurePosixPath(mount.guest_path),
-                config=mount.config(),
+                config=mount.config,
                 state=MountState.MOUNTED,
                 since=mount.since,
             )
@@ -238,7 +208,7 @@ class ScsiState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             InvalidRequest: a path is not valid Unicode.
         """
         try:
-            return msgspec.json.encode(self)
+            return _encoder.encode(self)
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"{error.object!r} is not valid Unicode", remedy="rename it") from error
 
@@ -256,7 +226,10 @@ class ScsiState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             version = msgspec.json.decode(data, type=_Versioned).version
             if not 1 <= version <= VERSION:
                 raise ValueError(f"it is of version {version}, and this utilityvm knows 1 to {VERSION}")
-            return msgspec.structs.replace(msgspec.json.decode(data, type=cls), version=VERSION)
+            if version < 3:
+                older = msgspec.json.decode(data, type=_OlderState)
+                return cls(controllers=older.controllers, disks=tuple(disk.now() for disk in older.disks))
+            return msgspec.json.decode(data, type=cls, dec_hook=decode_hook)
         except (ValueError, RecursionError) as error:  # msgspec.DecodeError among them
             raise InvalidRequest(f"this is no state of a manager: {error}", remedy="export it again") from error
 
@@ -297,6 +270,26 @@ class ScsiState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 raise InvalidRequest(f"{what} {twice[0]} is there more than once")
 
 
+class _OlderDisk(_Disk, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of version 1 or 2."""
+
+    mounts: tuple[FlatMount, ...] = ()
+
+    def now(self) -> SavedDisk:
+        mounts = tuple(
+            SavedMount(mount=one.mount, guest_path=one.guest_path, config=one.config(), since=one.since)
+            for one in self.mounts
+        )
+        return SavedDisk(**{name: getattr(self, name) for name in _Disk.__struct_fields__}, mounts=mounts)
+
+
+class _OlderState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    format: Literal["utilityvm scsi state"]
+    version: Literal[1, 2]
+    controllers: int
+    disks: tuple[_OlderDisk, ...]
+
+
 class _Versioned(msgspec.Struct):
     format: Literal["utilityvm scsi state"]
     version: int
@@ -314,10 +307,12 @@ def _check_disk(disk: SavedDisk) -> None:
         _check_name(mount.mount, where)
         if str(checked_guest_path(PurePosixPath(mount.guest_path))) != mount.guest_path:
             raise InvalidRequest(f"{where}: guest path {mount.guest_path} has another spelling")
-        if checked_config(mount.config(), disk_read_only=disk.read_only) != mount.config():
+        if checked_config(mount.config, disk_read_only=disk.read_only) != mount.config:
             raise InvalidRequest(f"{where} is read-only, its mount at {mount.guest_path} is not")
+        if mount.config.reformat:
+            raise InvalidRequest(f"{where}: its mount at {mount.guest_path} was to be formatted, which it is by now")
         for other in disk.mounts[:number]:
-            check_beside(other.config(), mount.config(), where=where)
+            check_beside(other.config, mount.config, where=where)
     mounts = {mount.mount for mount in disk.mounts}
     for one in disk.reservations:
         _check_name(one.reservation, where)

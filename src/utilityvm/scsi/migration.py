@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from msgspec import structs
+
 from utilityvm.errors import AlreadyAttached, ConfigDiffers, InvalidRequest, WrongState
 from utilityvm.scsi.document import SavedDisk, ScsiState
 from utilityvm.scsi.ports import (
@@ -52,13 +54,15 @@ def check_fits(state: ScsiState, free: FreeSlots, guest: GuestBackend) -> None:
             )
         guest.check(slot, None)
         for mount in disk.mounts:
-            guest.check(slot, _once_mounted(mount.config()))
+            guest.check(slot, _once_mounted(mount.config))
 
 
 def _once_mounted(config: MountConfig) -> MountConfig:
     """What a guest must be able to express of a mount that it has: not what was needed to make it."""
     encryption = None if isinstance(config.encryption, ScratchKey) else config.encryption
-    return replace(config, options=(), filesystem=None, ensure_filesystem=False, reformat=False, encryption=encryption)
+    return structs.replace(
+        config, options=(), filesystem=None, ensure_filesystem=False, reformat=False, encryption=encryption
+    )
 
 
 async def locate(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import asdict, replace
 
 from utilityvm.bridge.guest_path import mountable
 from utilityvm.errors import ConfigDiffers, InvalidRequest, UtilityVMError
@@ -43,7 +44,7 @@ def checked_config(config: MountConfig, *, disk_read_only: bool) -> MountConfig:
     if config.partition < 0:
         raise InvalidRequest(f"partition {config.partition}", remedy="they count from 1; 0 is the whole disk")
     if disk_read_only and not config.read_only:
-        config = dataclasses.replace(config, read_only=True)
+        config = replace(config, read_only=True)
     for wrong, what in (
         (config.reformat and not config.ensure_filesystem, "reformat without ensure_filesystem"),
         (config.ensure_filesystem and config.read_only, "ensure_filesystem on a read-only disk or mount"),
@@ -58,21 +59,12 @@ def checked_config(config: MountConfig, *, disk_read_only: bool) -> MountConfig:
     ):
         if wrong:
             raise InvalidRequest(f"{what} makes no sense", remedy="drop one of the two")
-    return dataclasses.replace(config, options=tuple(config.options))
+    return replace(config, options=tuple(config.options))
 
 
-def _shared_by(config: MountConfig) -> tuple[object, ...]:
+def _shared_by(config: MountConfig) -> dict[str, object]:
     """What two requests must agree on to share a mount. Options compare without order."""
-    return (
-        config.partition,
-        config.read_only,
-        frozenset(config.options),
-        config.filesystem,
-        config.ensure_filesystem,
-        config.block_device,
-        config.encryption,
-        config.verity,
-    )
+    return {**asdict(config), "options": frozenset(config.options), "reformat": None}
 
 
 def same_mount(one: MountConfig, other: MountConfig) -> bool:
@@ -82,13 +74,13 @@ def same_mount(one: MountConfig, other: MountConfig) -> bool:
 
 def without_reformat(config: MountConfig) -> MountConfig:
     """What is kept of a mount. `reformat` belongs to the claim that asked for it, and not to the mount."""
-    return dataclasses.replace(config, reformat=False) if config.reformat else config
+    return replace(config, reformat=False) if config.reformat else config
 
 
 def difference(one: MountConfig, other: MountConfig) -> str:
     """The names of the settings that keep one mount from serving both."""
-    settings = (field.name for field in dataclasses.fields(MountConfig))
-    return ", ".join(name for name in settings if getattr(one, name) != getattr(other, name)) or "reformat"
+    settings = asdict(one)
+    return ", ".join(name for name, value in settings.items() if value != getattr(other, name)) or "reformat"
 
 
 def check_beside(one: MountConfig, other: MountConfig, *, where: str) -> None:
@@ -144,7 +136,7 @@ class Mount:
         Once it was made there may be data on it, which belongs to whoever asks for the mount next.
         """
         is_asked = any(claim.reformat and claim.state is ReservationState.PENDING for claim in self.claims.values())
-        return dataclasses.replace(self.config, reformat=True) if is_asked else self.config
+        return replace(self.config, reformat=True) if is_asked else self.config
 
     def after(self, event: Event) -> MountState:
         return next_mount_state(self.state, event)
@@ -152,7 +144,7 @@ class Mount:
     def record(self, state: MountState | None = None) -> MountRecord:
         config = self.config
         if isinstance(config.encryption, CallerKey):
-            config = dataclasses.replace(config, encryption=CallerKey(b""))
+            config = replace(config, encryption=CallerKey(b""))
         return MountRecord(
             mount=self.id,
             attachment=self.disk.id,

@@ -14,12 +14,17 @@ same time, and a backend must take them so: that is how batches become fast.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Final, Protocol, TypeAlias
 
 from utilityvm.errors import InvalidRequest
+from utilityvm.scsi.mount_config import CallerKey as CallerKey
+from utilityvm.scsi.mount_config import Encryption as Encryption
+from utilityvm.scsi.mount_config import MountConfig as MountConfig
+from utilityvm.scsi.mount_config import ScratchKey as ScratchKey
+from utilityvm.scsi.mount_config import Verity as Verity
 from utilityvm.scsi.slot import Slot
 
 
@@ -103,57 +108,6 @@ class OpenDisk(Protocol):
     def close(self) -> None:
         """Let go of what was opened. An attachment made from it stays. Twice is once."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class ScratchKey:
-    """Encrypt with a random key that the guest makes and nobody ever learns: the data dies with the mount."""
-
-
-@dataclass(frozen=True, slots=True)
-class CallerKey:
-    """Encrypt with the caller's key (aes-xts-plain64, 32 or 64 bytes). Never logged, never stored."""
-
-    key: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verity:
-    """A dm-verity hash tree: a block that does not hash up to `root_hash` reads as an I/O error.
-
-    The tree lies on the same partition at `hash_offset_bytes`, with its superblock (as `veritysetup format
-    --hash-offset` writes it) unless the remaining fields say what the superblock would.
-    """
-
-    root_hash: bytes
-    hash_offset_bytes: int
-    data_blocks: int | None = None
-    salt: bytes | None = None
-    algorithm: str | None = None
-    block_size_bytes: int | None = None
-
-
-DEFAULT_FILESYSTEM: Final = "ext4"  # what `ensure_filesystem` makes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MountConfig:
-    """How a partition is mounted. Two requests with equal configs share a mount; `options` compare without order."""
-
-    partition: int = 0  # 1-based; 0 is the whole disk
-    read_only: bool = False
-    options: tuple[str, ...] = ()  # mount(8) options and propagation flags, in the caller's order
-    filesystem: str | None = None  # None: detected in the guest
-    ensure_filesystem: bool = False  # make `filesystem` (ext4 unless given) on a blank device
-    reformat: bool = False  # with ensure_filesystem: make it whatever the device holds
-    block_device: bool = False  # publish the raw device at the guest path instead of a mount
-    encryption: ScratchKey | CallerKey | None = None
-    verity: Verity | None = None
-
-    @property
-    def named_filesystem(self) -> str | None:
-        """`filesystem`; if one is to be made and none is named, the default."""
-        return self.filesystem or (DEFAULT_FILESYSTEM if self.ensure_filesystem else None)
 
 
 class HostBackend(Protocol):

@@ -24,8 +24,9 @@ from typing import Final
 from utilityvm.errors import SetupError, StoreDamaged, StoreError, StoreTooNew
 from utilityvm.log import logger
 from utilityvm.machine import oserrors, paths, patience
+from utilityvm.store import older
 
-VERSION: Final = 4
+VERSION: Final = 5
 # MIGRATIONS[n] makes a store of version n + 1 out of one of version n; version 1 is the first.
 MIGRATIONS: Final[Sequence[str]] = (
     "",
@@ -44,6 +45,24 @@ MIGRATIONS: Final[Sequence[str]] = (
     "ALTER TABLE vms ADD COLUMN owner TEXT;",
     # Of a VM of before nobody knows.
     "ALTER TABLE vms ADD COLUMN had_key INTEGER NOT NULL DEFAULT 0; UPDATE vms SET had_key = 1;",
+    # The settings of a mount become the document of a MountConfig. A hash was in hexadecimal digits, and is in base64.
+    """
+    CREATE TABLE new_mounts (
+        vm                 INTEGER NOT NULL REFERENCES vms (id) ON DELETE CASCADE,
+        mount              TEXT NOT NULL,
+        attachment         TEXT NOT NULL,
+        guest_path         TEXT NOT NULL,
+        config             TEXT NOT NULL,
+        state              TEXT NOT NULL,
+        since              REAL NOT NULL,
+        PRIMARY KEY (vm, mount)
+    ) STRICT, WITHOUT ROWID;
+    INSERT INTO new_mounts SELECT vm, mount, attachment, guest_path, mount_config(
+        partition, read_only, options, filesystem, ensure_filesystem, reformat, block_device, encryption, verity
+    ), state, since FROM mounts;
+    DROP TABLE mounts;
+    ALTER TABLE new_mounts RENAME TO mounts;
+    """,
 )
 APPLICATION_ID: Final = 0x75766D31  # "uvm1"
 BUSY_S: Final = 2.0  # a writer holds the file for some 20 us; who holds it for longer is stuck
@@ -228,6 +247,7 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
 
 def _migrate(db: sqlite3.Connection, migrations: Sequence[str]) -> None:
     """Bring the store to the last version, one transaction for all of it; done by another process meanwhile is done."""
+    db.create_function("mount_config", 9, older.mount_config, deterministic=True)
     with transaction(db):
         version = db.execute("PRAGMA user_version").fetchone()[0]
         for number in range(version, len(migrations)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import time
 from collections.abc import Sequence
@@ -10,18 +9,16 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 from utilityvm.errors import InvalidRequest, StoreError
+from utilityvm.scsi import mount_config
 from utilityvm.scsi.ports import (
     AttachmentType,
     CallerKey,
     DiskFormat,
     DiskRecord,
     Holder,
-    MountConfig,
     MountRecord,
     Record,
     ReservationRecord,
-    ScratchKey,
-    Verity,
     VMAccess,
 )
 from utilityvm.scsi.slot import Slot
@@ -30,7 +27,7 @@ from utilityvm.store import database
 from utilityvm.store.catalog import Store, StoredVM
 
 _PUT_DISK: Final = f"INSERT OR REPLACE INTO disks VALUES ({','.join('?' * 14)})"
-_PUT_MOUNT: Final = f"INSERT OR REPLACE INTO mounts VALUES ({','.join('?' * 15)})"
+_PUT_MOUNT: Final = f"INSERT OR REPLACE INTO mounts VALUES ({','.join('?' * 7)})"
 _PUT_RESERVATION: Final = f"INSERT OR REPLACE INTO reservations VALUES ({','.join('?' * 9)})"
 _DROP_DISK: Final = "DELETE FROM disks WHERE vm = ? AND attachment = ?"
 _DROP_MOUNT: Final = "DELETE FROM mounts WHERE vm = ? AND mount = ?"
@@ -193,21 +190,12 @@ def _put(vm: int, record: Record) -> tuple[str, tuple[Any, ...]]:
             record.sector_size_bytes,
         )
     if isinstance(record, MountRecord):
-        config = record.config
         return _PUT_MOUNT, (
             vm,
             record.mount,
             record.attachment,
             str(record.guest_path),
-            config.partition,
-            int(config.read_only),
-            json.dumps(config.options) if config.options else "",
-            config.filesystem,
-            int(config.ensure_filesystem),
-            int(config.reformat),
-            int(config.block_device),
-            _encryption(config),
-            _verity(config.verity) if config.verity else None,
+            mount_config.to_json(record.config),
             str(record.state),
             record.since,
         )
@@ -231,29 +219,6 @@ def _drop(vm: int, record: Record) -> tuple[str, tuple[int, str]]:
     if isinstance(record, MountRecord):
         return _DROP_MOUNT, (vm, record.mount)
     return _DROP_RESERVATION, (vm, record.reservation)
-
-
-def _encryption(config: MountConfig) -> str | None:
-    match config.encryption:
-        case None:
-            return None
-        case ScratchKey():
-            return "scratch"
-        case CallerKey():
-            return "caller"
-
-
-def _verity(verity: Verity) -> str:
-    return json.dumps(
-        {
-            "root_hash": verity.root_hash.hex(),
-            "hash_offset_bytes": verity.hash_offset_bytes,
-            "data_blocks": verity.data_blocks,
-            "salt": None if verity.salt is None else verity.salt.hex(),
-            "algorithm": verity.algorithm,
-            "block_size_bytes": verity.block_size_bytes,
-        }
-    )
 
 
 def _disk(row: tuple[Any, ...]) -> DiskRecord:
@@ -290,49 +255,14 @@ def _disk(row: tuple[Any, ...]) -> DiskRecord:
 
 
 def _mount(row: tuple[Any, ...]) -> MountRecord:
-    _, mount, attachment, guest_path, partition, read_only, options, filesystem, ensure, reformat, block, *rest = row
-    encryption, verity, state, since = rest
+    _, mount, attachment, guest_path, config, state, since = row
     return MountRecord(
         mount=mount,
         attachment=attachment,
         guest_path=PurePosixPath(guest_path),
-        config=MountConfig(
-            partition=partition,
-            read_only=bool(read_only),
-            options=tuple(json.loads(options)) if options else (),
-            filesystem=filesystem,
-            ensure_filesystem=bool(ensure),
-            reformat=bool(reformat),
-            block_device=bool(block),
-            encryption=_read_encryption(encryption),
-            verity=_read_verity(verity) if verity else None,
-        ),
+        config=mount_config.from_json(config),
         state=MountState(state).value,
         since=since,
-    )
-
-
-def _read_encryption(text: str | None) -> ScratchKey | CallerKey | None:
-    match text:
-        case None:
-            return None
-        case "scratch":
-            return ScratchKey()
-        case "caller":
-            return CallerKey(b"")  # there was a key, and it is nowhere
-        case _:
-            raise ValueError(f"encryption {text!r}")
-
-
-def _read_verity(text: str) -> Verity:
-    fields = json.loads(text)
-    return Verity(
-        root_hash=bytes.fromhex(fields["root_hash"]),
-        hash_offset_bytes=fields["hash_offset_bytes"],
-        data_blocks=fields["data_blocks"],
-        salt=None if fields["salt"] is None else bytes.fromhex(fields["salt"]),
-        algorithm=fields["algorithm"],
-        block_size_bytes=fields["block_size_bytes"],
     )
 
 

@@ -1,10 +1,10 @@
--- The store, version 3: what this host knows of its VMs, and each VM's journal.
+-- The store, version 5: what this host knows of its VMs, and each VM's journal.
 --
 -- A VM's rows go with it. Its `id` is never used again, so a process that still writes for a VM that was removed is
 -- refused and does not write into the next VM of that name. The journal's tables have no rowid and no second index: a
 -- small write then touches one page, and a journal line costs some 10 us.
 --
--- No column ever holds a caller's encryption key: `mounts.encryption` has only its kind.
+-- No column ever holds a caller's encryption key: `mounts.config` has only its kind.
 
 CREATE TABLE vms (
     id       INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -41,15 +41,7 @@ CREATE TABLE mounts (
     mount              TEXT NOT NULL,
     attachment         TEXT NOT NULL,
     guest_path         TEXT NOT NULL,
-    partition          INTEGER NOT NULL,
-    read_only          INTEGER NOT NULL,
-    options            TEXT NOT NULL,              -- a JSON list, in the caller's order; empty for none
-    filesystem         TEXT,
-    ensure_filesystem  INTEGER NOT NULL,
-    reformat           INTEGER NOT NULL,
-    block_device       INTEGER NOT NULL,
-    encryption         TEXT,                       -- NULL, 'scratch' or 'caller': never the key
-    verity             TEXT,                       -- JSON
+    config             TEXT NOT NULL,              -- JSON: the fields of a MountConfig that are not its defaults
     state              TEXT NOT NULL,              -- a MountState
     since              REAL NOT NULL,
     PRIMARY KEY (vm, mount)

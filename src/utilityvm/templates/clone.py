@@ -298,7 +298,7 @@ def _records(disk: DiskEntry, incoming: IncomingDisk, host_path: str, holder: Ho
             mount=mount.mount,
             attachment=disk.attachment,
             guest_path=PurePosixPath(mount.guest_path),
-            config=mount.config(),
+            config=mount.config,
             state=MountState.MOUNTED,
             since=now,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -12,17 +12,13 @@ import msgspec
 from utilityvm.errors import InvalidRequest, TemplateDamaged
 from utilityvm.machine import oserrors
 from utilityvm.machine.fileid import FileId, is_same
-from utilityvm.scsi.ports import (
-    AttachmentType,
-    DiskFormat,
-    MountConfig,
-    ScratchKey,
-    Verity,
-    VMAccess,
-)
+from utilityvm.scsi.mount_config import MountConfig, decode_hook, encode_hook
+from utilityvm.scsi.older import FlatMount
+from utilityvm.scsi.ports import AttachmentType, DiskFormat, VMAccess
 from utilityvm.scsi.slot import Slot
 
-VERSION: Final = 1
+VERSION: Final = 2
+_encoder: Final = msgspec.json.Encoder(enc_hook=encode_hook)
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,54 +88,14 @@ class LayerEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MountEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """A mount that lives in the template's memory."""
+    """A mount that lives in the template's memory. Its key, if it has one, is a scratch key."""
 
     mount: str
     guest_path: str
-    partition: int
-    read_only: bool
-    options: tuple[str, ...]
-    filesystem: str | None
-    ensure_filesystem: bool
-    reformat: bool
-    block_device: bool
-    scratch_key: bool
-    verity: Verity | None
-
-    @classmethod
-    def of(cls, mount: str, guest_path: PurePosixPath, config: MountConfig) -> MountEntry:
-        """A mount whose key, if it has one, is a scratch key."""
-        return cls(
-            mount=mount,
-            guest_path=str(guest_path),
-            partition=config.partition,
-            read_only=config.read_only,
-            options=config.options,
-            filesystem=config.filesystem,
-            ensure_filesystem=config.ensure_filesystem,
-            reformat=config.reformat,
-            block_device=config.block_device,
-            scratch_key=config.encryption is not None,
-            verity=config.verity,
-        )
-
-    def config(self) -> MountConfig:
-        return MountConfig(
-            partition=self.partition,
-            read_only=self.read_only,
-            options=self.options,
-            filesystem=self.filesystem,
-            ensure_filesystem=self.ensure_filesystem,
-            reformat=self.reformat,
-            block_device=self.block_device,
-            encryption=ScratchKey() if self.scratch_key else None,
-            verity=self.verity,
-        )
+    config: MountConfig
 
 
-class DiskEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """A disk of the template, at the slot where the guest in it knows it."""
-
+class _Disk(msgspec.Struct, frozen=True, kw_only=True):
     attachment: str
     controller: int
     lun: int
@@ -150,11 +106,16 @@ class DiskEntry(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     logical_block_bytes: int
     layers: tuple[LayerEntry, ...]  # the top one first
-    mounts: tuple[MountEntry, ...]
 
     @property
     def slot(self) -> Slot:
         return Slot(self.controller, self.lun)
+
+
+class DiskEntry(_Disk, frozen=True, kw_only=True):
+    """A disk of the template, at the slot where the guest in it knows it."""
+
+    mounts: tuple[MountEntry, ...]
 
 
 class Parent(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,9 +125,7 @@ class Parent(msgspec.Struct, frozen=True, kw_only=True):
     uuid: str
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """All of a template but the two files beside it."""
-
+class _Manifest(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     name: str
     uuid: str
@@ -186,6 +145,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     memory: File
     state: File
     parent: Parent | None
+
+
+class Manifest(_Manifest, frozen=True, kw_only=True):
+    """All of a template but the two files beside it."""
+
     disks: tuple[DiskEntry, ...]
 
     def chain(self) -> list[LayerEntry]:
@@ -193,8 +157,41 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return [self.root, *(layer for disk in self.disks for layer in disk.layers)]
 
 
+class _OlderDisk(_Disk, frozen=True, kw_only=True):
+    """Of version 1, which had the settings of a mount beside its name."""
+
+    mounts: tuple[FlatMount, ...]
+
+    def now(self) -> DiskEntry:
+        mounts = tuple(
+            MountEntry(mount=one.mount, guest_path=one.guest_path, config=one.config()) for one in self.mounts
+        )
+        return DiskEntry(**{name: getattr(self, name) for name in _Disk.__struct_fields__}, mounts=mounts)
+
+
+class _OlderManifest(_Manifest, frozen=True, kw_only=True):
+    disks: tuple[_OlderDisk, ...]
+
+    def now(self) -> Manifest:
+        fields = {name: getattr(self, name) for name in _Manifest.__struct_fields__}
+        return Manifest(**{**fields, "version": VERSION}, disks=tuple(disk.now() for disk in self.disks))
+
+
+class _Versioned(msgspec.Struct):
+    version: int
+
+
 def encode(manifest: Manifest) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    return msgspec.json.format(_encoder.encode(manifest), indent=2)
+
+
+def _decode(data: bytes) -> Manifest:
+    version = msgspec.json.decode(data, type=_Versioned).version
+    if not 1 <= version <= VERSION:
+        raise ValueError(f"it is of version {version}, and this utilityvm knows 1 to {VERSION}")
+    if version == 1:
+        return msgspec.json.decode(data, type=_OlderManifest).now()
+    return msgspec.json.decode(data, type=Manifest, dec_hook=decode_hook)
 
 
 def read(path: Path) -> Manifest:
@@ -218,9 +215,7 @@ def parse(data: bytes, *, where: str, name: str) -> Manifest:
     TemplateDamaged: it is not a manifest of the template of that name, or of a later version; says where it is wrong.
     """
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
-        if manifest.version != VERSION:
-            raise ValueError(f"it is of version {manifest.version}, and this utilityvm knows {VERSION}")
+        manifest = _decode(data)
         if manifest.name != name:
             raise ValueError(f"it is of template {manifest.name!r}")
         _check(manifest)

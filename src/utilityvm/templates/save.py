@@ -188,7 +188,7 @@ def _disks(
                 logical_block_bytes=shown[record.attachment].logical_block_bytes,
                 layers=(top, *below),
                 mounts=tuple(
-                    MountEntry.of(mount.mount, mount.guest_path, mount.config)
+                    MountEntry(mount=mount.mount, guest_path=str(mount.guest_path), config=mount.config)
                     for mount in mounts
                     if mount.attachment == record.attachment
                 ),

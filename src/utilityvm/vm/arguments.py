@@ -19,7 +19,8 @@ from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast
 from utilityvm.errors import InvalidRequest
 from utilityvm.machine import patience
 from utilityvm.scsi.document import ScsiState
-from utilityvm.scsi.ports import CallerKey, DiskFormat, ScratchKey, Verity, VMAccess
+from utilityvm.scsi.mount_config import CallerKey, MountConfig, ScratchKey, Verity
+from utilityvm.scsi.ports import DiskFormat, VMAccess
 from utilityvm.scsi.slot import Slot
 from utilityvm.tasks import GRACE_S, Deadline
 
@@ -166,6 +167,7 @@ RULES: Final[Mapping[str, Rule]] = {
     "on_busy": _word_of("raise", "force"),
     "encryption": _made_of(ScratchKey, CallerKey, what="a ScratchKey or a CallerKey"),
     "verity": _made_of(Verity, what="a Verity"),
+    "mount": _made_of(MountConfig, what="a MountConfig"),
     "slot": _made_of(Slot, what="a Slot"),
     "stdout": _called,
     "stderr": _called,
@@ -217,8 +219,22 @@ def check_fields(value: Any) -> None:
     Raises:
         InvalidRequest: as `check`.
     """
+    parameters = inspect.signature(type(value)).parameters
     for field in dataclasses.fields(value):
-        check(field.name, getattr(value, field.name), optional=field.default is None)
+        check(field.name, getattr(value, field.name), optional=parameters[field.name].default is None)
+
+
+def check_settings(settings: Mapping[str, object]) -> None:
+    """Every setting of a mount, by its name; None if that is its default.
+
+    Raises:
+        InvalidRequest: as `check`.
+    """
+    for name, value in settings.items():
+        check(name, value, optional=getattr(_PLAIN, name) is None)
+
+
+_PLAIN: Final = MountConfig()
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict as fields_of
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, Literal, Self, TypeAlias, TypedDict, TypeVar, cast
+from typing import Any, Final, ForwardRef, Literal, Self, TypeAlias, TypeVar, Unpack, cast
+
+from msgspec.structs import asdict
 
 from utilityvm.errors import InvalidRequest
 from utilityvm.guestimage.build import GuestImage
@@ -16,16 +19,8 @@ from utilityvm.machine.hostpath import HostPath, absolute
 from utilityvm.machine.oserrors import typed_errors
 from utilityvm.scsi.manager import AddRequest
 from utilityvm.scsi.mount import checked_config, checked_guest_path
-from utilityvm.scsi.ports import (
-    AttachmentType,
-    CallerKey,
-    DiskFormat,
-    DiskRequest,
-    MountConfig,
-    ScratchKey,
-    Verity,
-    VMAccess,
-)
+from utilityvm.scsi.mount_config import MountConfig, MountSettings
+from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest, VMAccess
 from utilityvm.vm import arguments
 
 
@@ -42,20 +37,6 @@ GuestPath: TypeAlias = SomeGuestPath | None
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class MountSettings(TypedDict, total=False):
-    """The keywords of a call that adds any disk. `DiskSpec` says what they mean, and their defaults."""
-
-    read_only: bool
-    options: Sequence[str]
-    partition: int
-    filesystem: str | None
-    ensure_filesystem: bool
-    reformat: bool
-    block_device: bool
-    encryption: ScratchKey | CallerKey | None
-    verity: Verity | None
-
-
 class DiskSettings(MountSettings, total=False):
     """The keywords of a call that adds a disk image."""
 
@@ -65,27 +46,39 @@ class DiskSettings(MountSettings, total=False):
 
 
 def spelled_out(settings: type[MountSettings]) -> Callable[[F], F]:
-    """Have the signature of a function that takes `settings` name each of them, with the default of `DiskSpec`.
+    """Have the signature of a function that takes `settings` name each of them, with its default.
 
     So that `help`, editors, the reference and `arguments.checked` see them.
     """
-    known = {field.name: field for field in fields(DiskSpec)}
-    named = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for name, field in known.items()
-        if name in settings.__annotations__
-    ]
 
     def mark(function: F) -> F:
         signature = inspect.signature(function)
         own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        given = {one.name for one in own}
         first = [one for one in own if one.kind is not one.KEYWORD_ONLY]
+        named = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS[name], annotation=_text_of(kind))
+            for name, kind in {**MountSettings.__annotations__, **settings.__annotations__}.items()
+            if name not in given
+        ]
         cast(Any, function).__signature__ = signature.replace(
             parameters=[*first, *named, *(one for one in own if one.kind is one.KEYWORD_ONLY)]
         )
         return function
 
     return mark
+
+
+def _text_of(annotation: Any) -> str:
+    return annotation.__forward_arg__ if isinstance(annotation, ForwardRef) else str(annotation)
+
+
+_DEFAULTS: Final[Mapping[str, object]] = {
+    **asdict(MountConfig()),
+    "access": VMAccess.INDIVIDUAL,
+    "format": None,
+    "sector_size_bytes": None,
+}
 
 
 LEAST_MEMORY_MIB: Final = 96
@@ -145,7 +138,7 @@ class VMConfig:
         return replace(self.for_qemu(None, uuid=uuid), root=root)
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self)
+        return fields_of(self)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
@@ -155,25 +148,49 @@ class VMConfig:
 
 
 @typed_errors
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, init=False)
 class DiskSpec:
-    """A disk, and how it is mounted. See `UtilityVM.add_scsi`, whose arguments these are."""
+    """A disk, and how it is mounted: the arguments of `UtilityVM.add_scsi` as a value.
+
+    The settings of the mount are given as keywords, as they are to `add_scsi`, or as `mount`, or both; then the
+    keywords come first.
+    """
 
     host_path: HostPath
-    guest_path: GuestPath = None  # None: attached only
-    read_only: bool = False
-    options: Sequence[str] = ()
-    access: VMAccess | str = VMAccess.INDIVIDUAL
-    partition: int = 0
-    format: DiskFormat | str | None = None
-    sector_size_bytes: int | None = None
-    filesystem: str | None = None
-    ensure_filesystem: bool = False
-    reformat: bool = False
-    block_device: bool = False
-    encryption: ScratchKey | CallerKey | None = None
-    verity: Verity | None = None
-    physical: bool = False
+    guest_path: GuestPath  # None: attached only
+    mount: MountConfig
+    access: VMAccess | str
+    format: DiskFormat | str | None
+    sector_size_bytes: int | None
+    physical: bool
+
+    @spelled_out(MountSettings)
+    def __init__(
+        self,
+        *,
+        host_path: HostPath,
+        guest_path: GuestPath = None,
+        mount: MountConfig | None = None,
+        access: VMAccess | str = VMAccess.INDIVIDUAL,
+        format: DiskFormat | str | None = None,
+        sector_size_bytes: int | None = None,
+        physical: bool = False,
+        **settings: Unpack[MountSettings],
+    ) -> None:
+        """Only `mount` is looked at yet: see `check`.
+
+        Raises:
+            InvalidRequest: `mount` is no MountConfig.
+        """
+        arguments.check("mount", mount, optional=True)
+        given: dict[str, Any] = {**(asdict(mount) if mount is not None else {}), **settings}
+        values = (host_path, guest_path, MountConfig(**given), access, format, sector_size_bytes, physical)
+        for field, value in zip(fields(self), values, strict=True):
+            object.__setattr__(self, field.name, value)
+
+    @property
+    def read_only(self) -> bool:
+        return self.mount.read_only
 
     def check(self) -> None:
         """Raises:
@@ -188,6 +205,7 @@ class DiskSpec:
             InvalidRequest: a value is wrong by itself.
         """
         arguments.check_fields(self)
+        arguments.check_settings(asdict(self.mount))
         disk = DiskRequest(
             host_path=absolute(self.host_path),
             read_only=self.read_only,
@@ -196,26 +214,15 @@ class DiskSpec:
             access=VMAccess(self.access),
             sector_size_bytes=self.sector_size_bytes,
         )
-        mount = MountConfig(
-            partition=self.partition,
-            read_only=self.read_only,
-            options=tuple(self.options),
-            filesystem=self.filesystem,
-            ensure_filesystem=self.ensure_filesystem,
-            reformat=self.reformat,
-            block_device=self.block_device,
-            encryption=self.encryption,
-            verity=self.verity,
-        )
         if self.guest_path is None:
-            if mount != MountConfig(read_only=self.read_only):
+            if self.mount != MountConfig(read_only=self.read_only):
                 raise InvalidRequest(
                     f"{self.host_path}: settings of a mount, and no guest path",
                     host_path=disk.host_path,
                     remedy="give a guest path, or let one be made up; without one the disk is attached only",
                 )
             return AddRequest(disk=disk)
-        mount = checked_config(mount, disk_read_only=self.read_only)
+        mount = checked_config(self.mount, disk_read_only=self.read_only)
         if self.guest_path is GENERATED:
             return AddRequest(disk=disk, mount=mount)
         return AddRequest(disk=disk, mount=mount, guest_path=checked_guest_path(PurePosixPath(self.guest_path)))

@@ -20,7 +20,7 @@ from utilityvm.machine.oserrors import raises_callers_errors, typed_errors
 from utilityvm.scsi.events import ScsiEvents
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S, ScsiManager
 from utilityvm.scsi.migration import ScsiState
-from utilityvm.scsi.ports import MountConfig
+from utilityvm.scsi.mount_config import MountConfig, MountSettings
 from utilityvm.scsi.reservation import ForceArgument, Reservation
 from utilityvm.scsi.slot import Slot
 from utilityvm.scsi.views import MountView, SlotView
@@ -39,7 +39,6 @@ from utilityvm.vm.config import (
     DiskSettings,
     DiskSpec,
     GuestPath,
-    MountSettings,
     SomeGuestPath,
     VMConfig,
     spelled_out,

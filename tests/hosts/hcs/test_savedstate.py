@@ -325,7 +325,7 @@ def test_a_mount_that_nobody_holds_any_more_is_left_out() -> None:
     state, _ = savedstate.to_state(
         dataclasses.replace(saved, disks={Slot(0, 0): left}), disks=Everything(), holder="pods"
     )
-    assert [mount.partition for mount in state.disks[0].mounts] == [1]
+    assert [mount.config.partition for mount in state.disks[0].mounts] == [1]
 
 
 def _ours(**changes: Any) -> ScsiState:
@@ -344,10 +344,12 @@ def test_what_hcsshim_has_no_words_for_is_refused() -> None:
     for changes in (
         {"mounts": [], "reservations": [{**held, "mount": None}]},
         {"mounts": [mount, second], "reservations": [held, {**held, "reservation": "r2", "mount": "two"}]},
-        {"mounts": [{**mount, "encryption": "caller"}]},
+        {"mounts": [{**mount, "config": {"encryption": "caller"}}]},
         {
             "read_only": True,
-            "mounts": [{**mount, "read_only": True, "verity": {"root_hash": "AA==", "hash_offset_bytes": 0}}],
+            "mounts": [
+                {**mount, "config": {"read_only": True, "verity": {"root_hash": "AA==", "hash_offset_bytes": 0}}}
+            ],
         },
     ):
         with pytest.raises(NotSupported, match="cannot say"):

@@ -418,7 +418,7 @@ def _check_words(os: GuestOS, config: MountConfig) -> None:
         reformat=config.reformat,
         encrypted=config.encryption is not None,
         block_device=config.block_device,
-        options=config.options,
+        options=config.mount_options,
     ):
         raise NotSupported(objection.reason, remedy=objection.remedy)
 
@@ -435,7 +435,7 @@ def guest_mount(config: MountConfig) -> GuestMount:
         read_only=config.read_only,
         encrypted=config.encryption is not None,
         block_dev=config.block_device,
-        options=config.options,
+        options=config.mount_options,
         ensure_filesystem=config.ensure_filesystem and not formats_with_refs,
         filesystem="" if formats_with_refs else config.named_filesystem or "",
         format_with_refs=formats_with_refs,

@@ -29,6 +29,7 @@ from utilityvm.hosts.hcs.protowire import Fields, Kind, message, number, text
 from utilityvm.scsi import document
 from utilityvm.scsi.document import ScsiState
 from utilityvm.scsi.mount import checked_guest_path
+from utilityvm.scsi.mount_config import CallerKey, MountConfig, ScratchKey
 from utilityvm.scsi.ports import AttachmentType, DiskRequest, VMAccess
 from utilityvm.scsi.slot import LUNS_PER_CONTROLLER, MAX_CONTROLLERS, Slot
 
@@ -372,13 +373,15 @@ def _our_mount(disk: SavedDisk, slot: Slot, partition: int, *, name: str, since:
     return document.SavedMount(
         mount=name,
         guest_path=str(checked_guest_path(PurePosixPath(mount.guest_path))),
-        partition=partition,
-        read_only=mount.read_only or disk.read_only,
-        options=mount.options,
-        filesystem=mount.filesystem or None,
-        ensure_filesystem=mount.ensure_filesystem and not (mount.read_only or disk.read_only),
-        block_device=mount.block_dev,
-        encryption="scratch" if mount.encrypted else None,
+        config=MountConfig(
+            partition=partition,
+            read_only=mount.read_only or disk.read_only,
+            options=mount.options,
+            filesystem=mount.filesystem or None,
+            ensure_filesystem=mount.ensure_filesystem and not (mount.read_only or disk.read_only),
+            block_device=mount.block_dev,
+            encryption=ScratchKey() if mount.encrypted else None,
+        ),
         since=since,
     )
 
@@ -397,7 +400,7 @@ def from_state(state: ScsiState, *, reserved: Mapping[Slot, SavedDisk] | None = 
     reservations: dict[str, SavedReservation] = {}
     for disk in state.disks:
         slot, attachment = disk.where(), attachment_for(disk.request())
-        partitions = {mount.mount: mount.partition for mount in disk.mounts}
+        partitions = {mount.mount: mount.config.partition for mount in disk.mounts}
         for one in disk.reservations:
             if one.mount is None:
                 raise _no_words(disk, "a reservation without a mount")
@@ -409,7 +412,7 @@ def from_state(state: ScsiState, *, reserved: Mapping[Slot, SavedDisk] | None = 
             read_only=disk.read_only,
             type=attachment.type,
             evd_type=attachment.extensible_virtual_disk_type,
-            mounts={mount.partition: _their_mount(disk, mount) for mount in disk.mounts},
+            mounts={mount.config.partition: _their_mount(disk, mount) for mount in disk.mounts},
         )
     saved = SavedState(controllers=state.controllers, disks=disks, reservations=reservations)
     _refuse(_problem(saved))
@@ -422,21 +425,22 @@ def guid_of(reservation: str) -> str:
 
 
 def _their_mount(disk: document.SavedDisk, mount: document.SavedMount) -> SavedMount:
+    config = mount.config
     for wanted, what in (
-        (mount.encryption == "caller", "a key of the caller's"),
-        (mount.verity is not None, "dm-verity"),
+        (isinstance(config.encryption, CallerKey), "a key of the caller's"),
+        (config.verity is not None, "dm-verity"),
     ):
         if wanted:
             raise _no_words(disk, what)
     return SavedMount(
         guest_path=mount.guest_path,
         references=sum(one.mount == mount.mount for one in disk.reservations),
-        read_only=mount.read_only,
-        encrypted=mount.encryption is not None,
-        options=mount.options,
-        ensure_filesystem=mount.ensure_filesystem,
-        filesystem=mount.filesystem or "",
-        block_dev=mount.block_device,
+        read_only=config.read_only,
+        encrypted=config.encryption is not None,
+        options=config.mount_options,
+        ensure_filesystem=config.ensure_filesystem,
+        filesystem=config.filesystem or "",
+        block_dev=config.block_device,
     )
 
 
