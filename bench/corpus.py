@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import os
 import re
 import shlex
 import shutil
@@ -220,6 +221,7 @@ async def newest(vm: UtilityVM) -> str:
 
 def said(error: UtilityVMError, folder: Path) -> str:
     text = re.sub(rf"{re.escape(str(folder))}/[^ :]*:? ?", "", str(error)).replace(f"{folder.parent}/", "")
+    text = re.sub(r"^\d+:\d+ at \S+: ", "", text)  # where it was to be mounted: the same in each row
     return text.replace("|", "\\|").replace("\n", " ")
 
 
@@ -368,6 +370,8 @@ async def main() -> int:
     output: Path = parser.parse_args().output
     with tempfile.TemporaryDirectory(prefix="utilityvm-corpus-") as name:
         top = Path(name)
+        for what in ("STATE", "RUNTIME"):  # nothing of this machine's own VMs is touched
+            os.environ[f"UTILITYVM_{what}_DIR"] = str(top / what.lower())
         disk = top / "disk.raw"
         disk.write_bytes(hashlib.shake_128(b"utilityvm").digest(DISK_MIB * MIB))
         images: list[Row] = []

@@ -188,6 +188,11 @@ def test_what_cannot_be_written_to_is_mounted_read_only_and_that_is_told(
     ]
     (note,) = notes
     assert "/data is mounted read-only" in note
+    kernel.refuses, kernel.says = [number], [(4, "EXT4-fs (sdb): odd")]
+    assert mount(NODE, "/data", "ext4", words([], read_only=False)) == [
+        note,
+        "the kernel says of the file system at /data: EXT4-fs (sdb): odd",
+    ]
 
 
 def test_a_mount_that_is_read_only_as_asked_is_nothing_to_tell(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,3 +227,28 @@ def test_a_btrfs_that_misses_disks_says_which(kernel: Kernel, monkeypatch: pytes
     with pytest.raises(Fault, match=re.escape("4 disks: 2 here (devid 1, 3), 2 missing (devid 2, 4)")) as caught:
         mount(NODE, "/data", "btrfs", words([], read_only=False))
     assert "attach the missing disks" in str(caught.value.remedy)
+
+
+def test_what_the_kernel_says_of_a_file_system_that_it_mounted_is_a_note(kernel: Kernel) -> None:
+    kernel.says = [
+        (6, "EXT4-fs (sdb): recovery complete"),
+        (6, "EXT4-fs (sdb): mounted filesystem with ordered data mode"),
+        (4, "EXT4-fs (sdc): warning: mounting fs with errors, running e2fsck is recommended"),
+        (4, "EXT4-fs (sdb): warning: maximal mount count reached, running e2fsck is recommended"),
+        (5, "XFS (sdb): Ending recovery (logdev: internal)"),
+        (5, "XFS (sdb): Ending clean mount"),
+        (3, "EXT4-fs (sdb1): another"),
+        (3, "EXT4-fs (sdb): too much"),
+    ]
+    said = "the kernel says of the file system at /data: "
+    assert mount(NODE, "/data", "ext4", words([], read_only=False)) == [
+        f"{said}EXT4-fs (sdb): recovery complete",
+        f"{said}EXT4-fs (sdb): warning: maximal mount count reached, running e2fsck is recommended",
+        f"{said}XFS (sdb): Ending recovery (logdev: internal)",
+    ]
+
+
+def test_a_bind_mount_says_nothing(kernel: Kernel) -> None:
+    kernel.says = [(3, "sdb is odd")]
+    mounting.bind(NODE, "/data")
+    assert kernel.asked[0][3] == 4096

@@ -52,6 +52,12 @@ async def ended(guest: BridgeGuest, pattern: str) -> None:
 # Mounts.
 
 
+async def test_what_the_agent_says_of_a_mount_is_given_to_its_caller(guest: BridgeGuest, disks: FakeDisks) -> None:
+    disks.notes = ["/mnt/a is mounted read-only", *(f"{number}" for number in range(20))]
+    said = await guest.mount(SLOT, PLAIN, guest_path=PATH, timeout_s=20)
+    assert list(said) == ["/mnt/a is mounted read-only", *"012345678"]
+
+
 async def test_a_mount_is_there_until_it_is_unmounted(guest: BridgeGuest, disks: FakeDisks) -> None:
     await mount(guest)
     assert await guest.probe_mount(SLOT, guest_path=PATH, timeout_s=20)

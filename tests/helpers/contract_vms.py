@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -97,8 +97,8 @@ class ContractVM(ABC):
 
     async def mount(
         self, slot: Slot, path: PurePosixPath, *, timeout_s: float = T, config: MountConfig | None = None, **how: Any
-    ) -> None:
-        await self.guest.mount(slot, config or MountConfig(**how), guest_path=path, timeout_s=timeout_s)
+    ) -> Sequence[str]:
+        return await self.guest.mount(slot, config or MountConfig(**how), guest_path=path, timeout_s=timeout_s)
 
     async def unmount(
         self, slot: Slot, path: PurePosixPath, *, timeout_s: float = T, force: bool = False, **how: Any

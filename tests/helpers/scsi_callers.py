@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 
@@ -126,10 +126,12 @@ class WatchedGuest(FakeGuest):
         disks = self._stage.bench.manager._book.disks.values()
         return next((disk for disk in disks if disk.slot == slot), None)
 
-    async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
+    async def mount(
+        self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float
+    ) -> Sequence[str]:
         if config.reformat and self._stage.bench.world.bus[slot].identity[5:] not in self._stage.reformatting:
             self._stage.bench.world.harm.append(f"the disk at {slot} was formatted, and nobody had asked for it")
-        await super().mount(slot, config, guest_path=guest_path, timeout_s=timeout_s)
+        return await super().mount(slot, config, guest_path=guest_path, timeout_s=timeout_s)
 
     async def unmount(
         self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float, force: bool

@@ -100,3 +100,13 @@ async def test_force_is_for_a_disk_that_is_in_use_and_for_nothing_else(vm: VM) -
 async def test_the_disk_of_a_vm_that_died_is_free(vm: VM) -> None:
     async with await vm.mount():
         vm.scsi.mark_gone(VMGone("QEMU was killed"))
+
+
+async def test_a_mount_has_the_notes_of_when_it_was_made_also_for_who_shares_it(vm: VM) -> None:
+    assert (await vm.mount()).notes == ()
+    await vm.scsi.remove("a")
+    vm.bench.world.notes[PurePosixPath("/1")] = ["it is read-only"]
+    made = await vm.mount()
+    vm.bench.world.notes.clear()
+    shared = await vm.mount()
+    assert made.notes == shared.notes == ("it is read-only",)

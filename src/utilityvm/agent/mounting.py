@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
@@ -75,6 +76,8 @@ _NO_MEMORY: Final = "the guest has too little memory: give the VM more (memory_m
 _LINES_AT_MOST: Final = 3  # of the kernel's log, in an error
 _RECORDS_AT_MOST: Final = 1000
 _KERNEL_LOG: Final = "/dev/kmsg"
+_LEVEL_WARNING: Final = 4
+_RECOVERED: Final = ("recovery complete", "Ending recovery")  # ext4's words and XFS'
 _LEVEL_MASK: Final = 7  # of a record's number: syslog's priority, 3 is an error
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -103,42 +106,46 @@ class _Refused(Fault):
 def mount(node: str, target: str, filesystem: str, how: MountOptions) -> list[str]:
     """Mount `node` at `target`, and set its propagation. On an error nothing is mounted there.
 
-    What cannot be written to is mounted read-only, as mount(8) does. Gives what is to be said of that.
+    What cannot be written to is mounted read-only, as mount(8) does. Gives what is to be said of that, and what the
+    kernel says of the file system: that it replayed its journal, or that it is to be checked.
 
     Raises:
         Fault: the kernel refused; names its reason.
     """
-    _try_to_mount(node, target, filesystem, how)
+    said = _try_to_mount(node, target, filesystem, how)
     try:
         for flag in how.propagation:
             _mount(b"none", target, None, flag, None)
     except Fault:
         unmount(target, lazily=True)
         raise
+    notes = [f"the kernel says of the file system at {target}: {line}" for line in said[:_LINES_AT_MOST]]
     if not how.flags & MS_RDONLY and is_read_only(target):
-        return [f"{target} is mounted read-only: a {filesystem} file system, or its disk, cannot be written to here"]
-    return []
+        text = f"{target} is mounted read-only: a {filesystem} file system, or its disk, cannot be written to here"
+        notes.insert(0, text)
+    return notes
 
 
-def _try_to_mount(node: str, target: str, filesystem: str, how: MountOptions) -> None:
-    def attempt(flags: int) -> None:
+def _try_to_mount(node: str, target: str, filesystem: str, how: MountOptions) -> list[str]:
+    """Gives the lines of the kernel's log that a person should see."""
+
+    def attempt(flags: int) -> list[str]:
         data = with_defaults(filesystem, how._replace(flags=flags))
-        _mount(os.fsencode(node), target, filesystem.encode(), flags, data.encode() or None)
+        return _mount(os.fsencode(node), target, filesystem.encode(), flags, data.encode() or None)
 
     try:
-        attempt(how.flags)
+        return attempt(how.flags)
     except _Refused as refused:
         if refused.number in (errno.EROFS, errno.EACCES) and not how.flags & MS_RDONLY:
-            attempt(how.flags | MS_RDONLY)
-        elif filesystem == "btrfs" and btrfs.introduce_fellows(node):
+            return attempt(how.flags | MS_RDONLY)
+        if filesystem == "btrfs" and btrfs.introduce_fellows(node):
             try:
-                attempt(how.flags)
+                return attempt(how.flags)
             except _Refused as again:
                 raise _with_missing_disks(node, again) from None
-        elif filesystem == "btrfs":
+        if filesystem == "btrfs":
             raise _with_missing_disks(node, refused) from None
-        else:
-            raise
+        raise
 
 
 def _with_missing_disks(node: str, refused: _Refused) -> Fault:
@@ -190,12 +197,13 @@ def bind(source: str, target: str) -> None:
     _mount(os.fsencode(source), target, None, MS_BIND, None)
 
 
-def _mount(source: bytes, target: str, kind: bytes | None, flags: int, data: bytes | None) -> None:
+def _mount(source: bytes, target: str, kind: bytes | None, flags: int, data: bytes | None) -> list[str]:
+    device = os.path.basename(os.fsdecode(source))
     with _kernel_log() as log:
         if not _libc.mount(source, os.fsencode(target), kind, ctypes.c_ulong(flags), data):
-            return
+            return list(_worth_a_note(log, device)) if kind else []
         number = ctypes.get_errno()
-        lines = _said_of(log, os.path.basename(os.fsdecode(source)), kind.decode() if kind else "")
+        lines = _said_of(log, device, kind.decode() if kind else "")
     what = f"mount {source.decode()} at {target}"
     text = f"{what} as {kind.decode()}" if kind else what
     said = f" ({'; '.join(lines[:_LINES_AT_MOST])})" if lines else ""
@@ -238,6 +246,14 @@ def _said_of(log: int, device: str, filesystem: str) -> list[str]:
         if any(name and name.lower() in text.lower() for name in (device, filesystem))
     ]
     return [text for _, _, text in sorted(found, key=lambda one: one[:2])]
+
+
+def _worth_a_note(log: int, device: str) -> Iterator[str]:
+    """What the kernel said of a device that it has mounted: its warnings, and that a journal was replayed."""
+    name = re.compile(rf"\b{re.escape(device)}\b")
+    for level, text in _records(log):
+        if name.search(text) and (level <= _LEVEL_WARNING or any(word in text for word in _RECOVERED)):
+            yield text
 
 
 def _records(log: int) -> Iterator[tuple[int, str]]:

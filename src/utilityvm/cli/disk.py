@@ -179,6 +179,8 @@ async def _attach(name: str, spec: DiskSpec, *, holder: str, timeout_s: float, w
         }
         where = f", mounted at {mount.guest_path}" if mount.guest_path else ", attached only"
         say(f"{mount.host_path.name} at {mount.slot}{where} ({seconds * 1000:.0f} ms)")
+        for text in mount.notes:
+            output.remark(text)
         try:
             if as_json:
                 document = {
@@ -187,7 +189,7 @@ async def _attach(name: str, spec: DiskSpec, *, holder: str, timeout_s: float, w
                     "read_only": mount.read_only,
                     "holder": holder,
                 }
-                print_json({**document, **fields, "seconds": round(seconds, 4)})
+                print_json({**document, **fields, "notes": mount.notes, "seconds": round(seconds, 4)})
             else:
                 print_fields(fields)
         except OutputFailed as error:

@@ -168,6 +168,12 @@ def note(text: str) -> None:
         echo_error(clean(text))
 
 
+def remark(text: str) -> None:
+    """What people have to know of the result; in a JSON document it stands with that."""
+    if not _command.as_json:
+        echo_error(f"{_label('note:', 'cyan')} {clean(text)}")
+
+
 def warn(text: str) -> None:
     if _command.as_json:
         _command.warnings.append(text)

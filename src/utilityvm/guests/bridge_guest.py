@@ -252,7 +252,9 @@ class BridgeGuest:
         if not self.has_our_agent:
             self._refuse_force(slot, True)
 
-    async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
+    async def mount(
+        self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float
+    ) -> Sequence[str]:
         """See `GuestBackend.mount`."""
         self.check(slot, config)
         check_path(guest_path, to_mount=self.has_our_agent)  # another guest has folders of its own: `ledger`
@@ -265,12 +267,14 @@ class BridgeGuest:
             except GuestBusy as error:  # the path is: the disk may be mounted as often as one likes
                 remedy = "choose another path, or unmount what is there"
                 raise GuestPathInUse(str(error), vm=self._vm, slot=slot, remedy=remedy) from error
-            for note in answers.read(answers.Response, answer, vm=self._vm).notes[:_NOTES]:
-                _log.warning("%s", note, vm=self._vm, slot=slot)
-            return
+            notes = answers.read(answers.Response, answer, vm=self._vm).notes[:_NOTES]
+            for note in notes:
+                _log.info("%s", note, vm=self._vm, slot=slot)
+            return notes
         self._ledger.before_mount(slot, guest_path)
         with self._ledger.mounting(slot, guest_path):
             await self._modify("Add", "MappedVirtualDisk", settings, Where(slot, guest_path), timeout_s)
+        return ()
 
     async def unmount(
         self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float, force: bool

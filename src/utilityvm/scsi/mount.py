@@ -117,6 +117,7 @@ class Mount:
     state: MountState = MountState.RESERVED
     claims: dict[str, Claim] = field(default_factory=dict)
     doubt: UtilityVMError | None = None  # why the last step's outcome is unknown
+    notes: tuple[str, ...] = ()  # what the guest said when it was mounted
 
     @property
     def is_wanted(self) -> bool:

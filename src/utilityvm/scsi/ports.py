@@ -197,8 +197,12 @@ class GuestBackend(Protocol):
         """
         ...
 
-    async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
+    async def mount(
+        self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float
+    ) -> Sequence[str]:
         """Mount the partition at `guest_path`; a refusal changes nothing there.
+
+        Gives what the caller should know of it, a sentence each: that it is read-only, say, though that was not asked.
 
         Raises:
             GuestPathInUse: something is mounted there, be it this very disk.

@@ -47,6 +47,7 @@ class Reservation:
     guest_path: PurePosixPath | None  # None: attached only
     read_only: bool
     holder: Holder
+    notes: tuple[str, ...] = ()  # what the guest said when it was mounted; unknown to a later owner of the VM
 
 
 @dataclass(eq=False, slots=True)
@@ -92,6 +93,7 @@ class Claim:
             guest_path=self.mount.guest_path if self.mount else None,
             read_only=self.mount.config.read_only if self.mount else self.disk.request.read_only,
             holder=self.holder,
+            notes=self.mount.notes if self.mount else (),
         )
 
 

@@ -187,14 +187,15 @@ class Steps:
 
     async def mount(self, mount: Mount) -> None:
         """Have the guest mount it."""
-        await self._mount_step(
-            mount,
-            "mount",
-            lambda: self._guest.mount(
-                mount.disk.slot, mount.config_to_send, guest_path=mount.guest_path, timeout_s=self._timeouts.mount
-            ),
-            still=lambda: mount.is_wanted,
-        )
+
+        async def send() -> None:
+            mount.notes = tuple(
+                await self._guest.mount(
+                    mount.disk.slot, mount.config_to_send, guest_path=mount.guest_path, timeout_s=self._timeouts.mount
+                )
+            )
+
+        await self._mount_step(mount, "mount", send, still=lambda: mount.is_wanted)
 
     async def unmount(self, mount: Mount) -> None:
         """Have the guest unmount it."""

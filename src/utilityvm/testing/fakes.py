@@ -101,6 +101,7 @@ class FakeWorld:
     guest_devices: dict[Slot, str] = field(default_factory=dict)  # the attachment that the guest knows
     mounts: dict[PurePosixPath, tuple[Slot, MountConfig]] = field(default_factory=dict)
     busy: dict[PurePosixPath, str] = field(default_factory=dict)  # who uses the mount there
+    notes: dict[PurePosixPath, list[str]] = field(default_factory=dict)  # what is said of a mount there
     open_disks: set[FakeDisk] = field(default_factory=set)
     names_used: set[str] = field(default_factory=set)
     log: list[str] = field(default_factory=list)  # every step that was sent
@@ -298,7 +299,9 @@ class FakeGuest:
         if not self.world.knows_force:
             raise NotSupported("this guest's agent knows no force", slot=slot)
 
-    async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
+    async def mount(
+        self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float
+    ) -> Sequence[str]:
         world = self.world
         self.check(slot, config)
 
@@ -322,6 +325,7 @@ class FakeGuest:
             world.mounts[guest_path] = (slot, config)
 
         await world.step("mount", f"{slot} {guest_path}", act, GuestRefused, timeout_s)
+        return world.notes.get(guest_path, ())
 
     async def unmount(
         self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float, force: bool

@@ -68,6 +68,15 @@ class SCSIMount:
         return self._reservation.holder.name
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to know of its mount, a sentence each: that it is read-only, as its file system cannot be
+        written to; that a journal was replayed; that the disk's partition table lacks its backup.
+
+        The guest says it when the disk is mounted. A later owner of the VM does not hear of it.
+        """
+        return self._reservation.notes
+
+    @property
     def ref_count(self) -> int:
         """How many reservations there are on the disk now; 0 when this one was given back."""
         return self._vm._scsi.references(self._reservation)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -63,8 +63,8 @@ async def test_of_two_file_systems_neither_is_mounted_unless_it_is_named(vm: Uti
 
 
 @pytest.mark.parametrize("kind", ["iso9660", "squashfs"])
-async def test_what_cannot_be_written_to_is_mounted_read_only_and_that_is_logged(
-    vm: UtilityVM, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+async def test_what_cannot_be_written_to_is_mounted_read_only_and_that_is_told(
+    vm: UtilityVM, tmp_path: Path, kind: str
 ) -> None:
     disk, tree = tmp_path / "disk.raw", tmp_path / "tree"
     tree.mkdir()
@@ -75,13 +75,24 @@ async def test_what_cannot_be_written_to_is_mounted_read_only_and_that_is_logged
         case _:
             filesystem_image(kind, disk, {"greeting": "hello\n"})
     before = digest(disk)
-    with caplog.at_level(logging.WARNING):
-        async with await vm.add_scsi(disk, "/data"):
-            found = await mount_at(vm, "/data")
-            assert (found.filesystem, "ro" in found.options) == (kind, True)
-            assert await output(vm, "cat /data/greeting") == "hello\n"
-    assert "/data is mounted read-only" in caplog.text
+    async with vm.add_scsi(disk, "/data") as mount:
+        found = await mount_at(vm, "/data")
+        assert (found.filesystem, "ro" in found.options) == (kind, True)
+        assert await output(vm, "cat /data/greeting") == "hello\n"
+    assert "/data is mounted read-only" in mount.notes[0]
     assert digest(disk) == before
+
+
+async def test_a_journal_that_was_replayed_is_told_and_a_clean_mount_says_nothing(
+    vm: UtilityVM, tmp_path: Path
+) -> None:
+    disk = ext4_image(tmp_path / "disk.raw", {})
+    subprocess.run(["debugfs", "-w", "-R", "feature needs_recovery", disk], check=True, capture_output=True)
+    async with vm.add_scsi(disk, "/data") as mount:
+        (note,) = mount.notes
+    assert re.fullmatch(r"the kernel says of the file system at /data: EXT4-fs \(sd\w+\): recovery complete", note)
+    async with vm.add_scsi(disk, "/data") as mount:
+        assert mount.notes == ()
 
 
 async def test_udf_is_found(vm: UtilityVM, tmp_path: Path) -> None:
@@ -95,14 +106,14 @@ async def test_udf_is_found(vm: UtilityVM, tmp_path: Path) -> None:
 
 
 async def test_a_damaged_gpt_is_told_with_its_backup_and_a_grown_one_works_and_is_told(
-    vm: UtilityVM, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    vm: UtilityVM, tmp_path: Path
 ) -> None:
     disk = gpt_disk(tmp_path / "disk.raw", [ext4_image(tmp_path / "part.raw", {"greeting": "hello\n"})])
     os.truncate(disk, disk.stat().st_size + 8 * MIB)
-    with caplog.at_level(logging.WARNING):
-        async with await vm.add_scsi(disk, "/data", partition=1, read_only=True):
-            assert await output(vm, "cat /data/greeting") == "hello\n"
-    assert "the backup of the partition table (GPT) is in sector" in caplog.text
+    async with vm.add_scsi(disk, "/data", partition=1, read_only=True) as mount:
+        assert await output(vm, "cat /data/greeting") == "hello\n"
+    (note,) = mount.notes
+    assert "the backup of the partition table (GPT) is in sector" in note
     os.truncate(disk, disk.stat().st_size - 8 * MIB)
     with disk.open("r+b") as file:
         file.seek(512)

@@ -142,7 +142,9 @@ class HcsGuest:
         self._check_place(path)
         return path
 
-    async def mount(self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float) -> None:
+    async def mount(
+        self, slot: Slot, config: MountConfig, *, guest_path: PurePosixPath, timeout_s: float
+    ) -> Sequence[str]:
         """See `GuestBackend.mount`.
 
         Raises:
@@ -181,6 +183,7 @@ class HcsGuest:
             del self._mounts[key]
             raise self._refused(error, f"mount {guest_path}", slot) from error
         mount.state = _State.MOUNTED
+        return ()
 
     def check_force(self, slot: Slot) -> None:
         """See `GuestBackend.check_force`.
