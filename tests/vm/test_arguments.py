@@ -7,13 +7,15 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import AsyncMock, Mock
 
+import msgspec
 import pytest
 
 from utilityvm.errors import DeadlineExceeded, InvalidRequest
 from utilityvm.scsi.document import ScsiState
+from utilityvm.scsi.mount_config import MountConfig
 from utilityvm.scsi.slot import Slot
 from utilityvm.tasks import Deadline
 from utilityvm.vm import arguments
@@ -29,11 +31,10 @@ COUNTS = [True, "1", 1.0, b"1", [], math.nan]
 TEXTS = [7, b"x", True, ["x"], 1.5]
 PATHS = [7, b"/x", True, ["/x"]]
 WRONG: dict[str, list[Any]] = {
+    **{one.name: FLAGS for one in msgspec.structs.fields(MountConfig) if get_args(one.type)[0] is bool},
     **dict.fromkeys(("timeout_s", "wait_s"), SECONDS),
     **dict.fromkeys(("name", "template", "prefix", "holder", "filesystem", "accelerator"), TEXTS),
-    **dict.fromkeys(
-        ("keep", "needs_guest", "read_only", "ensure_filesystem", "reformat", "block_device", "physical"), FLAGS
-    ),
+    **dict.fromkeys(("keep", "needs_guest", "physical"), FLAGS),
     **dict.fromkeys(
         ("partition", "size", "size_bytes", "sector_size_bytes", "memory_mib", "cpus", "controllers"), COUNTS
     ),

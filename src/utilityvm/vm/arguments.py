@@ -14,12 +14,14 @@ import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import PurePosixPath
-from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast, get_args
+
+from msgspec.structs import fields
 
 from utilityvm.errors import InvalidRequest
 from utilityvm.machine import patience
 from utilityvm.scsi.document import ScsiState
-from utilityvm.scsi.mount_config import CallerKey, MountConfig, ScratchKey, Verity
+from utilityvm.scsi.mount_config import CallerKey, Encryption, MountConfig, ScratchKey, Verity
 from utilityvm.scsi.ports import DiskFormat, VMAccess
 from utilityvm.scsi.slot import Slot
 from utilityvm.tasks import GRACE_S, Deadline
@@ -130,24 +132,29 @@ def _having(member: str, *, what: str, or_text: bool = False) -> Rule:
     return rule
 
 
+# The settings of a mount, by the type that `MountConfig` declares.
+_RULES_OF_TYPES: Final[Mapping[Any, Rule]] = {
+    bool: _flag,
+    int: _count,
+    str | None: _text,
+    tuple[str, ...]: _words,
+    Encryption | None: _made_of(ScratchKey, CallerKey, what="a ScratchKey or a CallerKey"),
+    Verity | None: _made_of(Verity, what="a Verity"),
+}
+
 RULES: Final[Mapping[str, Rule]] = {
+    **{setting.name: _RULES_OF_TYPES[get_args(setting.type)[0]] for setting in fields(MountConfig)},
     "timeout_s": _seconds,
     "wait_s": _seconds,
     "name": _text,
     "template": _text,
     "prefix": _text,
     "holder": _text,
-    "filesystem": _text,
     "accelerator": _text,
     "force": _force,
     "needs_guest": _flag,
     "keep": _flag,
-    "read_only": _flag,
-    "ensure_filesystem": _flag,
-    "reformat": _flag,
-    "block_device": _flag,
     "physical": _flag,
-    "partition": _count,
     "size": _count,
     "size_bytes": _count,
     "sector_size_bytes": _count,
@@ -157,7 +164,6 @@ RULES: Final[Mapping[str, Rule]] = {
     "host_path": _path,
     "cwd": _path,
     "guest_path": _guest_path,
-    "options": _words,
     "command": _command,
     "env": _variables,
     "replace": _replacements,
@@ -165,8 +171,6 @@ RULES: Final[Mapping[str, Rule]] = {
     "format": _one_of(DiskFormat),
     "which": _word_of("all", "each"),
     "on_busy": _word_of("raise", "force"),
-    "encryption": _made_of(ScratchKey, CallerKey, what="a ScratchKey or a CallerKey"),
-    "verity": _made_of(Verity, what="a Verity"),
     "mount": _made_of(MountConfig, what="a MountConfig"),
     "slot": _made_of(Slot, what="a Slot"),
     "stdout": _called,
