@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from utilityvm.bridge import mount_options
+from utilityvm.bridge.mount_options import MS_NOATIME, MS_NODEV, MS_NOEXEC, MS_NOSUID
+from utilityvm.errors import InvalidRequest
+from utilityvm.guests.mount_settings import check_config, disk_settings
 from utilityvm.scsi import mount_config
+from utilityvm.scsi.mount import same_mount
 from utilityvm.scsi.mount_config import CallerKey, MountConfig, ScratchKey, Verity
+from utilityvm.scsi.slot import Slot
 
 KEY = b"a key that nobody may ever read."
 
@@ -62,3 +70,23 @@ def test_no_key_gets_into_a_document_or_a_log() -> None:
 def test_keys_are_equal_by_what_they_are() -> None:
     assert {CallerKey(KEY), CallerKey(KEY), ScratchKey(), ScratchKey()} == {CallerKey(KEY), ScratchKey()}
     assert CallerKey(KEY) != CallerKey(b"")
+
+
+def test_an_untrusted_disk_is_mounted_so_that_nothing_on_it_runs() -> None:
+    """Whatever the caller's own options say: of two that contradict each other, mount(8) takes the later one."""
+    config = MountConfig(options=("exec", "noatime"), untrusted=True)
+    assert config.mount_options == ("exec", "noatime", "nosuid", "nodev", "noexec")
+    flags = mount_options.parse(config.mount_options, read_only=False).flags
+    assert flags == MS_NOATIME | MS_NOSUID | MS_NODEV | MS_NOEXEC
+    settings = disk_settings(Slot(0, 1), config, PurePosixPath("/data"))
+    assert settings["Options"] == list(config.mount_options), "so the guest is told"
+
+
+def test_an_untrusted_mount_is_shared_with_no_other() -> None:
+    assert not same_mount(MountConfig(), MountConfig(untrusted=True))
+
+
+def test_a_published_device_cannot_be_untrusted() -> None:
+    """The guest's programs open the device itself: there is no mount that could hold them back."""
+    with pytest.raises(InvalidRequest, match="takes no mount options"):
+        check_config(MountConfig(block_device=True, untrusted=True))

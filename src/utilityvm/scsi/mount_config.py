@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 DEFAULT_FILESYSTEM: Final = "ext4"  # what `ensure_filesystem` makes
+_UNTRUSTED: Final = ("nosuid", "nodev", "noexec")  # the last of contrary options wins
 
 
 class Encryption:
@@ -93,6 +94,9 @@ class MountConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     block_device: Annotated[bool, Meta(description="Put the device itself at the guest path.")] = False
     encryption: Annotated[Encryption | None, Meta(description="Encrypt it, with a ScratchKey or a CallerKey.")] = None
     verity: Annotated[Verity | None, Meta(description="Check each block against a hash tree of dm-verity.")] = None
+    untrusted: Annotated[
+        bool, Meta(description="Nothing on it runs, gets rights or is a device: nosuid, nodev and noexec.")
+    ] = False
 
     @property
     def named_filesystem(self) -> str | None:
@@ -102,7 +106,7 @@ class MountConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     @property
     def mount_options(self) -> tuple[str, ...]:
         """What mount(8) is told."""
-        return self.options
+        return (*self.options, *_UNTRUSTED) if self.untrusted else self.options
 
 
 class MountSettings(TypedDict, total=False):
@@ -117,6 +121,7 @@ class MountSettings(TypedDict, total=False):
     block_device: bool
     encryption: ScratchKey | CallerKey | None
     verity: Verity | None
+    untrusted: bool
 
 
 def encode_hook(value: Any) -> str:
