@@ -25,6 +25,7 @@ settings.register_profile("utilityvm", deadline=None, suppress_health_check=[Hea
 settings.load_profile("utilityvm")
 
 _TOLD = "told"
+_HANG_S = 600  # no test takes so long: one that does hangs, and the stacks of all its threads are printed
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,8 +81,10 @@ def own_cgroup() -> Generator[None]:
             Path(path).rmdir()
 
 
-def pytest_configure() -> None:
-    """What a shell starts in the background is deaf to Ctrl-C, and so are its children; tests send it to theirs."""
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("timeout") and not config.getoption("timeout", None):
+        config.option.timeout = _HANG_S
+    # What a shell starts in the background is deaf to Ctrl-C, and so are its children; tests send it to theirs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -17,7 +17,6 @@
     │   ├── DiskInUse            another VM, or the host itself, uses the disk
     │   ├── AccessDenied         we, or the VM, have no right to the disk's file
     │   ├── NotSupported         this host, guest or disk cannot express the request
-    │   │   └── LayerNotSupported   SCSI layers on a Windows guest
     │   ├── VMNotFound           no VM of that name
     │   ├── VMExists             the name is taken
     │   ├── VMNotRunning         the VM is stopped, or its hypervisor is gone
@@ -93,7 +92,7 @@ class DiskNotFound(InvalidRequest):
 
 
 class NoFreeSlot(RequestError):
-    """Every slot is taken (the seed's ErrNoAvailableLocation); `holders` has a line for each."""
+    """Every slot is taken (hcsshim: `ErrNoAvailableLocation`); `holders` has a line for each."""
 
     def __init__(
         self,
@@ -109,19 +108,19 @@ class NoFreeSlot(RequestError):
 
 
 class NoControllers(RequestError):
-    """The VM has no SCSI controller (the seed's ErrNoSCSIControllers)."""
+    """The VM has no SCSI controller (hcsshim: `ErrNoSCSIControllers`)."""
 
 
 class TooManyAttachments(RequestError):
-    """A fixed limit is exceeded (the seed's ErrTooManyAttachments)."""
+    """A fixed limit is exceeded (hcsshim: `ErrTooManyAttachments`)."""
 
 
 class NotAttached(RequestError):
-    """No such disk or reservation is attached (the seed's ErrNotAttached)."""
+    """No such disk or reservation is attached (hcsshim: `ErrNotAttached`)."""
 
 
 class AlreadyAttached(RequestError):
-    """Something is attached where nothing may be (the seed's ErrAlreadyAttached)."""
+    """Something is attached where nothing may be (hcsshim: `ErrAlreadyAttached`)."""
 
 
 class AlreadyReleased(RequestError):
@@ -146,10 +145,6 @@ class AccessDenied(RequestError):
 
 class NotSupported(RequestError):
     """This hypervisor, guest or disk cannot express the request."""
-
-
-class LayerNotSupported(NotSupported):
-    """SCSI layers on a Windows guest (the seed's ErrSCSILayerWCOWUnsupported)."""
 
 
 class VMNotFound(RequestError):
