@@ -12,6 +12,7 @@ import pytest
 
 from fake_guest import LUN, MIB, World, refused, seen, soon
 from utilityvm.agent import content, disks, filesystems, holders, mounting
+from utilityvm.agent.faults import Fault
 
 RDONLY, NOATIME, SHARED = 1, 1024, 1 << 20  # linux/mount.h
 KEY = base64.b64encode(bytes(range(64))).decode()
@@ -262,6 +263,25 @@ def test_a_blank_disk_gets_ext4_unless_another_is_said(world: World, monkeypatch
     world.add("c", EnsureFilesystem=True, BlockDev=True)
     assert asked == [(node, "ext4", False), (node, "xfs", True), (node, "ext4", False)]
     assert [one["Filesystem"] for one in world.table.mounts()] == ["ext4", "xfs", ""]
+
+
+@pytest.mark.parametrize("wrong", ["a file is there", "below a file", "an option"])
+def test_what_cannot_be_mounted_is_refused_before_anything_is_formatted(
+    world: World, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    def refuse(filesystem: str, how: object) -> None:
+        raise Fault(f"{filesystem} does not take it")
+
+    node = world.attach()
+    before = Path(node).read_bytes()
+    Path(world.path("file")).touch()
+    if wrong == "an option":
+        monkeypatch.setattr(mounting, "check_options", refuse)
+    name = {"a file is there": "file", "below a file": "file/below", "an option": "a"}[wrong]
+    with pytest.raises((Fault, OSError)):
+        world.add(name, EnsureFilesystem=True, Utilityvm={"Reformat": True})
+    assert Path(node).read_bytes() == before
+    assert not Path(world.path("a")).exists()
 
 
 def test_a_new_file_system_is_really_there(world: World) -> None:

@@ -427,3 +427,13 @@ def test_this_machine_can_be_read(tmp_path: Path) -> None:
     assert os.getppid() in set(holders._pids()) | {0, 1}
     assert holders._name(os.getpid()) not in ("", "?")
     assert holders._name(1 << 30) == "?"
+
+
+def test_a_name_that_the_kernel_cut_in_the_middle_of_a_character_is_told(guest: Guest) -> None:
+    guest.mount()
+    guest.proc.process(7, "x", cwd=guest.path)
+    (guest.kernel.proc / "7/comm").write_bytes("fünfzehn Bäume".encode()[:-4] + b"\n")
+    (guest.sys / "block/sdb/holders/dm-0/dm").mkdir(parents=True)
+    (guest.sys / "block/sdb/holders/dm-0/dm/name").write_bytes(b"\xff\n")
+    assert "process 7 (fünfzehn B\N{REPLACEMENT CHARACTER}) has" in holders.of_mount(guest.path)[0]
+    assert holders.beside_mount(guest.path, guest.sdb) == ["dm-0 (\N{REPLACEMENT CHARACTER})"]

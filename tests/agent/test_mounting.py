@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import re
 from pathlib import Path
 
@@ -27,6 +28,8 @@ class Kernel:
         self.refuses: list[int] = []  # errnos of the next mounts; 0: it is taken
         self.says: list[tuple[int, str]] = []
         self.unmounted: list[str] = []
+        self.known: set[bytes] = {b"errors", b"acl"}
+        self.configured: list[tuple[object, bytes, object]] = []
 
     def mount(self, source: bytes, target: bytes, kind: bytes | None, flags: ctypes.c_ulong, data: bytes | None) -> int:
         self.asked.append(
@@ -39,6 +42,21 @@ class Kernel:
     def umount2(self, target: bytes, flags: int) -> int:
         self.unmounted.append(target.decode())
         return 0
+
+    def syscall(self, number: int, *arguments: object) -> int:
+        """fsopen(2) and fsconfig(2), of a driver that knows `known`."""
+        if number == 430:
+            self._context, self._says = os.pipe()
+            return self._context
+        context, command, name, value, _ = arguments
+        assert context == self._context
+        assert isinstance(name, bytes)
+        self.configured.append((command, name, value))
+        if name in self.known:
+            return 0
+        os.write(self._says, b"e ext4: Unknown parameter '" + name + b"'\n")
+        os.close(self._says)
+        return -1
 
     def records(self, _log: int) -> list[tuple[int, str]]:
         return self.says
@@ -78,6 +96,16 @@ def test_an_image_hurts_its_reader_alone_and_a_read_only_one_is_not_written_to(
     mount(NODE, "/data", filesystem, how)
     assert kernel.asked == [(NODE, "/data", filesystem, how.flags, asked)]
     assert bool(how.flags & MS_RDONLY) is read_only
+
+
+def test_options_are_tried_without_a_device(kernel: Kernel) -> None:
+    mounting.check_options("ext4", words(["acl", 'context="a,b"', "noatime"], read_only=False))
+    assert kernel.configured == [(0, b"acl", None), (1, b"errors", b"remount-ro")]
+    with pytest.raises(Fault, match=r"take the mount option bogus=1: ext4: Unknown parameter 'bogus'") as refused:
+        mounting.check_options("ext4", words(["bogus=1"], read_only=False))
+    assert "nothing was written" in str(refused.value)
+    assert refused.value.remedy
+    assert kernel.asked == []
 
 
 def test_the_kernels_worst_lines_are_told_first(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:

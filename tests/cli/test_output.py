@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -235,3 +237,21 @@ def test_bash_completes_vms_and_disks(uvm: Uvm, vm: Path, folders: Path) -> None
         assert completed("uvm", command_name, "worker", "") == [str(vm)]
         assert completed("uvm", command_name, "worker", "dis") == [vm.name]
     assert completed("uvm", "attach", "worker", "")[0] == "option default"
+
+
+def test_what_a_guest_wrote_to_its_console_steers_no_terminal(uvm: Uvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = "\x1b]0;owned\x07\x1b[2Jboot\r\n\x9b31m\x08\x7fdone\n"
+    monkeypatch.setattr("utilityvm.read_console", lambda name: console)
+    for words in ([], ["-n", "2"], ["--json"]):
+        printed = uvm("log", "v", *words).stdout
+        assert "boot" in printed
+        assert "done" in printed
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", printed)
+
+
+def test_what_is_logged_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    output.log_to_stderr(debug=True)
+    logging.getLogger("utilityvm.x").debug("<-- %s", "\x1b[2Jhello\x9b1m\x7f")
+    said = capsys.readouterr().err
+    assert "hello" in said
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", said)

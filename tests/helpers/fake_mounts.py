@@ -36,7 +36,7 @@ class Mounted:
 
 
 class FakeMounts:
-    """Implements libc's mount, umount2, syncfs and swapoff. Use `install`."""
+    """Implements libc's mount, umount2, syncfs and swapoff; no other system call. Use `install`."""
 
     def __init__(self, folder: Path) -> None:
         self.proc, self.sys = folder / "proc", folder / "sys"
@@ -57,6 +57,10 @@ class FakeMounts:
         self.add("/", "overlay", "overlay")
         self.add("/proc", "proc", "proc")
         self.add("/run", "tmpfs", "tmpfs")
+
+    def syscall(self, *_: object) -> int:
+        ctypes.set_errno(errno.ENOSYS)
+        return -1
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> FakeMounts:
         """Have the agent's modules ask this."""

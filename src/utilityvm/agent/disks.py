@@ -258,6 +258,7 @@ class DiskTable:
         read_only = bool(settings.get("ReadOnly"))
         how = mounting.words(settings.get("Options") or [], read_only=read_only)
         node, mappings, filesystem = device.node, list[str](), ""
+        is_published = bool(settings.get("BlockDev"))
 
         def entry(made: Sequence[str]) -> Entry:
             where = str(path), controller, lun, partition
@@ -269,11 +270,13 @@ class DiskTable:
 
         def layer(open_mapping: Callable[[str], str]) -> str:
             mappings.append(self._new_mapping())
-            note([])
+            note(made)
             opened = open_mapping(mappings[-1])
             undo.callback(dm.close, mappings[-1])
             return opened
 
+        made = self._folders.make(path, as_file=is_published, note=note)  # before a file system is: this may be refused
+        undo.callback(self._folders.give_back, str(path), made)
         is_ensured = bool(settings.get("EnsureFilesystem"))
         below = self._below(device, controller, lun, partition, extension.get("MayHold")) if is_ensured else None
         if (verity := extension.get("Verity")) is not None:
@@ -292,16 +295,15 @@ class DiskTable:
                 raise Fault("a file system cannot be made on a read-only disk", kind="invalid")
             filesystem = filesystem or "ext4"
             reformat = bool(extension.get("Reformat"))
+            mounting.check_options(filesystem, how)
             filesystems.ensure(node, filesystem, below=below, reformat=reformat, deadline=deadline)
-        is_published = bool(settings.get("BlockDev"))
         if is_published:
             filesystem = ""
         else:
             filesystem = filesystem or _found(node, f"{controller}:{lun}", partition, deadline, has_key=key is not None)
             if not below:
                 filesystems.refuse_unfinished(node, filesystem)
-        made = self._folders.make(path, as_file=is_published, note=note)
-        undo.callback(self._folders.give_back, str(path), made)
+        note(made)
         said: list[str] = []
         if is_published:
             mounting.bind(node, str(path))

@@ -196,7 +196,7 @@ def _status(name: str) -> _Status:
 
 def _call(command: int, name: str, *, flags: int = 0, payload: bytes = b"", targets: int = 0) -> bytearray:
     buffer = bytearray(_BUFFER_BYTES)
-    head = _HEAD.pack(4, 0, 0, len(buffer), _HEAD.size, targets, 0, flags, 0, 0, 0, name.encode(), b"")
+    head = _HEAD.pack(4, 0, 0, len(buffer), _HEAD.size, targets, 0, flags, 0, 0, 0, os.fsencode(name), b"")
     buffer[: len(head)] = head
     buffer[len(head) : len(head) + len(payload)] = payload
     fd = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)

@@ -193,7 +193,9 @@ def _mappings(sysfs: str) -> list[str]:
     for holder in Path(sysfs, "holders").glob("*"):
         with contextlib.suppress(OSError):
             name = holder / "dm/name"
-            found.append(f"{holder.name} ({name.read_text().strip()})" if name.exists() else holder.name)
+            found.append(
+                f"{holder.name} ({name.read_text(errors='replace').strip()})" if name.exists() else holder.name
+            )
     return found
 
 
@@ -234,7 +236,7 @@ def _mount_id(path: str) -> int:
 
 
 def _mount_id_in(fdinfo: str) -> int:
-    with open(fdinfo) as lines:
+    with open(fdinfo, errors="replace") as lines:
         for line in lines:
             if line.startswith("mnt_id:"):
                 return int(line.split()[1])
@@ -334,7 +336,8 @@ def _pids() -> Iterator[int]:
 
 
 def _name(pid: int) -> str:
+    """What the process is called. The kernel cuts a name after 15 bytes, also in the middle of a character."""
     try:
-        return Path(f"{PROC}/{pid}/comm").read_text().strip()
+        return Path(f"{PROC}/{pid}/comm").read_text(errors="replace").strip()
     except OSError:
         return "?"

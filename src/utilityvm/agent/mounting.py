@@ -17,6 +17,8 @@ from utilityvm.bridge.mount_options import MS_RDONLY, MountOptions
 
 MS_BIND: Final = 4096  # linux/mount.h
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+_SYS_FSOPEN, _SYS_FSCONFIG = 430, 431  # of every architecture; the C library of Debian 12 has them, others may not
+_FSOPEN_CLOEXEC, _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING = 1, 0, 1
 
 # What keeps a file system from writing to its device while it is mounted read-only.
 _NO_RECOVERY: Final = {"ext4": "noload", "ext3": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
@@ -212,6 +214,45 @@ def _mount(source: bytes, target: str, kind: bytes | None, flags: int, data: byt
         text = f"{what} as {kind.decode()}: the guest's kernel knows no such file system"
         raise _Refused(text, number, remedy=_NO_DRIVER)
     raise _Refused(text, number, remedy=_NO_MEMORY if number == errno.ENOMEM else _remedy(lines))
+
+
+def check_options(filesystem: str, how: MountOptions) -> None:
+    """Refuse options that the file system does not know, before there is one.
+
+    Only a driver of the kernel's newer kind can be asked, as ext4's and xfs's are; of others nothing is refused here.
+    A value in quotes is a security module's, and is not judged either.
+
+    Raises:
+        Fault: the driver refused one; has its words.
+    """
+    context = _libc.syscall(_SYS_FSOPEN, filesystem.encode(), _FSOPEN_CLOEXEC)
+    if context < 0:
+        return
+    try:
+        for option in mount_options.split([with_defaults(filesystem, how)]):
+            name, equals, value = option.partition("=")
+            if not option or '"' in option:
+                continue
+            command, given = (_FSCONFIG_SET_STRING, value.encode()) if equals else (_FSCONFIG_SET_FLAG, None)
+            if _libc.syscall(_SYS_FSCONFIG, context, command, name.encode(), given, 0):
+                number = ctypes.get_errno()
+                lines = list(_messages(context)) or [os.strerror(number)]
+                text = f"{filesystem} does not take the mount option {option}: {'; '.join(lines[:_LINES_AT_MOST])}"
+                raise Fault(f"{text}; nothing was written", remedy=_remedy(lines))
+    finally:
+        os.close(context)
+
+
+def _messages(context: int) -> Iterator[str]:
+    """What the driver says. Each read gives a message, with a letter for its kind before it."""
+    while True:
+        try:
+            message = os.read(context, 4096)
+        except OSError:
+            return
+        if not message:
+            return
+        yield message.decode(errors="replace")[2:].rstrip("\n")
 
 
 def _remedy(lines: Sequence[str]) -> str | None:

@@ -155,7 +155,7 @@ def _let_go_of_devices() -> None:
                 os.close(fd)
     for mapping in Path(holders.SYS, "block").glob("dm-*/dm/name"):
         with contextlib.suppress(OSError, Fault):
-            dm.close(mapping.read_text().strip())
+            dm.close(mapping.read_text(errors="surrogateescape").strip())
 
 
 def _others() -> list[int]:

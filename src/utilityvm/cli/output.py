@@ -106,7 +106,8 @@ def _let_go_of_stdout() -> None:
 
 
 def print_json(document: object) -> None:
-    write(json.dumps(document, indent=2 if sys.stdout.isatty() else None, default=str))
+    text = json.dumps(document, indent=2 if sys.stdout.isatty() else None, default=str)
+    write(text.replace("\x7f", "\\u007f"))  # the one control character that JSON lets stand
 
 
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -178,7 +179,7 @@ def warn(text: str) -> None:
     if _command.as_json:
         _command.warnings.append(text)
     else:
-        echo_error(f"{_label('warning:', 'yellow')} {text}")
+        echo_error(f"{_label('warning:', 'yellow')} {clean(text)}")
 
 
 def _tell_failures(errors: Sequence[Told] = ()) -> None:
@@ -233,15 +234,23 @@ def age(seconds: float) -> str:
 
 
 def log_to_stderr(*, debug: bool) -> None:
-    """Warnings as `warning: …` lines; with `debug` all that the library logs, as it is."""
+    """Warnings as `warning: …` lines; with `debug` all that the library logs."""
     handler: logging.Handler = _Warnings()
     if debug:
         handler = logging.StreamHandler()  # the standard error as it is now
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(_Clean("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     ours = logging.getLogger("utilityvm")
     ours.handlers = [handler]
     ours.propagate = False
     ours.setLevel(logging.DEBUG if debug else logging.WARNING)
+
+
+class _Clean(logging.Formatter):
+    """What is sent and answered holds names and words of others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return clean(text, len(text))
 
 
 class _Warnings(logging.Handler):

@@ -22,6 +22,7 @@ from utilityvm.cli.options import (
 from utilityvm.cli.output import age, print_fields, print_json, print_table, say
 from utilityvm.cli.owners import opened, waiting_for
 from utilityvm.cli.values import MEMORY, SECONDS, Count
+from utilityvm.text import clean
 
 if TYPE_CHECKING:
     import asyncio
@@ -417,13 +418,11 @@ def log_command(name: str, lines: int | None, as_json: bool) -> None:
     """Print the VM's console and QEMU's messages: at least the last 512 KiB. It works for a VM that died, too."""
     from utilityvm import read_console
 
-    kept = read_console(name).splitlines()
+    kept = [clean(line, len(line)) for line in read_console(name).splitlines()]  # the guest chose what is in it
     if lines is not None:
         kept = kept[max(0, len(kept) - lines) :]
     if as_json:
         print_json({"name": name, "lines": kept})
         return
     for line in kept:
-        # The guest wrote it: what would steer the terminal is not passed on.
-        shown = "".join(character if character.isprintable() or character == "\t" else "" for character in line)
-        output.write(shown if sys.stdout.isatty() else line)
+        output.write(line)
