@@ -61,6 +61,7 @@ _RUNS: Final = {"STOP": False, "RESUME": True}
 _LOOK_AGAIN_S: Final = 0.02
 _RESIZABLE: Final = frozenset({"file", "qcow2"})
 _QUIT_S: Final = 2.0
+_LAST_WORDS_S: Final = 1.0  # for the connection of a QEMU that has ended to end; a fork of somebody's may hold it
 _END_S: Final = 1.0  # from the end of its connections to the end of a QEMU that ends
 
 _log = logger(__name__)
@@ -127,7 +128,8 @@ class QemuHost:
         # Resolves with the reason when QEMU has ended, or its connection; nothing that waits here waits longer.
         self.gone: asyncio.Future[UtilityVMError] = asyncio.get_running_loop().create_future()
         qmp.gone.add_done_callback(lambda _: self._is_gone())
-        watch.ended.add_done_callback(lambda _: self._is_gone())
+        # The connection ends with the process, and what QEMU said last is read before its end: it tells why.
+        watch.ended.add_done_callback(lambda _: qmp.gone.get_loop().call_later(_LAST_WORDS_S, self._is_gone))
 
     @classmethod
     async def start(
