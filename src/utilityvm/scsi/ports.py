@@ -3,7 +3,8 @@
 Each step that leaves the process has three answers, and every backend gives them the same way:
 
 * it returns: the step is **done**, and is true on the other side now;
-* it raises `HostRefused` or `GuestRefused` (or any `RequestError`): it is **refused**, and the other side is as it was;
+* it raises `HostRefused`, `GuestRefused` or `ImageError` (or any `RequestError`): it is **refused**, and the other side
+  is as it was;
 * it raises anything else (`OutcomeUnknown`, `ProtocolError`, `VMGone`, …): **no answer**; the manager probes before
   it takes the next step.
 

@@ -11,6 +11,7 @@ from utilityvm.errors import (
     DeadlineExceeded,
     GuestRefused,
     HostRefused,
+    ImageError,
     NotSupported,
     OutcomeUnknown,
     RequestError,
@@ -27,7 +28,7 @@ from utilityvm.scsi.ports import GuestBackend, HostBackend
 from utilityvm.scsi.reservation import Force
 from utilityvm.scsi.transitions import DiskState, Event, MountState, ReservationState
 
-_REFUSALS: Final = (HostRefused, GuestRefused, RequestError)
+_REFUSALS: Final = (HostRefused, GuestRefused, ImageError, RequestError)
 _LAST_WORD_S: Final = 2.0  # for a guest that was overruled before
 
 

@@ -79,3 +79,28 @@ def test_an_fdset_says_what_it_is_for() -> None:
 def test_names_fit_qemu() -> None:
     assert len(blockdev.node_name(10**12)) <= 31
     assert os.fsencode(blockdev.device_id(1)) == b"d1"
+
+
+def node_of(drv: str, file: str) -> dict[str, str]:
+    return {"node-name": "#block1", "drv": drv, "file": file}
+
+
+GIVEN = [node_of("qcow2", "/dev/fdset/2"), node_of("file", "/dev/fdset/2"), node_of("host_device", "/dev/fdset/3")]
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        node_of("file", "/etc/shadow"),
+        node_of("file", "/dev/fdset/2"),  # a second time: the name of another disk's descriptor
+        node_of("file", "/dev/fdset/1"),  # the log
+        node_of("file", "/dev/fdset/9"),
+        node_of("file", "/dev/fdset/../../etc/shadow"),
+        node_of("nbd", "nbd://example.org"),
+        node_of("nbd", "/dev/fdset/4"),
+        {"node-name": "#block2", "drv": "null-co"},
+    ],
+)
+def test_a_file_that_nobody_gave_is_found_among_the_nodes(foreign: dict[str, str]) -> None:
+    assert blockdev.not_given(GIVEN, {2, 3, 4}) == []
+    assert blockdev.not_given([*GIVEN, foreign], {2, 3, 4}) == [foreign.get("file") or "null-co"]

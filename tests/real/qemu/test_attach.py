@@ -20,6 +20,7 @@ from utilityvm.errors import (
     DiskInUse,
     HostRefused,
     ImageError,
+    ImageUnsafe,
     InvalidRequest,
     NotAttached,
     NotSupported,
@@ -475,3 +476,41 @@ async def test_a_second_device_del_while_the_first_is_under_way(vm: QemuHost, im
     assert caught.value.kind == "DeviceNotFound"
     await vm.detach(Slot(0, 1), attachment="a", timeout_s=T)
     assert await traces(vm) == []
+
+
+def with_data_elsewhere(secret: Path) -> bytes:
+    """The head of a qcow2 image whose data is in that file, which everybody may read and write."""
+    made = secret.with_name("made.qcow2")
+    qemu_img = find_program("qemu-img", package="qemu-utils")
+    run([qemu_img, "create", "-q", "-f", "qcow2", "-o", f"data_file={secret},data_file_raw=on", made, "16M"])
+    secret.chmod(0o666)
+    for folder in list(secret.parents)[:-2]:
+        folder.chmod(folder.stat().st_mode | 0o111)
+    return made.read_bytes()[:65536]
+
+
+@pytest.mark.parametrize("confinement", ["off", "auto"])
+async def test_a_header_that_changes_after_it_was_checked_opens_nothing(
+    start: Start, image: Make, confinement: str
+) -> None:
+    vm = await start(confinement=confinement)
+    path, bystander = image(image_format=DiskFormat.QCOW2), image("bystander")
+    secret = path.with_name("secret")
+    await attach(vm, bystander, Slot(0, 1), "b")
+    before = await traces(vm)
+    plain = path.read_bytes()[:65536]
+    unsafe = with_data_elsewhere(secret)
+    disk = await vm.open(request(path))
+    with path.open("r+b") as file:
+        file.write(unsafe)
+    with pytest.raises((ImageUnsafe, HostRefused)) as refused:
+        await vm.attach(Slot(1, 1), disk, attachment="a", timeout_s=T)
+    assert isinstance(refused.value, ImageUnsafe) or vm.process.walls, "QEMU opened it, and nobody saw"
+    if confinement == "off":
+        assert isinstance(refused.value, ImageUnsafe)
+    assert not holds(vm, secret)
+    assert await traces(vm) == before
+    with path.open("r+b") as file:
+        file.write(plain)
+    await vm.attach(Slot(1, 1), disk, attachment="c", timeout_s=T)
+    disk.close()

@@ -13,8 +13,8 @@ Source: QEMU qapi/block-core.json, BlockdevOptions; hw/scsi/scsi-disk.c.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final
 
 from utilityvm.diskimage import headers
 from utilityvm.hosts.qemu.disk import QemuDisk
@@ -26,6 +26,10 @@ DEFAULT_BLOCK_BYTES: Final = 512
 ROOT_SET, LOG_SET = 0, 1  # fdsets that are not attachments
 FIRST_NUMBER: Final = LOG_SET + 1
 _BASE: Final = "below:"
+_SET_PATH: Final = "/dev/fdset/"
+_FORMATS: Final = frozenset(format.value for format in DiskFormat)
+_NAMING: Final = frozenset({DiskFormat.QCOW2, DiskFormat.VMDK})  # a data file; extents
+_PROTOCOLS: Final = frozenset({"file", "host_device"})
 _DIGITS: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -73,7 +77,7 @@ def node(disk: QemuDisk, number: int, *, locks: bool) -> dict[str, object]:
     described = layer_node(
         headers.driver_options(disk.header),
         disk.request.kind,
-        file=f"/dev/fdset/{number}",
+        file=f"{_SET_PATH}{number}",
         read_only=disk.request.read_only,
         locks=locks,
     )
@@ -154,6 +158,31 @@ def attach(disk: QemuDisk, number: int, slot: Slot, attachment: str, *, locks: b
         ("blockdev-add", node(disk, number, locks=locks)),
         ("device_add", device(disk, number, slot)),
     ]
+
+
+def may_name_files(disk: QemuDisk) -> bool:
+    """Has its format a place for the names of other files, which QEMU opens whatever it is told of the node?"""
+    return disk.format in _NAMING
+
+
+def not_given(nodes: Sequence[Mapping[str, Any]], sets: Collection[int]) -> list[str]:
+    """The files that QEMU has open for its nodes and was not given, as `query-named-block-nodes` tells them.
+
+    Each descriptor of `sets` is under one node at the most: an image may name that of another disk, too.
+    """
+    found: list[str] = []
+    seen: set[int] = set()
+    for one in nodes:
+        if one["drv"] in _FORMATS:
+            continue  # over another node, which is listed as well
+        name = str(one.get("file") or one["drv"])
+        number = name.removeprefix(_SET_PATH)
+        is_ours = one["drv"] in _PROTOCOLS and name.startswith(_SET_PATH) and number.isdecimal() and int(number) in sets
+        if not is_ours or int(number) in seen:
+            found.append(name)
+        elif is_ours:
+            seen.add(int(number))
+    return found
 
 
 def remove_node(number: int) -> Command:

@@ -18,6 +18,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Self, cast
 
@@ -27,6 +28,7 @@ from utilityvm.errors import (
     DeadlineExceeded,
     DiskInUse,
     HostRefused,
+    ImageUnsafe,
     InvalidRequest,
     NotAttached,
     NotSupported,
@@ -44,7 +46,7 @@ from utilityvm.hosts.qemu.incoming import Incoming, IncomingDisk, not_taken
 from utilityvm.hosts.qemu.incoming import check as check_disks
 from utilityvm.hosts.qemu.launch import QemuConfig, QemuProcess
 from utilityvm.hosts.qemu.lifetime import Watch
-from utilityvm.hosts.qemu.qmp import Answer, Event, Qmp, QmpRefused
+from utilityvm.hosts.qemu.qmp import Answer, Command, Event, Qmp, QmpRefused
 from utilityvm.log import logger
 from utilityvm.machine import hostpath
 from utilityvm.machine.oserrors import typed_errors
@@ -213,6 +215,7 @@ class QemuHost:
         Raises:
             DiskInUse: another VM holds it in a way that forbids this; nothing changed.
             AlreadyAttached: the slot, or the name, is taken; nothing changed.
+            ImageUnsafe: QEMU opened another file for it: its header was changed meanwhile; it was taken back.
             HostRefused: QEMU said no, and what it had made of it is gone again.
             OutcomeUnknown: no answer, or the undoing was refused; probe.
             VMGone: the VM died.
@@ -240,9 +243,9 @@ class QemuHost:
         self._numbers[attachment] = number
         commands = blockdev.attach(disk, number, slot, attachment, locks=taken.locks)
         try:
-            answers = await self._qmp.execute_all(commands, fd=taken.fd, timeout_s=timeout_s)
+            answers, foreign = await self._add(commands, taken.fd, disk, timeout_s=timeout_s)
             refusals = [answer for answer in answers if isinstance(answer, QmpRefused)]
-            if not refusals:
+            if not refusals and not foreign:
                 self._close_ours(attachment, taken.fd)
                 self._images[slot] = disk.request.host_path, disk.identity, disk.format
                 return
@@ -251,9 +254,37 @@ class QemuHost:
             await in_thread(os.close, taken.fd, always=True)
             raise
         try:
+            if foreign:
+                raise ImageUnsafe(
+                    f"attach {disk.request.host_path} at {slot}: QEMU opened {foreign[0]!r} for it, which nobody gave: "
+                    "somebody changes the image while it is attached",
+                    vm=self.process.name,
+                    slot=slot,
+                    host_path=disk.request.host_path,
+                    remedy="see who writes to it, and trust neither; it is out of the VM again",
+                )
             raise await self._attach_error(refusals[0], slot, disk, taken.fd, timeout_s=timeout_s)
         finally:
             await in_thread(taken.give_back, always=True)
+
+    async def _add(
+        self, commands: list[Command], fd: int, disk: QemuDisk, *, timeout_s: float
+    ) -> tuple[list[Answer], list[str]]:
+        """What QEMU answered, and the files that it has open and was not given.
+
+        Of an image that may name other files the guest sees nothing before these were looked for: its header was
+        checked, and whoever may write to it can change it before QEMU reads it.
+        """
+        if not blockdev.may_name_files(disk):
+            return await self._qmp.execute_all(commands, fd=fd, timeout_s=timeout_s), []
+        look = ("query-named-block-nodes", {"flat": True})
+        *answers, nodes = await self._qmp.execute_all([*commands[:-1], look], fd=fd, timeout_s=timeout_s)
+        if any(isinstance(answer, QmpRefused) for answer in (*answers, nodes)):
+            return [*answers, *([nodes] if isinstance(nodes, QmpRefused) else [])], []
+        known = {blockdev.ROOT_SET, *self._numbers.values(), *chain.from_iterable(self._below.values())}
+        if foreign := blockdev.not_given(nodes, known):
+            return answers, foreign
+        return answers + await self._qmp.execute_all(commands[-1:], timeout_s=timeout_s), []
 
     async def allocated(self, slot: Slot) -> Ranges | None:
         """The ranges of the disk at `slot` that may hold data now. None: it cannot be told.
