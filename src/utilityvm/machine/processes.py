@@ -136,18 +136,6 @@ def values_of(option: str) -> set[str]:
     return {value for _, line in _every_command_line() for word, value in pairwise(line) if word == option}
 
 
-def has_words(pid: int, *words: str) -> bool:
-    """Has the process `words` on its command line, whole and one after the other? False if it has ended.
-
-    Raises:
-        SetupError: it cannot be told.
-    """
-    try:
-        return _follow(words, _command_line(pid))
-    except OSError as error:
-        raise oserrors.as_ours(error, f"cannot look at process {pid}") from error
-
-
 def _every_command_line() -> Iterator[tuple[int, list[str]]]:
     """Of every process that we may look at: those of other users are none of ours."""
     try:

@@ -88,10 +88,11 @@ def spawn(
     stdout: int = subprocess.DEVNULL,
     stderr: int = subprocess.DEVNULL,
     pass_fds: Sequence[int] = (),
+    cwd: Path = Path("/"),
 ) -> int:
     """Start a program that runs beside us, and give its pid. It is reaped when it ends; nobody has to wait for it.
 
-    It has a session of its own (a terminal's Ctrl-C is not for it), works in `/`, makes files that only its user may
+    It has a session of its own (a terminal's Ctrl-C is not for it), works in `cwd`, makes files that only its user may
     read, and inherits no descriptor but those given.
 
     Raises:
@@ -102,7 +103,7 @@ def spawn(
     try:
         process = subprocess.Popen(
             words,
-            cwd="/",
+            cwd=cwd,
             env=env,
             stdin=stdin,
             stdout=stdout,

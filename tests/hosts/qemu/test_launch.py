@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,3 +146,16 @@ async def test_what_is_not_that_qemu_is_not_killed() -> None:
     started = started_at(os.getpid())
     assert started
     await launch.destroy(replace(PROCESS, pid=os.getpid(), started=started, folder=Path("/nonexistent/one")))
+
+
+async def test_a_process_is_ended_by_what_it_cannot_change_and_not_by_what_it_says_of_itself() -> None:
+    """A QEMU that its guest has taken over can write what it likes on its command line."""
+    with subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], stdin=-1, stdout=-1) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        process = replace(PROCESS, pid=other.pid, started=started_at(other.pid) or "", uid=os.geteuid())
+        await launch.end(replace(process, uid=os.geteuid() + 1))  # another user's
+        await launch.end(replace(process, started=f"1{process.started}"))  # an earlier one of that pid
+        assert other.poll() is None
+        await launch.end(process)
+        assert other.wait(timeout=30) == -signal.SIGKILL

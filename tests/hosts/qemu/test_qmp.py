@@ -191,6 +191,22 @@ async def test_a_refusal_has_class_and_words(qmp: Qmp) -> None:
     assert (caught.value.kind, caught.value.command, caught.value.vm) == ("CommandNotFound", "no-such", "one")
 
 
+async def test_nothing_that_a_terminal_obeys_comes_in(qmp: Qmp, monitor: Monitor) -> None:
+    """A QEMU that its guest has taken over writes to the owner's terminal through the owner's errors."""
+    monitor.paused = True
+    asked = asyncio.create_task(qmp.execute_all([("echo", {}), ("echo", {})], timeout_s=T))
+    await turns(lambda: len(monitor._queue) == 2)
+    words = "\x1b]52;c;cm0=\x07wiped\x1b[2J \u202eback\x9b1m\x7f"
+    first, second = (question.id for question in qmp._pending)
+    monitor.send({"error": {"class": words, "desc": words}, "id": first})
+    monitor.send({"return": [{words: [words]}], "id": second})
+    refusal, found = await asked
+    assert isinstance(refusal, QmpRefused)
+    for text in (str(refusal), refusal.kind, refusal.description, *found[0], *found[0].popitem()[1]):
+        assert text.isprintable()
+        assert "wiped" in text
+
+
 async def test_a_batch_gives_each_answer_and_raises_none(qmp: Qmp) -> None:
     answers = await qmp.execute_all([("echo", {"a": 1}), ("no-such", {}), ("echo", {"b": 2})], timeout_s=T)
     assert (answers[0], answers[2]) == ({"a": 1}, {"b": 2})
@@ -326,6 +342,7 @@ async def test_descriptors_that_wait_are_closed_when_qemu_hangs_up(qmp: Qmp, mon
         b'{"event": 1, "data": 2}\r\n',
         b'{"QMP": {}}\r\n',
         b"\xff\xfe\r\n",
+        b"[" * 200_000 + b"\r\n",
     ],
 )
 async def test_what_is_not_qmp_ends_the_connection(qmp: Qmp, monitor: Monitor, garbage: bytes) -> None:

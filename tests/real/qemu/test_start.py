@@ -388,13 +388,15 @@ async def test_another_vm_at_the_same_place_is_not_taken_over(start: Start) -> N
     vm = await start()
     record = replace(vm.process, uuid=str(uuid.uuid4()))
     await vm.close()
-    with pytest.raises(VMGone, match="is not the QEMU of VM"):
+    with pytest.raises(SetupError, match="lead to VM"):
         await QemuHost.connect(record)
 
 
 async def test_another_vms_process_is_not_killed(start: Start, tmp_path: Path) -> None:
     vm = await start()
-    await launch.destroy(replace(vm.process, uuid=str(uuid.uuid4()), log_pid=os.getpid(), folder=tmp_path / "none"))
+    record = replace(vm.process, log_pid=os.getpid(), folder=tmp_path / "none")
+    await launch.destroy(replace(record, started=f"1{vm.process.started}"))
+    await launch.destroy(replace(record, uid=vm.process.uid + 1))
     assert await vm.status() == "running"
 
 

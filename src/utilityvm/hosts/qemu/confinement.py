@@ -60,6 +60,7 @@ class Layer(StrEnum):
     SYSTEM_CALLS = "second list of system calls"
     RIGHTS = "no capabilities, no new rights"
     CORES = "no core dumps"
+    LIMITS = "limits on files and threads"
 
 
 class Mode(StrEnum):
@@ -238,7 +239,9 @@ async def survey(emulator: Emulator, mode: Mode = Mode.AUTO) -> Walls:
         SetupError: `mode` is `REQUIRE` and one is missing; says which, and why.
     """
     is_root = os.geteuid() == 0
-    always = (Layer.USER, Layer.RIGHTS, Layer.CORES) if is_root else (Layer.RIGHTS, Layer.CORES)
+    always: list[Layer] = [Layer.RIGHTS, Layer.CORES, Layer.LIMITS]
+    if is_root:
+        always.insert(0, Layer.USER)
     jailed = [Layer.FILES, Layer.PROCESSES, Layer.NETWORK, Layer.IPC, Layer.SYSTEM_CALLS]
     if not is_root:
         jailed.insert(0, Layer.USER_NAMESPACE)
@@ -250,7 +253,7 @@ async def survey(emulator: Emulator, mode: Mode = Mode.AUTO) -> Walls:
             f"QEMU would not be confined ({', '.join(jailed)}): {why}",
             remedy="mend that, or start the VM without confinement=require",
         )
-    return Walls(always, dict.fromkeys(jailed, why))
+    return Walls(tuple(always), dict.fromkeys(jailed, why))
 
 
 def _why_no_jail(emulator: Emulator) -> str | None:

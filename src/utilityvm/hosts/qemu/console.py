@@ -39,12 +39,14 @@ def start_writer(folder: Path, *, keeps: Sequence[int] = ()) -> tuple[int, int]:
     """
     reader, writer = os.pipe()
     try:
-        pid = spawn(
-            [*powerless(), "/bin/sh", "-c", _WRITER, folder / NAME, str(LIMIT_BYTES)],
-            env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
-            stdin=reader,
-            pass_fds=keeps,
-        )
+        with runtime.entered(folder) as here:
+            pid = spawn(
+                [*powerless(), "/bin/sh", "-c", _WRITER, NAME, str(LIMIT_BYTES)],
+                env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
+                stdin=reader,
+                pass_fds=keeps,
+                cwd=here,
+            )
     except BaseException:
         os.close(writer)
         raise

@@ -282,7 +282,7 @@ class QemuHost:
         if any(isinstance(answer, QmpRefused) for answer in (*answers, nodes)):
             return [*answers, *([nodes] if isinstance(nodes, QmpRefused) else [])], []
         known = {blockdev.ROOT_SET, *self._numbers.values(), *chain.from_iterable(self._below.values())}
-        if foreign := blockdev.not_given(nodes, known):
+        if foreign := blockdev.not_given(cast(list[dict[str, Any]], nodes), known):
             return answers, foreign
         return answers + await self._qmp.execute_all(commands[-1:], timeout_s=timeout_s), []
 

@@ -41,12 +41,13 @@ from utilityvm.hosts.qemu.ram import find as find_ram
 from utilityvm.log import logger
 from utilityvm.machine import hostpath, oserrors, runtime
 from utilityvm.machine.oserrors import typed_errors
-from utilityvm.machine.processes import has_words, is_ending, is_running
+from utilityvm.machine.processes import is_ending, is_running
 from utilityvm.machine.programs import find_program, spawn
 from utilityvm.machine.sockets import Listener
 from utilityvm.machine.threads import in_thread, to_the_end
 from utilityvm.scsi.slot import MAX_CONTROLLERS
 from utilityvm.tasks import Undo
+from utilityvm.text import clean as clean_text
 
 QMP_SOCKETS: Final = ("qmp0.sock", "qmp1.sock")
 AGENT_SOCKET: Final = "agent.sock"
@@ -55,6 +56,7 @@ ROOT_SERIAL: Final = "utilityvm-root"
 FIRST_CONTROLLER: Final = 0x10  # PCI slot of controller 0; the guest finds disks by it
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _COPY: Final = 1 << 20
+_LAST_WORDS, _LONGEST_LINE = 16 << 10, 500
 _END_S: Final = 5.0  # a killed process ends in milliseconds, unless the kernel waits for its storage
 _REMEDIES: Final = (
     ("KVM", "set UTILITYVM_ACCEL=tcg, or make /dev/kvm work: `uvm doctor` says what it lacks"),
@@ -349,7 +351,8 @@ async def destroy(process: QemuProcess, *, keep_log: bool = False) -> None:
 async def end(process: QemuProcess) -> None:
     """Kill that QEMU, and see it and its log's writer end. Ended before is done.
 
-    A process is killed only if pid, start time and the UUID on its command line are the recorded ones.
+    A process is killed only if pid, start time and user are the recorded ones; what it says of itself counts for
+    nothing: a QEMU that its guest has taken over can write what it likes on its command line.
 
     Raises:
         OutcomeUnknown: the kernel does not let it go: its storage hangs; call again.
@@ -401,8 +404,9 @@ def restore_sockets(process: QemuProcess) -> None:
                 f"written out yet: uvm stop --force {process.name}",
             )
         _make_folder(process.folder, process.name)
-        path.unlink(missing_ok=True)
-        path.symlink_to(kept[path.name])
+        with runtime.entered(process.folder) as here:
+            (here / path.name).unlink(missing_ok=True)
+            (here / path.name).symlink_to(kept[path.name])
         _log.warning("%s was removed while the VM runs, and leads to its socket again", path, vm=process.name)
 
 
@@ -534,7 +538,8 @@ class _Children:
 
 def _failure(process: QemuProcess, saved: Incoming | None) -> UtilityVMError:
     """Why QEMU ended, in its own words."""
-    lines = console.read(process.folder).decode(errors="replace").splitlines()
+    lines = console.read(process.folder)[-_LAST_WORDS:].decode(errors="replace").splitlines()
+    lines = [clean_text(line, _LONGEST_LINE) for line in lines]
     said = [line.partition(": ")[2] or line for line in lines if line.strip()]
     last = said[-1] if said else "it said nothing"
     if saved is not None and any("load of migration failed" in line for line in said):
@@ -551,8 +556,8 @@ def _watch(pid: int, started: str) -> Watch | None:
 
 
 def is_proven(process: QemuProcess) -> bool:
-    """Has the process of that pid the VM's UUID on its command line? Nobody else has."""
-    return has_words(process.pid, "-uuid", process.uuid)
+    """Is the process of that pid the one that was recorded? By what it cannot change: its start, and its user."""
+    return process.is_running() and process.uid in privileges.user_ids_of(f"/proc/{process.pid}")
 
 
 def _make_folder(folder: Path, vm: str) -> None:
@@ -647,7 +652,8 @@ def _open_ports(folder: Path) -> _Ports:
         qmp0, qmp1, agent = (_listen(folder / name, opened) for name in (*QMP_SOCKETS, AGENT_SOCKET))
         kept = []
         for name in (*QMP_SOCKETS, AGENT_SOCKET):
-            kept.append(os.open(folder / name, os.O_PATH | os.O_CLOEXEC))
+            with runtime.socket_in(folder / name) as path:
+                kept.append(os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
             opened.callback(os.close, kept[-1])
         log_pid, log = console.start_writer(folder, keeps=kept)
         opened.callback(os.close, log)

@@ -27,9 +27,11 @@ from utilityvm.machine.programs import find_program
 
 _SETPRIV_S: Final = 0.0005
 # argv[0] of the script is the owner's pid.
-_UNLESS_ORPHANED: Final = 'ulimit -c 0; [ "$PPID" = "$0" ] && exec "$@"'
-_ALWAYS: Final = 'ulimit -c 0; exec "$@"'
-_ONCE_TOLD: Final = 'ulimit -c 0; read -r told && exec "$@" </dev/null'  # else the owner has died
+_UNLESS_ORPHANED: Final = '[ "$PPID" = "$0" ] && exec "$@"'
+_ALWAYS: Final = 'exec "$@"'
+_ONCE_TOLD: Final = 'read -r told && exec "$@" </dev/null'  # else the owner has died
+FILES: Final = 8192  # open at a time: 256 disks over 30 layers each
+THREADS: Final = 2048  # of a user id that no other process has: 255 processors, and those that wait for storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,13 @@ def launcher(setpriv: Path, who: Identity, *, dies_with_us: bool, is_told: bool 
     if dies_with_us:
         words += ["--pdeathsig=KILL"]
     script = _ONCE_TOLD if is_told else _UNLESS_ORPHANED if dies_with_us else _ALWAYS
-    return [*words, "/bin/sh", "-c", script, str(os.getpid())]
+    return [*words, "/bin/sh", "-c", _limits(who) + script, str(os.getpid())]
+
+
+def _limits(who: Identity) -> str:
+    """No core file, and no more files and threads than a VM can need; a lower limit of ours stays as it is."""
+    limits = {"-c": 0, "-n": FILES, **({"-p": THREADS} if who.drops else {})}
+    return "".join(f"ulimit {which} {most} 2>/dev/null; " for which, most in limits.items())
 
 
 def powerless() -> list[str]:

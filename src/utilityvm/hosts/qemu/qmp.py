@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import socket
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -30,16 +31,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, Self, TypeAlias, cast
 
 from utilityvm.errors import DeadlineExceeded, HostRefused, ProtocolError, UtilityVMError, VMGone
 from utilityvm.log import logger
 from utilityvm.machine import oserrors, sockets
 from utilityvm.machine.sockets import Listener
+from utilityvm.text import clean
 
 Arguments: TypeAlias = Mapping[str, object]
 Command: TypeAlias = tuple[str, Arguments]
 
+_SUSPECT: Final = re.compile(rb'[\x7f-\xff]|\\[^"\\/nt]')  # what cannot be in a text that needs no cleaning
 LONGEST_MESSAGE: Final = 64 << 20  # bytes; query-named-block-nodes of a full VM is about one hundredth of it
 _READ: Final = 1 << 18
 _IDS: Final = 10
@@ -321,11 +324,11 @@ class Qmp:
             self._searched = 0
             try:
                 self._take(line)
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 self._end(
                     ProtocolError(
-                        f"QEMU of VM {self._vm} sent what is not QMP: {error!r}",
-                        message=line[:_SHOWN].decode(errors="replace"),
+                        f"QEMU of VM {self._vm} sent what is not QMP: {clean(repr(error))}",
+                        message=clean(line[:_SHOWN].decode(errors="replace")),
                         vm=self._vm,
                     )
                 )
@@ -340,7 +343,7 @@ class Qmp:
         if not self._greeting.done():
             self._take_greeting(line)
             return
-        message = json.loads(line)
+        message = _read(line)
         if "event" in message:
             self._take_event(Event(str(message["event"]), dict(message.get("data", {}))))
         elif "QMP" in message:
@@ -350,8 +353,8 @@ class Qmp:
             self._take_answer(message)
 
     def _take_greeting(self, line: bytes) -> None:
-        with suppress(ValueError, TypeError):
-            message = json.loads(line)
+        with suppress(ValueError, TypeError, RecursionError):
+            message = _read(line)
             if "QMP" in message:
                 self._greeting.set_result(message)
 
@@ -416,6 +419,26 @@ def _again(reason: UtilityVMError) -> UtilityVMError:
     if isinstance(reason, ProtocolError):
         return ProtocolError(str(reason), message=reason.message, vm=reason.vm)
     return VMGone(str(reason), vm=reason.vm, remedy=reason.remedy)
+
+
+def _read(line: bytes) -> Any:
+    """A message, without what a terminal would obey: it may be of a QEMU that its guest has taken over.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON.
+    """
+    message = json.loads(line)
+    return _cleaned(message) if _SUSPECT.search(line) else message
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, list):
+        return [_cleaned(one) for one in cast(list[Any], value)]
+    if isinstance(value, dict):
+        return {_cleaned(name): _cleaned(one) for name, one in cast(dict[str, Any], value).items()}
+    return value
 
 
 def _version(greeting: Mapping[str, Any]) -> str:
