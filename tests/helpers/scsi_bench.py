@@ -24,9 +24,11 @@ class Bench:
     clock: Callable[[], float] = time.time
     world: FakeWorld = field(default_factory=FakeWorld)
     journal: MemoryJournal = field(default_factory=MemoryJournal)
+    host_of: Callable[[FakeWorld], FakeHost] = FakeHost
+    guest_of: Callable[[FakeWorld], FakeGuest] = FakeGuest
 
     def __post_init__(self) -> None:
-        self.host, self.guest = FakeHost(self.world), FakeGuest(self.world)
+        self.host, self.guest = self.host_of(self.world), self.guest_of(self.world)
         self._numbers = itertools.count(len(self.world.names_used) * 100)  # no two owners give the same name
         self.manager = self.new_manager()
 

@@ -1,20 +1,31 @@
-"""Tries the orders of a scenario: all of them, or as many as it may, the same ones each time.
-
-A scenario whose orders are too many is tried in part: half of it depth first, which differ in their last choices, and
-half by chance.
-"""
+"""Tries the orders of a scenario: all of them, or as many as it is told to, the same ones each time."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Self
 
-from explore import Budget, Run, next_order
-from points import Tell
+from explore import Budget, Run, Tree
 from scsi_callers import Caller, Stage
-from utilityvm.errors import AlreadyReleased, NotAttached, UtilityVMError
+from utilityvm.errors import (
+    AlreadyReleased,
+    GuestBusy,
+    GuestRefused,
+    HostRefused,
+    NotAttached,
+    OutcomeUnknown,
+    StoreError,
+    UtilityVMError,
+    WrongState,
+)
+
+_OF_STEPS = (HostRefused, GuestRefused, OutcomeUnknown, StoreError, WrongState)
+_COLLECT_EVERY = 200  # orders; most garbage is exceptions with their frames
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,18 @@ class Scenario:
     cancels: int = 0
     before: list[Caller] = field(default_factory=list)
     journal: bool = False  # the journal's writes take their time and fail, too
-    orders: int = 8_000  # at the most
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What came of it: how many orders, each another one; how many different sets of steps they sent."""
+
+    orders: int
+    sets_of_steps: int
+    are_all: bool
+
+    def __str__(self) -> str:
+        return f"{self.orders} orders, {self.sets_of_steps} sets of steps{', all there are' if self.are_all else ''}"
 
 
 async def clean_up(stage: Stage) -> None:
@@ -57,6 +79,10 @@ def play(scenario: Scenario, run: Run) -> frozenset[str]:
             error = None if task.cancelled() else task.exception()
             if error is not None and not isinstance(error, UtilityVMError):
                 raise error
+            # With a right answer to every step no caller hears of one that failed, or was half-way.
+            is_of_step = isinstance(error, _OF_STEPS) and not isinstance(error, GuestBusy)
+            if is_of_step and stage.is_untouched and not stage.was_busy:
+                raise AssertionError(f"nothing went wrong, and a caller was told {error!r}")
         assert not world.harm, world.harm
         stage.check_nothing_of_nobody(is_whole=run.budget.faults == scenario.faults and not stage.was_busy)
         world.breaks.clear()
@@ -70,32 +96,58 @@ def play(scenario: Scenario, run: Run) -> frozenset[str]:
     return frozenset(world.log)
 
 
-def try_orders(name: str, scenario: Scenario, tell: Tell) -> int:
-    """Try the scenario's orders; gives how many they were, each another one."""
-    chance = random.Random(name)
-    tried, outcomes, whole, repeated = set[tuple[int, ...]](), set[frozenset[str]](), False, 0
-    follow: list[int] | None = []
+class _Mistakes(logging.Handler):
+    """What the manager logs of mistakes of its own. Warnings are no mistakes, and not even made."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.told: list[str] = []
+        self._log = logging.getLogger("utilityvm.scsi")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(record.getMessage())
+
+    def __enter__(self) -> Self:
+        self._log.addHandler(self)
+        self._before = self._log.level
+        self._log.setLevel(logging.ERROR)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._log.setLevel(self._before)
+        self._log.removeHandler(self)
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Collect garbage when told to, and do not look at what is there now again and again."""
     gc.collect()
-    gc.disable()  # nothing here needs it but exceptions with their frames, and they are many
+    gc.freeze()
+    gc.disable()
     try:
-        while len(tried) < scenario.orders and not whole and repeated < scenario.orders // 4:
-            by_chance = len(tried) >= scenario.orders // 2
-            budget = Budget(scenario.faults, scenario.cancels)
-            run = Run([], budget, chance=chance) if by_chance else Run(follow or [], budget)
-            try:
-                outcomes.add(play(scenario, run))
-            except BaseException:
-                print(f"{name}: choices {run.taken}")  # noqa: T201  a failing order is repeated by its choices
-                raise
-            before = len(tried)
-            tried.add(tuple(run.taken))
-            repeated += len(tried) == before
-            if not by_chance:
-                follow = next_order(run)
-                whole = follow is None
-            if len(tried) % 2_000 == 0:
-                gc.collect()
+        yield
     finally:
         gc.enable()
-    tell(f"{len(tried)} orders, {len(outcomes)} sets of steps{', all there are' if whole else ''}: {name}")
-    return len(tried)
+        gc.unfreeze()
+
+
+def try_orders(name: str, scenario: Scenario, at_most: int) -> Tried:
+    """Try that many orders of the scenario, or all of them."""
+    tree = Tree(random.Random(name))
+    outcomes = set[frozenset[str]]()
+    orders = 0
+    with _Mistakes() as mistakes, _without_collections():
+        while orders < at_most and not tree.is_whole:
+            tree.begin()
+            try:
+                outcomes.add(play(scenario, Run(Budget(scenario.faults, scenario.cancels), tree)))
+                # A journal that fails may do so by a mistake, which is a worker's as well.
+                assert scenario.journal or not mistakes.told, mistakes.told
+            except BaseException:
+                print(f"{name}: order {orders}, choices {tree.taken}")  # noqa: T201  it is repeated by its number
+                raise
+            tree.end()
+            orders += 1
+            if orders % _COLLECT_EVERY == 0:
+                gc.collect()
+    return Tried(orders, len(outcomes), tree.is_whole)

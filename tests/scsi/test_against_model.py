@@ -44,7 +44,7 @@ class Model(RuleBasedStateMachine):
         self.held: dict[str, tuple[Reservation, str, str | None]] = {}
         self.gone: list[Reservation] = []
         self.sizes: dict[str, int] = {}  # MiB, of those that were resized
-        self.run_steps = Run([], Budget(0, 0))
+        self.run_steps = Run(Budget(0, 0))
         self.bench.world.gate = self.run_steps.gate
 
     def finish(self, coro: object) -> object:
