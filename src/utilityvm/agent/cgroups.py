@@ -23,16 +23,39 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from utilityvm.agent import mountinfo
+from utilityvm.agent.faults import Fault
 from utilityvm.agent.processes import kill_session, send
 
 _NAME: Final = "utilityvm"
 _PROCS, _KILL, _FREEZE, _EVENTS = "cgroup.procs", "cgroup.kill", "cgroup.freeze", "cgroup.events"
 _LEFT: Final = "trusted.utilityvm.left"  # the mark
+_DELEGATED: Final = "cgroup.subtree_control"
+_CPU_PERIOD_US: Final = 100_000
 _KILL_ROUNDS: Final = 10
 _NONE_HERE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP})
+
+
+class Limits(NamedTuple):
+    """What a program and all that it starts may use together. None: as much as there is."""
+
+    memory_bytes: int | None = None
+    pids: int | None = None
+    milli_cpus: int | None = None  # thousandths of a processor
+
+    def files(self) -> dict[str, tuple[str, str]]:
+        """Each file of a cgroup that says one of them: the controller that it is of, and what it holds."""
+        files = {}
+        if self.memory_bytes is not None:
+            files["memory.max"] = "memory", str(self.memory_bytes)
+            files["memory.oom.group"] = "memory", "1"  # it ends whole, and not with a part of it missing
+        if self.pids is not None:
+            files["pids.max"] = "pids", str(self.pids)
+        if self.milli_cpus is not None:
+            files["cpu.max"] = "cpu", f"{self.milli_cpus * _CPU_PERIOD_US // 1000} {_CPU_PERIOD_US}"
+        return files
 
 
 class Family:
@@ -40,7 +63,7 @@ class Family:
 
     def __init__(self, cgroups: Cgroups, path: str | None) -> None:
         self._cgroups = cgroups
-        self._path = path
+        self.path = path
         self._procs = -1 if path is None else os.open(f"{path}/{_PROCS}", os.O_WRONLY | os.O_CLOEXEC)
 
     def enter(self) -> None:
@@ -52,25 +75,38 @@ class Family:
         if self._procs >= 0:
             os.write(self._procs, b"0")
 
-    def kill(self, leader: int) -> None:
-        """Kill all of it. `leader`, the program, must not have been reaped: its pid could be another process's."""
-        if self._path is None:
+    def kill(self, leader: int | None) -> None:
+        """Kill all of it. `leader`, the program, must not have been reaped: its pid could be another process's.
+
+        Without a leader, what it left behind is killed, which only a cgroup knows.
+        """
+        if self.path is not None:
+            _kill(self.path)
+        elif leader is not None:
             kill_session(leader)
-        else:
-            _kill(self._path)
+
+    def was_out_of_memory(self) -> bool:
+        """Did the kernel kill some of it because it had used all of the memory that it may?"""
+        if self.path is None:
+            return False
+        try:
+            with open(f"{self.path}/memory.events") as file:
+                return any(line.startswith("oom_kill ") and line.split()[1] != "0" for line in file)
+        except OSError:
+            return False
 
     def wait_until_empty(self, timeout_s: float) -> None:
         """Wait until all of it has ended, for so long at the most."""
-        if self._path is not None:
-            _wait_until_empty(self._path, timeout_s)
+        if self.path is not None:
+            _wait_until_empty(self.path, timeout_s)
 
     def leave(self) -> None:
         """Nobody waits for it any more. What still runs goes on; its cgroup is removed some time after it has ended."""
         if self._procs >= 0:
             os.close(self._procs)
             self._procs = -1
-        if self._path is not None:
-            self._cgroups.leave(self._path)
+        if self.path is not None:
+            self._cgroups.leave(self.path)
 
 
 class Cgroups:
@@ -94,12 +130,32 @@ class Cgroups:
                 self._left.add(path)
         self._sweep()
 
-    def make(self) -> Family:
-        """A cgroup for a program that is about to be started.
+    def make(self, limits: Limits = Limits()) -> Family:  # noqa: B008 (a tuple)
+        """A cgroup for a program that is about to be started, with its limits.
 
         Raises:
             OSError: the kernel gives none, for lack of memory, say. A kernel that has no cgroups is no error.
+            Fault: there are limits, and the kernel keeps none of that kind.
         """
+        family = self._make()
+        try:
+            self._limit(family, limits.files())
+        except BaseException:
+            family.leave()
+            raise
+        return family
+
+    def _limit(self, family: Family, files: dict[str, tuple[str, str]]) -> None:
+        if files and (self._folder is None or family.path is None):
+            raise Fault("a limit on memory, processes or processors needs cgroup v2, which this guest does not have")
+        for name, (controller, text) in files.items():
+            try:
+                _delegate(controller, (os.path.dirname(str(self._folder)), str(self._folder)))
+                _write(f"{family.path}/{name}", text.encode())
+            except OSError as error:
+                raise Fault(f"this guest's kernel keeps no {name} for a program: {error.strerror}") from None
+
+    def _make(self) -> Family:
         if self._folder is None:
             return Family(self, None)
         self._sweep()
@@ -156,6 +212,18 @@ def _own() -> str | None:
     except OSError:
         return None
     return mounts[0] + paths[0].rstrip("/") if mounts and paths else None
+
+
+def _delegate(controller: str, folders: tuple[str, ...]) -> None:
+    """Have the cgroups in each of these folders keep limits of that kind.
+
+    Only where it is asked for: what counts the memory of a program costs it time.
+    """
+    for folder in folders:
+        with open(f"{folder}/{_DELEGATED}") as file:
+            is_there = controller in file.read().split()
+        if not is_there:
+            _write(f"{folder}/{_DELEGATED}", f"+{controller}".encode())
 
 
 def _kill(path: str) -> None:

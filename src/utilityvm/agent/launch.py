@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import IO, Final
 
+from utilityvm.agent.accounts import Account
 from utilityvm.agent.cgroups import Family
 from utilityvm.agent.faults import Fault
 from utilityvm.agent.processes import prepare_program
@@ -39,9 +40,12 @@ def start(
     stdout: int | IO[bytes],
     stderr: int | IO[bytes],
     family: Family,
+    account: Account | None = None,
     refusal: str | None = None,
 ) -> subprocess.Popen[bytes]:
-    """The program, started, as the first of `family`. A fault's message begins with `refusal`.
+    """The program, started, as the first of `family`, and as the user of `account`; None: as the agent's, root.
+
+    A fault's message begins with `refusal`.
 
     Raises:
         Fault: it cannot be started, and why: "not_found", "invalid" (a word, a name or a value cannot be), "refused".
@@ -50,6 +54,8 @@ def start(
     def prepare() -> None:
         family.enter()
         prepare_program()
+        if account:
+            account.become()
 
     refusal = refusal or f"cannot run {argv[0][:_SHOWN]}"
     try:
@@ -69,7 +75,7 @@ def start(
         kind = "not_found" if isinstance(error, FileNotFoundError) else "refused"
         raise Fault(f"{refusal}: {_reason(error, argv[0], env, cwd)}", kind=kind) from None
     except subprocess.SubprocessError:
-        raise Fault(f"{refusal}: the kernel does not let it into its cgroup") from None
+        raise Fault(f"{refusal}: the kernel does not let it into its cgroup, or be its user") from None
     except ValueError as error:  # a NUL, or what is no text
         raise Fault(f"{refusal}: {error}", kind="invalid") from None
 

@@ -1,7 +1,8 @@
-"""Programs that the host runs in the guest: their input, output and end, as messages.
+"""Programs that the host runs in the guest: their input, output and end.
 
 One thread a program moves its bytes; nothing that the host or the program does makes it hold more than a window of
-them. A program has a cgroup of its own, so that it can be killed with all that it started.
+them. A program has a cgroup of its own, so that it can be killed with all that it started. Where its output and its end
+go is its `Outlet`: to the host that runs it (`Programs`), or into a ring that outlives the host (`kept`).
 
 A program has ended when its own process has. What it wrote before is told, and what its children write to the same
 output in the half second after it; what they write later is dropped. They go on, unless the program was cancelled.
@@ -20,16 +21,17 @@ import termios
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
 
 from utilityvm.agent import cgroups, drain
+from utilityvm.agent.accounts import Account
 from utilityvm.agent.faults import Fault
 from utilityvm.agent.launch import ENVIRONMENT, start, why
 from utilityvm.bridge import messages
 
 AT_MOST: Final = 256  # programs at once
-_MAX_SIGNAL: Final = 64  # SIGRTMAX
+MAX_SIGNAL: Final = 64  # SIGRTMAX
 _SHOWN: Final = 100  # characters of a command
 _LINGER_S: Final = 0.5  # for what the children of a program that has ended write to its output
 _DIE_S: Final = 5.0  # for what was killed to end
@@ -44,8 +46,7 @@ class Programs:
     def __init__(self, notify: Notify) -> None:
         self._notify = notify
         self._lock = threading.Lock()
-        self._known: dict[int, Program] = {}
-        self._has_ended = False
+        self._known: dict[int, tuple[Program, _ToHost]] = {}
 
     def take(self, body: dict[str, Any]) -> Program:
         """The program of a RUN request, not started; input and signals for it are kept until it is.
@@ -53,43 +54,49 @@ class Programs:
         Raises:
             Fault: the request is wrong, its number is taken, or too many programs run.
         """
-        number = body.get("Process")
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise Fault(f"Process {number!r} is no number", kind="invalid")
-        program = Program(number, _Command(body), self._notify, self._forget)
+        number = process_number(body)
+        outlet = _ToHost(number, self._notify, self._forget)
+        program = Program(f"process {number}", Command(body), outlet)
         with self._lock:
             if number in self._known:
                 raise Fault(f"process {number} runs already", kind="invalid")
             if len(self._known) >= AT_MOST:
                 raise Fault(f"{AT_MOST} programs run already")
-            self._known[number] = program
+            self._known[number] = program, outlet
         return program
 
     def tell(self, kind: int, body: dict[str, Any]) -> None:
         """Pass on what the host says about a program. One that has ended takes nothing, which is no fault."""
         with self._lock:
-            program = self._known.get(body.get("Process", 0))
-        if program is None:
+            found = self._known.get(body.get("Process", 0))
+        if found is None:
             return
+        program, outlet = found
         match kind:
             case messages.RUN_INPUT:
-                program.feed(_bytes(body.get("Data")), last=body.get("Eof") is True)
+                program.feed(data_of(body), last=body.get("Eof") is True)
             case messages.RUN_CREDIT:
-                program.add_credit(_number(body.get("Bytes"), messages.OUTPUT_WINDOW_BYTES))
+                outlet.add_credit(number_of(body.get("Bytes"), messages.OUTPUT_WINDOW_BYTES))
+                program.nudge()
             case messages.RUN_SIGNAL:
-                program.signal(_number(body.get("Signal"), _MAX_SIGNAL))
+                program.signal(number_of(body.get("Signal"), MAX_SIGNAL))
             case messages.RUN_CANCEL:
                 program.cancel()
+
+    def has(self, number: object) -> bool:
+        """Is that the number of a program that runs?"""
+        with self._lock:
+            return number in self._known
 
     def running(self) -> list[str]:
         """What runs, for people."""
         with self._lock:
-            return [program.name for program in self._known.values()]
+            return [program.name for program, _ in self._known.values()]
 
     def end_all(self) -> None:
         """The host is gone: kill every program."""
         with self._lock:
-            programs = list(self._known.values())
+            programs = [program for program, _ in self._known.values()]
         for program in programs:
             program.cancel()
 
@@ -98,8 +105,54 @@ class Programs:
             self._known.pop(number, None)
 
 
-class _Command:
-    """What to run, as a RUN request says it."""
+class Outlet(Protocol):
+    """Where a program's output and its end go. Called by the program's thread, which holds no lock meanwhile."""
+
+    def room(self) -> int: ...  # so many bytes of output may be read from the program now
+    def write(self, stream: str, data: bytes) -> None: ...
+    def took(self, size: int, total: int) -> None: ...  # so much input was taken; and so much in all
+    def ended(self, status: int) -> None: ...
+    def gone(self) -> None: ...  # in place of `ended`: it was not started, or was cancelled
+
+
+class _ToHost:
+    """The outlet of a program that ends with its session: messages, and no more of them than the host has room for."""
+
+    def __init__(self, number: int, notify: Notify, forget: Callable[[int], None]) -> None:
+        self._number = number
+        self._notify = notify
+        self._forget = forget
+        self._lock = threading.Lock()
+        self._credit = messages.OUTPUT_WINDOW_BYTES
+
+    def add_credit(self, size: int) -> None:
+        """The host took `size` bytes of output: so many more may be sent."""
+        with self._lock:
+            self._credit = min(self._credit + size, messages.OUTPUT_WINDOW_BYTES)
+
+    def room(self) -> int:
+        with self._lock:
+            return self._credit
+
+    def write(self, stream: str, data: bytes) -> None:
+        with self._lock:
+            self._credit -= len(data)
+        text = base64.b64encode(data).decode()
+        self._notify(messages.RUN_OUTPUT, {"Process": self._number, "Stream": stream, "Data": text})
+
+    def took(self, size: int, total: int) -> None:
+        self._notify(messages.RUN_CREDIT, {"Process": self._number, "Bytes": size})
+
+    def ended(self, status: int) -> None:
+        self._forget(self._number)
+        self._notify(messages.RUN_EXIT, {"Process": self._number, "ExitCode": status})
+
+    def gone(self) -> None:
+        self._forget(self._number)
+
+
+class Command:
+    """What to run, as a RUN or a START request says it."""
 
     def __init__(self, body: dict[str, Any]) -> None:
         argv, env, cwd = body.get("Argv"), body.get("Env") or {}, body.get("Cwd") or "/"
@@ -113,12 +166,17 @@ class _Command:
         self.env = {**ENVIRONMENT, **env}
         self.cwd = cwd
         self.takes_input = body.get("Stdin") is True
+        self.user = body.get("User")
+        self.limits = _limits(body.get("Limits"))
+        self._given_env = env
 
     def start(self, family: cgroups.Family) -> subprocess.Popen[bytes]:
+        account = None if self.user is None else Account.of(self.user)
         return start(
             self.argv,
-            env=self.env,
+            env={**self.env, **account.env, **self._given_env} if account else self.env,
             cwd=self.cwd,
+            account=account,
             stdin=subprocess.PIPE if self.takes_input else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -129,22 +187,25 @@ class _Command:
 class Program:
     """One program, from its request to its end."""
 
-    def __init__(self, number: int, command: _Command, notify: Notify, forget: Callable[[int], None]) -> None:
-        self._number = number
-        self.name = f"process {number}: {command.argv[0][:_SHOWN]}"  # its arguments may be secrets
+    def __init__(self, name: str, command: Command, outlet: Outlet, *, outlives_its_end: bool = False) -> None:
+        """With `outlives_its_end`, what it started can be killed also after it has ended, until `let_go`."""
+        self.name = f"{name}: {command.argv[0][:_SHOWN]}"  # its arguments may be secrets
         self._command = command
-        self._notify = notify
-        self._forget = forget
+        self._outlet = outlet
+        self._keeps_family = outlives_its_end
         self._lock = threading.Lock()  # guards what follows
         self._input: deque[bytes] = deque()
         self._input_size = 0
         self._input_ends = False
-        self._credit = messages.OUTPUT_WINDOW_BYTES
+        self.input_given = 0  # bytes, since it was started
+        self._input_taken = 0
         self._cancelled = False
         self._process: subprocess.Popen[bytes] | None = None  # until it is reaped, so that its pid is nobody else's
         self._family: cgroups.Family | None = None
         self._nudges = -1
         self._fault: Fault | None = None  # why it was not started
+        self.pid: int | None = None
+        self.was_out_of_memory = False  # known when it has ended
 
     def start(self) -> None:
         """Start it.
@@ -157,31 +218,37 @@ class Program:
             # First the thread, for it is the last thing that can be refused: no program runs that nobody follows.
             threading.Thread(target=self._live, args=(was_tried,), daemon=True).start()
         except RuntimeError:
-            self._forget(self._number)
+            self._outlet.gone()
             raise Fault(f"cannot run {self._command.argv[0][:_SHOWN]}: the agent gets no more threads") from None
         was_tried.wait()
         if self._fault:
             raise self._fault
 
     def give_up(self) -> None:
-        """It is not going to be started: its number is free."""
-        self._forget(self._number)
+        """It is not going to be started."""
+        self._outlet.gone()
 
     def feed(self, data: bytes, *, last: bool) -> None:
         """Give it input. A host that sends more than its window allows loses the program."""
         with self._lock:
             self._input.append(data)
             self._input_size += len(data)
+            self.input_given += len(data)
             self._input_ends |= last
             self._nudge()
             overfed = self._input_size > messages.INPUT_WINDOW_BYTES
         if overfed:
-            self._kill()
+            self.kill()
 
-    def add_credit(self, size: int) -> None:
-        """The host took `size` bytes of output: so many more may be sent."""
+    @property
+    def input_taken(self) -> int:
+        """How many bytes of input it has taken; those that it cannot take any more count as well."""
         with self._lock:
-            self._credit = min(self._credit + size, messages.OUTPUT_WINDOW_BYTES)
+            return self._input_taken
+
+    def nudge(self) -> None:
+        """There may be more room at the outlet."""
+        with self._lock:
             self._nudge()
 
     def signal(self, number: int) -> None:
@@ -197,13 +264,27 @@ class Program:
         """Nobody listens any more: kill it with all that it started."""
         with self._lock:
             self._cancelled = True
-        self._kill()
+        self.kill()
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """Kill it with all that it started."""
         with self._lock:
-            if self._process and self._family:
-                self._family.kill(self._process.pid)
+            if self._family and (self._process or self._keeps_family):
+                self._family.kill(self._process.pid if self._process else None)
                 self._nudge()
+
+    def wait_until_empty(self, timeout_s: float) -> None:
+        """Wait until all that it started has ended, for so long at the most."""
+        with self._lock:
+            family = self._family
+        if family:
+            family.wait_until_empty(timeout_s)
+
+    def let_go(self) -> None:
+        """It has ended, and what it left behind is not going to be killed: that goes on."""
+        with self._lock:
+            self._keeps_family = False
+        self._release()
 
     def _nudge(self) -> None:
         if self._nudges >= 0:
@@ -214,8 +295,9 @@ class Program:
             process, exit_fd = self._begin()
         except Exception as error:
             self._fault = self._why_not(error)
+            self._keeps_family = False
             self._release()
-            self._forget(self._number)
+            self._outlet.gone()
             return
         finally:
             was_tried.set()
@@ -233,7 +315,7 @@ class Program:
         return Fault(f"the agent failed: {type(error).__name__}: {error}")
 
     def _begin(self) -> tuple[subprocess.Popen[bytes], int]:
-        family = cgroups.here().make()
+        family = cgroups.here().make(self._command.limits)
         with self._lock:
             self._family = family
             self._nudges = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -249,6 +331,7 @@ class Program:
             raise
         with self._lock:
             self._process = process
+            self.pid = process.pid
             if self._cancelled:
                 family.kill(process.pid)
         return process, exit_fd
@@ -264,8 +347,9 @@ class Program:
                 break
             if ends_at is not None and not outputs:
                 break
+            may_send = self._outlet.room()
             with self._lock:
-                may_send, has_input = self._credit, bool(self._input) or self._input_ends
+                has_input = bool(self._input) or self._input_ends
             poll = select.poll()
             poll.register(self._nudges, select.POLLIN)
             if ends_at is None:
@@ -299,16 +383,12 @@ class Program:
 
     def _send_output(self, fd: int, stream: str) -> int | None:
         """Send what the pipe has, and give how much that was. None: it is at its end."""
-        with self._lock:
-            size = min(self._credit, messages.CHUNK_BYTES)
+        size = min(self._outlet.room(), messages.CHUNK_BYTES)
         if size <= 0:
             return 0
         data = os.read(fd, size)
-        with self._lock:
-            self._credit -= len(data)
         if data and not self._cancelled:
-            text = base64.b64encode(data).decode()
-            self._notify(messages.RUN_OUTPUT, {"Process": self._number, "Stream": stream, "Data": text})
+            self._outlet.write(stream, data)
         return len(data) or None
 
     def _leave_output(self, fd: int) -> None:
@@ -348,31 +428,36 @@ class Program:
     def _taken(self, size: int) -> None:
         with self._lock:
             self._input_size -= size
+            self._input_taken += size
+            total = self._input_taken
         if size and not self._cancelled:
-            self._notify(messages.RUN_CREDIT, {"Process": self._number, "Bytes": size})
+            self._outlet.took(size, total)
 
     def _finish(self, process: subprocess.Popen[bytes], exit_fd: int) -> None:
         has_ended = bool(select.select([exit_fd], [], [], 0)[0])
         if not has_ended:  # the thread that followed it failed
-            self._kill()
+            self.kill()
         with self._lock:
             status = process.wait()
             self._process = None
         os.close(exit_fd)
         _close_pipes(process)
-        if self._cancelled and self._family:
-            self._family.wait_until_empty(_DIE_S)
+        if self._family:
+            if self._cancelled:
+                self._family.wait_until_empty(_DIE_S)
+            self.was_out_of_memory = self._family.was_out_of_memory()
         self._release()
-        self._forget(self._number)
-        if not self._cancelled:
-            self._notify(messages.RUN_EXIT, {"Process": self._number, "ExitCode": status})
+        if self._cancelled:
+            self._outlet.gone()
+        else:
+            self._outlet.ended(status)
 
     def _release(self) -> None:
         with self._lock:
             if self._nudges >= 0:
                 os.close(self._nudges)
                 self._nudges = -1
-            if self._family:
+            if self._family and not self._keeps_family:
                 self._family.leave()
                 self._family = None
 
@@ -389,16 +474,55 @@ def _unread(fd: int) -> int:
     return size
 
 
-def _bytes(data: object) -> bytes:
+def process_number(body: Mapping[str, Any]) -> int:
+    """The number that the host chose for what it speaks of.
+
+    Raises:
+        Fault: it is none.
+    """
+    number = body.get("Process")
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise Fault(f"Process {number!r} is no number", kind="invalid")
+    return number
+
+
+def data_of(body: Mapping[str, Any]) -> bytes:
+    """The bytes in a message.
+
+    Raises:
+        Fault: they are none.
+    """
+    data = body.get("Data")
     if data is None:
         return b""
     try:
-        return base64.b64decode(data, validate=True)  # type: ignore[arg-type]
+        return base64.b64decode(data, validate=True)
     except (binascii.Error, TypeError, ValueError):
         raise Fault("Data is not base64", kind="invalid") from None
 
 
-def _number(value: object, highest: int) -> int:
-    if not isinstance(value, int) or not 0 < value <= highest:
-        raise Fault(f"{value!r} is no number of 1 to {highest}", kind="invalid")
+def number_of(value: object, highest: int, *, lowest: int = 1, what: str = "this") -> int:
+    """Raises:
+    Fault: `value` is not a whole number in these bounds.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+        raise Fault(f"{what} must be a number of {lowest} to {highest}, and is {str(value)[:100]!r}", kind="invalid")
     return value
+
+
+def _limits(given: object) -> cgroups.Limits:
+    if given is None:
+        return cgroups.Limits()
+    if not isinstance(given, dict):
+        raise Fault("Limits must be an object", kind="invalid")
+    highest = {"MemoryBytes": 1 << 50, "Pids": 1 << 22, "MilliCpus": 1 << 20}
+    lowest = {"MemoryBytes": 1 << 20, "Pids": 1, "MilliCpus": 10}
+    unknown = [name for name in given if name not in highest]
+    if unknown:
+        raise Fault(f"there is no limit {str(unknown[0])[:_SHOWN]!r}", kind="invalid")
+    found = {
+        name: number_of(value, highest[name], lowest=lowest[name], what=name)
+        for name, value in given.items()
+        if value is not None
+    }
+    return cgroups.Limits(found.get("MemoryBytes"), found.get("Pids"), found.get("MilliCpus"))

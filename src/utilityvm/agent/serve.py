@@ -3,12 +3,11 @@
 A *session* is one host on the port. It begins with a negotiate request and ends when the host hangs up, or when another
 negotiate request comes: over virtio-serial a host that went and came again may be seen as no interruption at all, so a
 second negotiate is a new host and not a mistake. (The real guest, whose connections cannot blend, refuses it.) Programs
-that the host runs end with the session; mounts stay.
+that the host runs end with the session; mounts and kept programs stay.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -18,15 +17,17 @@ from typing import Any, Final, Protocol
 
 from utilityvm.agent.faults import Fault
 from utilityvm.agent.identity import BOOT_ID, Given
+from utilityvm.agent.kept import Follows, Kept
 from utilityvm.agent.port import Port
-from utilityvm.agent.run import Program, Programs
+from utilityvm.agent.programs import ProgramCalls, fitting
+from utilityvm.agent.run import Programs
 from utilityvm.agent.template import Template
 from utilityvm.agent.watch import Watch
 from utilityvm.agent.workers import Workers
 from utilityvm.bridge import messages
 from utilityvm.bridge.frame import Decoder, Frame, FrameError, encode, guest_json
 
-VERSION: Final = 2  # of what this agent can do beyond GCS; 2: templates
+VERSION: Final = 3  # of what this agent can do beyond GCS; 2: templates; 3: kept programs, users and limits
 DEFAULT_DEADLINE_S: Final = 60.0
 DEFAULT_HOLD_S: Final = 60.0
 MAX_DEADLINE_S: Final = 3600.0
@@ -34,7 +35,6 @@ MAX_REQUESTS: Final = 512  # under way at once
 _GRACE_S: Final = 0.2  # after its deadline a request is answered for its handler, which seems stuck
 _MAX_HOLDERS: Final = 50
 _MAX_REASON: Final = 500  # characters
-_MOUNTS_BYTES: Final = 32768  # of the list of mounts in one answer
 
 # The members of Settings that GCS knows, and what Go would take for each.
 _UINT8: Final = range(256)
@@ -53,7 +53,13 @@ _SETTINGS: Final[dict[str, range | type]] = {
     messages.EXTENSION: dict,
 }
 
-_KNOWN_NOTIFICATIONS: Final = (messages.RUN_INPUT, messages.RUN_CREDIT, messages.RUN_SIGNAL, messages.RUN_CANCEL)
+_KNOWN_NOTIFICATIONS: Final = (
+    messages.RUN_INPUT,
+    messages.RUN_CREDIT,
+    messages.RUN_SIGNAL,
+    messages.RUN_CANCEL,
+    messages.UNFOLLOW,
+)
 
 
 class Disks(Protocol):
@@ -75,6 +81,7 @@ class Session:
         self._port = port
         self.number = number
         self.programs = Programs(self.notify)
+        self.follows = Follows()
 
     def answer(self, request: Frame, body: dict[str, Any]) -> None:
         """Send the response to `request`. If the host is gone, it is dropped."""
@@ -84,6 +91,11 @@ class Session:
         except (FrameError, TypeError, ValueError) as error:
             data = encode(kind, request.id, guest_json(messages.failure(messages.E_FAIL, f"no answer: {error}")))
         self._port.write(data, session=self.number)
+
+    def end(self) -> None:
+        """The host is gone."""
+        self.programs.end_all()
+        self.follows.end_all()
 
     def notify(self, kind: int, body: dict[str, Any]) -> None:
         self._port.write(encode(kind, 0, guest_json(body)), session=self.number)
@@ -155,6 +167,7 @@ class Serve:
         self._watch = Watch(_expire)
         self._decoder = _decoder()
         self._session: Session | None = None
+        self._programs = ProgramCalls(template, Kept())
         self._changes: list[Call] = []  # what may be changing disks, whichever host asked for it
         # What does not change is read here, and not when a clone's first answer waits for it.
         self._kernel = os.uname().release
@@ -173,6 +186,8 @@ class Serve:
             messages.QUIESCE: self._quiesce,
             messages.THAW: self._thaw,
             messages.SHUTDOWN: self._power_off,
+            messages.START: lambda _call: {},  # see `_hand_over`
+            **self._programs.handlers,
         }
 
     def forever(self) -> None:
@@ -200,7 +215,7 @@ class Serve:
 
     def _end_session(self) -> None:
         if self._session:
-            self._session.programs.end_all()
+            self._session.end()
             self._session = None
 
     def _reply(self, frame: Frame, code: int, text: str) -> None:
@@ -226,6 +241,11 @@ class Serve:
                 # A clone's first request, and nobody waits behind it: another thread would only cost time. But a hook
                 # may take as long as it likes.
                 (self._hand_over if self._template.has_clone_hooks() else self._work)(call, self._make_unique)
+        elif frame.kind == messages.FOLLOW:
+            if call := self._checked(self._session, frame):
+                self._work(
+                    call, self._programs.follow
+                )  # it waits for nothing, and the host may end it with the next message
         elif handler := self._in_a_worker.get(frame.kind):
             if call := self._checked(self._session, frame):
                 self._hand_over(call, handler)
@@ -247,15 +267,13 @@ class Serve:
 
     def _hand_over(self, call: Call, handler: Handler) -> None:
         give_up: Callable[[], object] = lambda: None  # noqa: E731
-        if call.frame.kind == messages.RUN:
+        if call.frame.kind in (messages.RUN, messages.START):
             # Known at once: what the host says about the program next may come before a worker has begun.
             try:
-                with self._template.changing():
-                    program = call.session.programs.take(call.body)
+                handler, give_up = self._programs.prepared(call)
             except Fault as fault:
                 call.refuse(fault)
                 return
-            handler, give_up = _starter(program), program.give_up
         elif call.frame.kind in (messages.MODIFY, messages.GROW):
             self._changes = [*(change for change in self._changes if not change.has_ended.is_set()), call]
         elif call.frame.kind == messages.PROBE:
@@ -312,7 +330,9 @@ class Serve:
     def _tell(self, frame: Frame) -> None:
         try:
             if self._session:
-                self._session.programs.tell(frame.kind, frame.body())
+                body = frame.body()
+                self._session.programs.tell(frame.kind, body)
+                self._session.follows.tell(frame.kind, body)
         except Exception:
             pass  # it makes no sense, whatever it is: nobody waits for an answer, and others wait for the agent
 
@@ -359,7 +379,7 @@ class Serve:
 
     def _quiesce(self, call: Call) -> dict[str, Any]:
         hold_s = _seconds(call.body.get("HoldMs"), DEFAULT_HOLD_S)
-        return self._template.quiesce(call.due, hold_s=hold_s, programs=call.session.programs.running)
+        return self._template.quiesce(call.due, hold_s=hold_s, programs=partial(self._programs.cut_off, call))
 
     def _thaw(self, call: Call) -> dict[str, Any]:
         self._template.thaw(call.due)
@@ -380,13 +400,8 @@ class Serve:
         if not isinstance(after, str):
             raise Fault("After must be a guest path", kind="invalid")
         entries = sorted((entry for entry in self._disks.mounts() if entry["MountPath"] > after), key=_path_of)
-        size = taken = 0
-        for entry in entries:
-            size += len(json.dumps(entry))
-            if taken and size > _MOUNTS_BYTES:
-                break
-            taken += 1
-        return {"Mounts": entries[:taken], "More": taken < len(entries)}
+        page = fitting(entries)
+        return {"Mounts": page, "More": len(page) < len(entries)}
 
     def _power_off(self, call: Call) -> dict[str, Any]:
         try:
@@ -400,14 +415,6 @@ class Serve:
 def _decoder() -> Decoder:
     # A host may die in the middle of a frame, and the next one's negotiate follow with nothing between.
     return Decoder(anew_at=messages.NEGOTIATE)
-
-
-def _starter(program: Program) -> Handler:
-    def start(_call: Call) -> dict[str, Any]:
-        program.start()
-        return {}
-
-    return start
 
 
 def _expire(call: Call) -> None:

@@ -18,6 +18,20 @@ side holds more than a window's bytes for a slow reader::
                                       <-     RUN_EXIT {ExitCode}    the last of it
 
 The host chooses the number of a process, a new one each time, so that it can speak of it before it was answered.
+
+A *kept* program belongs to the guest, which gives it a number and an id, keeps the end of its output in a ring, and its
+exit code until it is forgotten. It outlives the host. `Process` is then the number of one host's *follow* of it::
+
+    START {Argv, ..., Follow}         ->                            Follow is as FOLLOW's body, or nobody follows
+                                      <-     response {Program}
+    FOLLOW {Process, Number, Id,      ->                            from these offsets of the streams on
+            Out, Err, ...}            <-     response {Program, Feeds, TakenAt, GivenAt}
+                                      <-     RUN_OUTPUT {Data, At}  At, the offset, is larger than awaited if the ring
+    RUN_CREDIT {Process, Bytes}       ->                            has dropped what was between
+    RUN_INPUT {Process, Data, Eof}    ->                            by the one follow that feeds it
+                                      <-     RUN_CREDIT {Bytes, At} so much input it has taken in all
+    UNFOLLOW {Process}                ->                            no more is said; the program goes on
+                                      <-     FOLLOW_END {ExitCode}  the last of it; without a code it still runs
 """
 
 from __future__ import annotations
@@ -48,18 +62,29 @@ INFO: Final = 0x10F00C01
 QUIESCE: Final = 0x10F00E01  # {HoldMs}: freeze, to become a template; thaw again if nothing more is heard for so long
 THAW: Final = 0x10F00F01
 UNIQUE: Final = 0x10F01001  # {Seed, Hostname, MachineId, ClockNs}: this is a clone, and becomes a VM of its own
+START: Final = 0x10F01101
+PROGRAMS: Final = 0x10F01201  # {After}: those with higher numbers
+FOLLOW: Final = 0x10F01301
+SIGNAL: Final = 0x10F01401  # {Number, Id, Signal}
+KILL: Final = 0x10F01501  # {Number, Id}: it, and all that it started
+FORGET: Final = 0x10F01601  # {Number, Id}
 # Notifications of the host:
+UNFOLLOW: Final = 0x30F01701
 RUN_INPUT: Final = 0x30F00301
 RUN_SIGNAL: Final = 0x30F00401
 RUN_CANCEL: Final = 0x30F00D01
 # Notifications of the guest:
 RUN_OUTPUT: Final = 0x30F00501
 RUN_EXIT: Final = 0x30F00701
+FOLLOW_END: Final = 0x30F01801
 # Notifications of both:
 RUN_CREDIT: Final = 0x30F00601
 
 INPUT_WINDOW_BYTES: Final = 262144
 OUTPUT_WINDOW_BYTES: Final = 262144
+RING_BYTES: Final = 1 << 20  # of a kept program's output, if the host does not say
+MIN_RING_BYTES: Final = 4096
+MAX_RING_BYTES: Final = 16 << 20
 CHUNK_BYTES: Final = 32768  # of input or output in one message; in base64 it fits a frame
 
 # The member that carries what GCS has no word for; only our agent is ever sent it.
