@@ -45,6 +45,8 @@ if TYPE_CHECKING:
         NotAttached,
         NotSupported,
         OutcomeUnknown,
+        ProgramFailed,
+        ProgramNotFound,
         ProtocolError,
         RequestError,
         SetupError,
@@ -70,7 +72,9 @@ if TYPE_CHECKING:
     from utilityvm.guestimage.build import GuestImage
     from utilityvm.guestimage.custom import GuestRecipe
     from utilityvm.guestimage.listing import find_image, get_image, list_images
-    from utilityvm.guests.bridge_guest import CommandResult, OutputSink
+    from utilityvm.guests.kept import Program, ProgramInfo, ProgramPiece, ProgramPieces
+    from utilityvm.guests.program import CommandResult, Limits, OutputSink
+    from utilityvm.guests.streams import ProgramInput, ProgramOutput
     from utilityvm.hosts.qemu import QemuProcess
     from utilityvm.machine.hostpath import HostPath
     from utilityvm.machine.processes import introduce
@@ -134,6 +138,7 @@ __all__ = [
     "InvalidRequest",
     "Leftover",
     "LeftoverKind",
+    "Limits",
     "Migrating",
     "MountConfig",
     "MountSettings",
@@ -147,6 +152,14 @@ __all__ = [
     "OutcomeUnknown",
     "OutputSink",
     "Owner",
+    "Program",
+    "ProgramFailed",
+    "ProgramInfo",
+    "ProgramInput",
+    "ProgramNotFound",
+    "ProgramOutput",
+    "ProgramPiece",
+    "ProgramPieces",
     "ProtocolError",
     "QemuProcess",
     "RequestError",
@@ -219,7 +232,9 @@ _MODULES = {
     "utilityvm.upkeep.leftovers": ("Leftover", "LeftoverKind", "find_leftovers", "remove_leftover", "remove_leftovers"),
     "utilityvm.upkeep.repair": ("Difference", "examine_vm", "repair_vm"),
     "utilityvm.machine.processes": ("introduce",),
-    "utilityvm.guests.bridge_guest": ("CommandResult", "OutputSink"),
+    "utilityvm.guests.kept": ("Program", "ProgramInfo", "ProgramPiece", "ProgramPieces"),
+    "utilityvm.guests.program": ("CommandResult", "Limits", "OutputSink"),
+    "utilityvm.guests.streams": ("ProgramInput", "ProgramOutput"),
     "utilityvm.hosts.qemu": ("QemuProcess",),
     "utilityvm.machine.hostpath": ("HostPath",),
     "utilityvm.scsi.reservation": ("ForceArgument", "Reservation"),

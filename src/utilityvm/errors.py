@@ -21,6 +21,7 @@
     │   ├── VMExists             the name is taken
     │   ├── VMNotRunning         the VM is stopped, or its hypervisor is gone
     │   ├── VMOwned              another process owns the VM; .owner says which
+    │   ├── ProgramNotFound      the guest keeps no program of that number
     │   ├── TemplateNotFound     no template of that name
     │   ├── TemplateExists       the name is taken
     │   ├── TemplateInUse        clones or templates depend on it; .users says which
@@ -32,6 +33,7 @@
     ├── HostRefused              the hypervisor said no; the bus is as it was
     ├── GuestRefused             the guest said no; the disk is still attached
     │   └── GuestBusy            the guest still uses the disk; .holders says who
+    ├── ProgramFailed            a program that had to succeed did not; .exit_code .stdout .stderr say how
     ├── OutcomeUnknown           sent, and no answer came; the next step probes first
     │   └── DeadlineExceeded     the caller's time was up first
     ├── VMGone                   the VM died; its disks are free
@@ -167,6 +169,10 @@ class VMOwned(RequestError):
         self.owner = owner
 
 
+class ProgramNotFound(RequestError):
+    """The guest keeps no program of that number: it was forgotten, made room for newer ones, or never was."""
+
+
 class TemplateNotFound(RequestError):
     """No template of that name."""
 
@@ -237,6 +243,25 @@ class GuestBusy(GuestRefused):
     ) -> None:
         super().__init__(message, vm=vm, slot=slot, host_path=host_path, remedy=remedy)
         self.holders = tuple(holders)
+
+
+class ProgramFailed(UtilityVMError):
+    """A program ran with `check=True` and ended with another code than 0; negative for the signal that killed it."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        exit_code: int,
+        stdout: bytes | str = b"",
+        stderr: bytes | str = b"",
+        vm: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(message, vm=vm, remedy=remedy)
+        self.exit_code = exit_code
+        self.stdout = stdout
+        self.stderr = stderr
 
 
 class OutcomeUnknown(UtilityVMError):

@@ -58,6 +58,13 @@ WRONG: dict[str, list[Any]] = {
     "disks": ["abc", 7],
     "reservation": [7, None, b"x"],
     "stdin": ["text", 7, []],
+    "user": ["", True, b"root", 1.5],
+    "limits": [7, {"pids": 1}, True],
+    **dict.fromkeys(("check", "text", "follow", "hold", "live"), FLAGS),
+    **dict.fromkeys(("ring_bytes", "max_output_bytes"), COUNTS),
+    **{name: [*COUNTS, -1, 1 << 62] for name in ("stdout_offset", "stderr_offset")},
+    "number": [True, b"1", 1.5, []],
+    "id": TEXTS,
     "config": [7, None, b"x", VMConfig],
     "image": ["x", 7],
     "disk": ["x", 7, None, DiskSpec],
@@ -120,7 +127,7 @@ async def called(member: Callable[..., Any], given: dict[str, Any]) -> None:
 
 def right(name: str) -> Any:
     fine = {"name": "x", "template": "x", "host_path": "/x", "size": 1, "size_bytes": 512, "command": ["x"]}
-    fine |= {"reservation": "x", "config": "x"}
+    fine |= {"reservation": "x", "config": "x", "number": 1}
     if name in ("disk", "state"):
         return DiskSpec(host_path="/x") if name == "disk" else ScsiState(controllers=1, disks=())
     return fine.get(name, print if name in ("stdout", "stderr") else [])

@@ -26,7 +26,7 @@ Exit codes:
   0    Done
   1    Refused by the hypervisor or the guest, or another error
   2    Wrong usage: an unknown option, an invalid value, or no command
-  3    No such VM, disk, reservation or template
+  3    No such VM, disk, reservation, program or template
   4    Busy: in use by another process, VM or disk
   5    No answer in time; the outcome is unknown
   6    This machine lacks something, or the store cannot be used
@@ -49,6 +49,7 @@ TABLE: Final[tuple[tuple[type[errors.UtilityVMError], int], ...]] = (
     (errors.NotAttached, NOT_FOUND),
     (errors.TemplateNotFound, NOT_FOUND),
     (errors.AlreadyReleased, NOT_FOUND),
+    (errors.ProgramNotFound, NOT_FOUND),
     (errors.VMNotRunning, NOT_RUNNING),
     (errors.VMGone, NOT_RUNNING),
     (errors.StartFailed, NOT_RUNNING),

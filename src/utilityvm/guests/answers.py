@@ -48,6 +48,7 @@ class Data(bytes):
 
 Number = Annotated[int, Meta(ge=0, le=1 << 62)]
 Process = Annotated[int, Meta(ge=1, le=1 << 62)]
+ExitCode = Annotated[int, Meta(ge=-64, le=255)]
 
 
 class _Document(msgspec.Struct, kw_only=True, rename="pascal"):
@@ -167,6 +168,7 @@ class Output(_Document):
     process: Process
     stream: Literal["out", "err"]
     data: Data
+    at: Number | None = None  # its offset in the stream, of a kept program
 
 
 class Credit(_Document):
@@ -174,13 +176,60 @@ class Credit(_Document):
 
     process: Process
     bytes: Annotated[int, Meta(ge=1, le=messages.INPUT_WINDOW_BYTES)]
+    at: Number | None = None  # so much in all, of a kept program
 
 
 class Exit(_Document):
     """How a program ended: its code, or less than zero for the signal that killed it."""
 
     process: Process
-    exit_code: Annotated[int, Meta(ge=-64, le=255)]
+    exit_code: ExitCode
+
+
+class FollowEnd(_Document):
+    """Nothing more is told of a kept program: it ended with this code, or, without one, still runs."""
+
+    process: Process
+    exit_code: ExitCode | None = None
+    out_of_memory: bool = False
+
+
+class Program(_Document):
+    """A kept program."""
+
+    number: Process
+    id: Name
+    started_ms: Number
+    ring_bytes: Number
+    argv: list[Words]
+    out_begin: Number
+    out_end: Number
+    err_begin: Number
+    err_end: Number
+    name: Words | None = None
+    user: Words | None = None
+    pid: Number | None = None
+    ended_ms: Number | None = None
+    exit_code: ExitCode | None = None
+    out_of_memory: bool = False
+    stdin: bool = False
+    follows: Number = 0
+
+
+class Programs(_Document):
+    """Some kept programs, in the order of their numbers; there may be more."""
+
+    programs: list[Program]
+    more: bool
+
+
+class Started(_Document):
+    """The answer to a START or a FOLLOW."""
+
+    program: Program
+    feeds: bool = False
+    taken_at: Number = 0
+    given_at: Number = 0
 
 
 T = TypeVar("T", bound=_Document)

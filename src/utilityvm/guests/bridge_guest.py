@@ -13,9 +13,8 @@ import itertools
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from utilityvm.bridge import messages
 from utilityvm.errors import (
@@ -33,6 +32,7 @@ from utilityvm.errors import (
 from utilityvm.guests import answers
 from utilityvm.guests.bridge_client import BridgeClient, NotNegotiated, again
 from utilityvm.guests.connection import Address, Dial, Given, Listen, Source
+from utilityvm.guests.kept import KeptPrograms
 from utilityvm.guests.ledger import Ledger
 from utilityvm.guests.mount_settings import (
     check_config,
@@ -42,7 +42,7 @@ from utilityvm.guests.mount_settings import (
     disk_settings,
     nonzero,
 )
-from utilityvm.guests.program import GuestProgram, OutputSink, heard, run_request
+from utilityvm.guests.program import CommandResult, GuestProgram, Limits, OutputSink, Said, heard, run_request
 from utilityvm.guests.refusals import Where, refusal
 from utilityvm.log import logger
 from utilityvm.machine.oserrors import raises_callers_errors, typed_errors
@@ -59,25 +59,23 @@ _AHEAD: Final = 0.05  # of the time that the caller gives, which the agent gets 
 _MAX_AHEAD_S: Final = 0.25
 _RENEGOTIATE_TIMES: Final = 3  # for one request; who then still is not negotiated with never will be
 _START_S: Final = 30.0  # for a program to be started
-_MAX_OUTPUT_BYTES: Final = 64 << 20
+MAX_OUTPUT_BYTES: Final = 64 << 20
 _NOTES: Final = 10  # of a mount, at the most
 _MAX_PAGES: Final = 256  # of the list of mounts; the agent puts some hundred in each
 _MAX_RESTARTS: Final = 8  # of the agent, right when a program was to be started
 _SHORT_LIVED_S: Final = 5.0  # a connection that ended sooner is not followed by the next at once
 _PAUSES_S: Final = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 _TEMPLATES_SINCE: Final = 2  # of the agent's versions
+_PROGRAMS_SINCE: Final = 3  # of the agent's versions: kept programs, users and limits
 _SEED_BYTES: Final = range(32, 513)
 _HOSTNAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _MACHINE_ID: Final = re.compile(r"[0-9a-f]{32}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommandResult:
-    """How a program in the guest ended. `exit_code` is negative for the signal that killed it."""
+class _Speaks(Protocol):
+    """What hears what the guest says of a process."""
 
-    exit_code: int
-    stdout: bytes
-    stderr: bytes
+    def take(self, said: Said) -> None: ...
 
 
 @typed_errors
@@ -100,7 +98,8 @@ class BridgeGuest:
         self._numbers = itertools.count(1)
         self._last_number = 0
         self._is_known = False  # to be ours, before it ever answered
-        self._programs: dict[int, GuestProgram] = {}
+        self._programs: dict[int, _Speaks] = {}
+        self.kept = KeptPrograms(self)
         # The ranges of a disk that may hold data, if the host can tell: our agent then need not read all of it to see
         # that it is blank.
         self.allocated: Callable[[Slot], Awaitable[Sequence[tuple[int, int]] | None]] | None = None
@@ -462,9 +461,11 @@ class BridgeGuest:
         stdin: bytes | None = None,
         env: Mapping[str, str] | None = None,
         cwd: PurePosixPath | str | None = None,
+        user: str | int | None = None,
+        limits: Limits | None = None,
         timeout_s: float | None = None,
-        max_output_bytes: int = _MAX_OUTPUT_BYTES,
-    ) -> CommandResult:
+        max_output_bytes: int = MAX_OUTPUT_BYTES,
+    ) -> CommandResult[bytes]:
         """Run a program to its end. Cancelled or out of time, it is killed with all that it started.
 
         It has ended when its own process has. What its children write to its output within half a second of that is
@@ -497,6 +498,8 @@ class BridgeGuest:
                 stderr=lambda data: collect(outputs[1], data),
                 env=env,
                 cwd=cwd,
+                user=user,
+                limits=limits,
                 timeout_s=timeout_s,
             )
         except DeadlineExceeded as error:
@@ -514,6 +517,8 @@ class BridgeGuest:
         stderr: OutputSink,
         env: Mapping[str, str] | None = None,
         cwd: PurePosixPath | str | None = None,
+        user: str | int | None = None,
+        limits: Limits | None = None,
         timeout_s: float | None = None,
     ) -> int:
         """Like `run`, with input and output as they come; gives the exit code.
@@ -521,7 +526,9 @@ class BridgeGuest:
         Output that a sink does not take holds the program back; so does a sink that gives something to await, until
         that is done. What a sink or `stdin` raises kills the program and is raised here.
         """
-        body = run_request(command, env=env, cwd=cwd, takes_input=stdin is not None, vm=self._vm)
+        body = run_request(
+            command, env=env, cwd=cwd, takes_input=stdin is not None, user=user, limits=limits, vm=self._vm
+        )
         self._need_our_agent(f"run {command[0]}")
         limit = asyncio.timeout(timeout_s)
         program = None
@@ -529,6 +536,8 @@ class BridgeGuest:
             async with limit:
                 for attempt in itertools.count(1):
                     client = await self._connected(time.monotonic() + (_START_S if timeout_s is None else timeout_s))
+                    if "User" in body or "Limits" in body:
+                        self.need_programs(client, "run a program as another user, or with limits")
                     body["Process"] = self._new_number()
                     program = GuestProgram(body["Process"], client.notify, stdout=stdout, stderr=stderr)
                     try:
@@ -720,6 +729,18 @@ class BridgeGuest:
         about = self._client.about if self._client else None
         if about is None or about.agent < _TEMPLATES_SINCE:
             remedy = "stop the VM, and start it anew with the guest image of this utilityvm"
+            raise NotSupported(f"this guest's agent is too old to {what}", vm=self._vm, remedy=remedy)
+
+    def need_programs(self, client: BridgeClient, what: str) -> None:
+        """Refuse what only an agent of this version or later does.
+
+        Raises:
+            NotSupported: the agent at the other end of `client` is older, or not ours.
+        """
+        if client.about is None:
+            self._need_our_agent(what)
+        elif client.about.agent < _PROGRAMS_SINCE:
+            remedy = "build the guest image anew (uvm image build), and start the VM from it"
             raise NotSupported(f"this guest's agent is too old to {what}", vm=self._vm, remedy=remedy)
 
     def _need_our_agent(self, what: str, slot: Slot | None = None) -> None:

@@ -6,8 +6,9 @@ import asyncio
 import base64
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePath, PurePosixPath
-from typing import Any, Final, TypeAlias
+from typing import Any, AnyStr, Final, Generic, TypeAlias
 
 from utilityvm.bridge import messages
 from utilityvm.errors import InvalidRequest, ProtocolError
@@ -20,7 +21,56 @@ Notify: TypeAlias = Callable[[int, dict[str, Any]], None]
 
 _MAX_PIECES: Final = 256
 
-Said: TypeAlias = answers.Output | answers.Credit | answers.Exit
+Said: TypeAlias = answers.Output | answers.Credit | answers.Exit | answers.FollowEnd
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandResult(Generic[AnyStr]):
+    """How a program in the guest ended. `exit_code` is negative for the signal that killed it."""
+
+    exit_code: int
+    stdout: AnyStr
+    stderr: AnyStr
+
+
+def as_text(result: CommandResult[bytes]) -> CommandResult[str]:
+    """The result with its output as text: UTF-8, with U+FFFD for what is none."""
+    out, err = (data.decode(errors="replace") for data in (result.stdout, result.stderr))
+    return CommandResult(exit_code=result.exit_code, stdout=out, stderr=err)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a program in the guest, and all that it starts, may use together. None: as much as there is.
+
+    A program that uses more memory is killed with all that it started.
+    """
+
+    memory_bytes: int | None = None  # 1 MiB or more
+    pids: int | None = None  # processes and threads
+    cpus: float | None = None  # processors: 0.5 is half of one
+
+    def told(self, vm: str | None = None) -> dict[str, int]:
+        """For the agent.
+
+        Raises:
+            InvalidRequest: one of them is no such number.
+        """
+        least = {"memory_bytes": 1 << 20, "pids": 1, "cpus": 0.01}
+        most = {"memory_bytes": 1 << 50, "pids": 1 << 22, "cpus": 1024}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            kinds = (int, float) if name == "cpus" else int
+            is_number = isinstance(value, kinds) and not isinstance(value, bool)
+            if value is not None and not (is_number and lowest <= value <= most[name]):
+                remedy = f"give a number from {lowest} to {most[name]}"
+                raise InvalidRequest(f"{name} {value!r} cannot be a limit", vm=vm, remedy=remedy)
+        told = {
+            "MemoryBytes": self.memory_bytes,
+            "Pids": self.pids,
+            "MilliCpus": None if self.cpus is None else round(self.cpus * 1000),
+        }
+        return {name: value for name, value in told.items() if value is not None}
 
 
 def heard(kind: int, body: dict[str, Any], *, vm: str | None = None) -> Said:
@@ -37,6 +87,8 @@ def heard(kind: int, body: dict[str, Any], *, vm: str | None = None) -> Said:
             return answers.read(answers.Credit, body, what=what, vm=vm)
         case messages.RUN_EXIT:
             return answers.read(answers.Exit, body, what=what, vm=vm)
+        case messages.FOLLOW_END:
+            return answers.read(answers.FollowEnd, body, what=what, vm=vm)
     raise ProtocolError(f"the guest sent {kind:#010x}, which we do not know", message=body, vm=vm)
 
 
@@ -46,6 +98,8 @@ def run_request(
     env: Mapping[str, str] | None,
     cwd: PurePosixPath | str | None,
     takes_input: bool,
+    user: str | int | None = None,
+    limits: Limits | None = None,
     vm: str | None = None,
 ) -> dict[str, Any]:
     """The request to start a program, without its number.
@@ -62,7 +116,13 @@ def run_request(
     for name in variables:
         if not name or "=" in name:
             raise InvalidRequest(f"{name!r} cannot be the name of a variable", vm=vm)
-    return messages.request(Argv=words, Env=variables, Cwd=_text(str(cwd or ""), "the folder", vm), Stdin=takes_input)
+    more: dict[str, Any] = {}
+    if user is not None:
+        more["User"] = _text(str(user), "the user", vm)
+    if limits is not None and (told := limits.told(vm)):
+        more["Limits"] = told
+    folder = _text(str(cwd or ""), "the folder", vm)
+    return messages.request(Argv=words, Env=variables, Cwd=folder, Stdin=takes_input, **more)
 
 
 def _text(value: object, what: object, vm: str | None) -> str:
@@ -107,6 +167,8 @@ class GuestProgram:
             case answers.Exit():
                 self._exit_code = said.exit_code
                 self._changed.set()
+            case answers.FollowEnd():
+                raise ProtocolError(f"the guest says of process {self.number} what fits another kind", message=said)
 
     def _take_output(self, stream: str, data: bytes) -> None:
         self._output_size += len(data)

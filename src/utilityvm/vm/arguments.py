@@ -19,6 +19,7 @@ from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast, get_args
 from msgspec.structs import fields
 
 from utilityvm.errors import InvalidRequest
+from utilityvm.guests.program import Limits
 from utilityvm.machine import patience
 from utilityvm.scsi.document import ScsiState
 from utilityvm.scsi.mount_config import CallerKey, Encryption, MountConfig, ScratchKey, Verity
@@ -52,6 +53,21 @@ def _flag(value: Any) -> str | None:
 
 def _count(value: Any) -> str | None:
     return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
+
+
+def _offset(value: Any) -> str | None:
+    is_one = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+    return None if is_one else "an offset in bytes, 0 or more"
+
+
+def _user(value: Any) -> str | None:
+    is_one = isinstance(value, (int, str)) and not isinstance(value, bool) and value not in ("",)
+    return None if is_one else "the name or the number of a user in the guest"
+
+
+def _program(value: Any) -> str | None:
+    is_one = isinstance(value, (int, str)) and not isinstance(value, bool)
+    return None if is_one else "the number, the name or the id of a program"
 
 
 def _text(value: Any) -> str | None:
@@ -172,12 +188,26 @@ RULES: Final[Mapping[str, Rule]] = {
     "which": _word_of("all", "each"),
     "on_busy": _word_of("raise", "force"),
     "mount": _made_of(MountConfig, what="a MountConfig"),
+    "user": _user,
+    "limits": _made_of(Limits, what="Limits"),
+    "check": _flag,
+    "text": _flag,
+    "follow": _flag,
+    "hold": _flag,
+    "live": _flag,
+    "ring_bytes": _count,
+    "max_output_bytes": _count,
+    "stdout_offset": _offset,
+    "stderr_offset": _offset,
+    "number": _program,
+    "id": _text,
     "slot": _made_of(Slot, what="a Slot"),
     "stdout": _called,
     "stderr": _called,
     "mounts": _several,
     "disks": _several,
     "reservation": _reservation,
+    "start_program.stdin": _flag,
     "run.stdin": _made_of(bytes, bytearray, memoryview, what="bytes"),
     "run_streaming.stdin": _having("__aiter__", what="an asynchronous iterator of bytes"),
     "config": _having("for_qemu", what="a VMConfig, or the name of a VM", or_text=True),
