@@ -306,3 +306,18 @@ def test_a_gpt_without_its_backup_is_told(partitioned: Path) -> None:
 
 def test_of_a_disk_with_an_mbr_there_is_nothing_to_say(tmp_path: Path, disk: Path) -> None:
     assert not content.notes_of_table(str(mbr_disk(disk, [filesystem_image("ext4", tmp_path / "part.raw", {})])))
+
+
+def test_high_sierra_which_came_before_iso9660_is_known_at_its_one_place() -> None:
+    def disc(sector: int) -> bool:
+        descriptor = bytearray(2048)
+        descriptor[9:14] = b"CDROM"
+        image = bytes(sector * 2048) + bytes(descriptor) + bytes(1 << 16)
+        if sector > 16:
+            boot = bytearray(2048)
+            boot[1:6] = b"CD001"
+            image = image[: 16 * 2048] + bytes(boot) + image[17 * 2048 :]
+        return content.fits("iso9660", lambda offset, length: image[offset : offset + length])
+
+    assert disc(16)
+    assert not disc(17)

@@ -35,7 +35,7 @@ def vm(monkeypatch: pytest.MonkeyPatch) -> None:
         return mount
 
     @asynccontextmanager
-    async def opened(name: str, *, wait_s: float) -> AsyncIterator[Any]:
+    async def opened(name: str, **_: object) -> AsyncIterator[Any]:
         yield SimpleNamespace(add=add)
 
     monkeypatch.setattr(disk, "opened", opened)

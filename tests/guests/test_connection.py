@@ -33,6 +33,13 @@ async def test_a_guest_that_does_not_dial_is_a_deadline(folder: Path) -> None:
     listen.close()
 
 
+async def test_an_address_that_was_given_up_is_dialled_by_nobody(folder: Path) -> None:
+    listen = Listen(folder / "a.sock")
+    listen.close()
+    with pytest.raises(VMGone, match=r"a\.sock"):
+        await listen.open(timeout_s=20, vm="one")
+
+
 async def test_an_address_that_is_taken_is_refused(folder: Path) -> None:
     listen = Listen(folder / "a.sock")
     with pytest.raises(OSError, match="in use"):

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from utilityvm.cli import output
 from utilityvm.cli.group import Group
 from utilityvm.cli.options import json_option
-from utilityvm.cli.output import age, is_watched, print_fields, print_json, print_table, say
+from utilityvm.cli.output import age, is_watched, print_fields, print_json, print_table
 from utilityvm.text import size
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def rm_command(keys: tuple[str, ...], as_json: bool) -> None:
     images = [get_image(key) for key in dict.fromkeys(keys)]
     remove_images(images)
     for image in images:
-        say(f"removed {image.key} ({size(image.size_bytes)})")
+        output.done(f"removed {image.key} ({size(image.size_bytes)})")
     if as_json:
         print_json([{"key": image.key, "size_bytes": image.size_bytes} for image in images])
 
