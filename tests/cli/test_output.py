@@ -213,14 +213,42 @@ def test_bash_reads_what_was_completed_as_the_one_word_that_it_is(name: str, beg
     assert done.stdout == name
 
 
+def program(folders: Path, *, disk: str | None = None) -> Path:
+    """`uvm`, as the shell finds it; `disk` is what is attached to every VM, in place of what is."""
+    fake, told = folders / "uvm", ""
+    if disk:
+        row = {"host_path": disk, "slot": 1}
+        told = f"import utilityvm\nutilityvm.list_disks = lambda _: [type('Row', (), {row})]\n"
+    fake.write_text(f"#!{sys.executable}\n{told}from utilityvm.cli import main\nmain()\n")
+    fake.chmod(0o755)
+    return fake
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="needs fish")
+def test_fish_completes_vms_and_disks_also_with_commas_in_their_names(
+    uvm: Uvm, vm: Path, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = folders / "script"
+    script.write_text(uvm("completion", "fish").stdout)
+    monkeypatch.setenv("PATH", str(program(folders, disk="/srv/a,b c:d.raw").parent), prepend=os.pathsep)
+    monkeypatch.setenv("HOME", str(folders))
+
+    def completed(line: str) -> list[str]:
+        call = ["fish", "--no-config", "-c", f"source {script}; complete -C {shlex.quote(line)}"]
+        said = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+        return [one.partition("\t")[0] for one in said.splitlines()]
+
+    assert completed("uvm sto") == ["stop"]
+    assert completed("uvm stop w") == ["worker"]
+    assert completed("uvm path worker ") == ["/srv/a,b c:d.raw"]
+
+
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 def test_bash_completes_vms_and_disks(uvm: Uvm, vm: Path, folders: Path) -> None:
     """The script itself, in a real bash, as readline would call it."""
     script = folders / "script"
     script.write_text(uvm("completion", "bash").stdout)
-    fake = folders / "uvm"
-    fake.write_text(f"#!{sys.executable}\nfrom utilityvm.cli import main\nmain()\n")
-    fake.chmod(0o755)
+    fake = program(folders)
 
     def completed(*line: str) -> list[str]:
         words = " ".join(map(shlex.quote, line))

@@ -6,7 +6,13 @@ import os
 import re
 
 import click
-from click.shell_completion import BashComplete, CompletionItem, add_completion_class, get_completion_class
+from click.shell_completion import (
+    BashComplete,
+    CompletionItem,
+    FishComplete,
+    add_completion_class,
+    get_completion_class,
+)
 
 from utilityvm.cli import output
 from utilityvm.cli.group import Command
@@ -61,7 +67,15 @@ def quoted(value: str, *, opened_by: str) -> str:
     return re.sub(r"([^\w@%+=:,./-])", r"\\\1", value)
 
 
+class _Fish(FishComplete):
+    """Completes names that hold commas: click's own splits a line at each of them."""
+
+    def source(self) -> str:
+        return super().source().replace("(string split ", "(string split --max 1 ")
+
+
 add_completion_class(_Bash)
+add_completion_class(_Fish)
 
 
 @click.command("completion", cls=Command, short_help="Print the completion script of a shell.")
