@@ -52,6 +52,16 @@ def test_the_group_gets_the_right_and_nobody_else_more(fd: int) -> None:
     assert mode(fd) == 0o660  # the middle digit is the mask now
 
 
+def test_the_mask_is_of_those_that_it_caps_and_not_of_the_owner_and_of_others(fd: int) -> None:
+    os.fchmod(fd, 0o417)
+    assert acl.grant(fd, GROUP, acl.READ | acl.WRITE)
+    assert mode(fd) == 0o477, "the owning group's x, and what was granted"
+    assert entries(fd)[acl._MASK, acl._NO_ID] == 7
+    os.fchmod(fd, 0o407)
+    assert acl.grant(fd, OTHER_GROUP, acl.READ)
+    assert entries(fd)[acl._MASK, acl._NO_ID] == acl.READ, "of what it held back nothing is given"
+
+
 def test_what_is_restored_is_as_before(fd: int) -> None:
     before = acl.grant(fd, GROUP, acl.READ | acl.WRITE)
     assert before

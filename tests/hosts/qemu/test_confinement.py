@@ -216,3 +216,12 @@ async def test_nothing_begins_if_its_starter_ends_before_it_tells() -> None:
         os.close(written)
     with os.fdopen(log) as file:
         assert "began" not in file.read()  # to the end: all processes of the jail have ended
+
+
+def test_a_process_that_was_not_waited_for_has_ended() -> None:
+    assert confinement._state_of(os.getpid()) == "R"
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert confinement._state_of(child.pid) is None
+    child.wait()
+    assert confinement._state_of(child.pid) is None
