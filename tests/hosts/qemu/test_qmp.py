@@ -202,6 +202,7 @@ async def test_nothing_that_a_terminal_obeys_comes_in(qmp: Qmp, monitor: Monitor
     monitor.send({"return": [{words: [words]}], "id": second})
     refusal, found = await asked
     assert isinstance(refusal, QmpRefused)
+    assert isinstance(found, list)
     for text in (str(refusal), refusal.kind, refusal.description, *found[0], *found[0].popitem()[1]):
         assert text.isprintable()
         assert "wiped" in text
