@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from contract_vms import SOON, ContractVM
+from contract_vms import SOON, ContractVM, T
 from utilityvm.errors import (
     DeadlineExceeded,
     GuestBusy,
@@ -72,8 +72,10 @@ async def test_a_path_holds_one_mount(vm: ContractVM) -> None:
 async def test_two_mounts_at_one_path_at_once_are_one_mount_and_one_refusal(vm: ContractVM) -> None:
     one, two = await vm.attach(vm.image("a"), SLOT), await vm.attach(vm.image("b"), NEXT)
     results = await asyncio.gather(vm.mount(SLOT, PATH), vm.mount(NEXT, PATH), return_exceptions=True)
-    assert sorted(type(result).__name__ for result in results) == ["GuestPathInUse", "NoneType"]
-    winner, loser = (SLOT, NEXT) if results[0] is None else (NEXT, SLOT)
+    refused = [isinstance(result, GuestPathInUse) for result in results]
+    assert sorted(refused) == [False, True], results
+    assert not any(isinstance(result, BaseException) for result in results if not isinstance(result, GuestPathInUse))
+    winner, loser = (NEXT, SLOT) if refused[0] else (SLOT, NEXT)
     assert await vm.probe_mount(winner, PATH)
     assert not await vm.probe_mount(loser, PATH)
     await vm.unmount(winner, PATH)
@@ -142,6 +144,41 @@ async def test_a_mount_in_use_stays_until_it_is_free_or_forced(vm: ContractVM) -
             assert await vm.probe_mount(SLOT, PATH)
     await vm.unmount(SLOT, PATH)
     await vm.take_away(SLOT, name)
+
+
+async def test_force_is_taken_or_refused_before_anything_is_done(vm: ContractVM) -> None:
+    name = await vm.attach(vm.image(), SLOT)
+    await vm.mount(SLOT, PATH)
+    if vm.knows_force:
+        vm.guest.check_force(SLOT)
+    else:
+        with pytest.raises(NotSupported) as caught:
+            vm.guest.check_force(SLOT)
+        assert caught.value.remedy, "it says what to do instead"
+    assert await vm.probe_mount(SLOT, PATH), "asking does nothing"
+    await vm.unmount(SLOT, PATH)
+    await vm.take_away(SLOT, name)
+
+
+async def test_a_disk_whose_storage_is_dead_goes_by_force_alone(vm: ContractVM) -> None:
+    path = vm.image()
+    name = await vm.attach(path, SLOT)
+    try:
+        vm.let_storage_die(path)
+    except NotImplementedError:
+        await vm.take_away(SLOT, name)
+        pytest.skip("storage that dies is tried in tests/real/mounts")
+    await vm.mount(SLOT, PATH)
+    with pytest.raises(GuestRefused):
+        await vm.unmount(SLOT, PATH)
+    assert await vm.probe_mount(SLOT, PATH)
+    await vm.unmount(SLOT, PATH, force=True)
+    with pytest.raises(GuestRefused):
+        await vm.eject(SLOT)
+    assert await vm.probe_device(SLOT)
+    await vm.eject(SLOT, force=True)
+    assert not await vm.probe_device(SLOT)
+    await vm.detach(SLOT, name)
 
 
 async def test_a_read_only_disk_is_mounted_read_only_or_not_at_all(vm: ContractVM) -> None:
@@ -243,6 +280,39 @@ async def test_disks_that_were_hardly_there_are_not_in_the_way_of_the_next(vm: C
 
     await asyncio.gather(*map(come_and_go, paths, slots))
     await asyncio.gather(*map(stay, reversed(paths), slots))
+
+
+@pytest.mark.parametrize("path", ["relative", "", "/run/mounts/../../etc", "/run/mounts/a\nb", "/", "/etc", "/usr/bin"])
+async def test_a_path_where_nothing_can_be_mounted_is_refused(vm: ContractVM, path: str) -> None:
+    with pytest.raises((InvalidRequest, NotSupported)):
+        vm.guest.checked_path(PurePosixPath(path))
+
+
+async def test_a_path_has_one_spelling(vm: ContractVM) -> None:
+    for spelled in ("/run/mounts/one", "/run/mounts/one/", "/run//mounts/./one", "//run/mounts/one"):
+        assert vm.guest.checked_path(PurePosixPath(spelled)) == PATH
+    assert vm.guest.checked_path(vm.guest.checked_path(PATH)) == PATH
+
+
+async def test_what_cannot_grow_is_told_before_the_disk_has_grown(vm: ContractVM) -> None:
+    grown = 32 << 20
+    name = await vm.attach(vm.image(), SLOT)
+    await vm.mount(SLOT, PATH)
+    if vm.grows:
+        await vm.guest.check_grow(SLOT, size_bytes=grown, timeout_s=T)
+        other = await vm.attach(vm.vfat_image(), NEXT)
+        await vm.mount(NEXT, OTHER, filesystem="vfat")
+        with pytest.raises(GuestRefused):
+            await vm.guest.check_grow(NEXT, size_bytes=grown, timeout_s=T)
+        assert await vm.probe_mount(NEXT, OTHER), "asking changes nothing"
+        await vm.unmount(NEXT, OTHER, filesystem="vfat")
+        await vm.guest.check_grow(NEXT, size_bytes=grown, timeout_s=T)  # nothing of it is mounted
+        await vm.take_away(NEXT, other)
+    else:
+        with pytest.raises(NotSupported):
+            await vm.guest.check_grow(SLOT, size_bytes=grown, timeout_s=T)
+    await vm.unmount(SLOT, PATH)
+    await vm.take_away(SLOT, name)
 
 
 async def test_the_next_disk_at_a_slot_is_another_disk(vm: ContractVM) -> None:

@@ -231,6 +231,34 @@ async def test_a_read_only_disk_does_not_grow(vm: ContractVM) -> None:
     await vm.take_away(SLOT, name)
 
 
+async def test_a_disk_never_gets_smaller(vm: ContractVM) -> None:
+    if not vm.grows:
+        pytest.skip("this host grows no disk, and so shrinks none")
+    path = vm.image()
+    name = await vm.attach(path, SLOT)
+    before = await _size(vm, path)
+    assert await vm.host.resize(SLOT, attachment=name, size_bytes=before * 2, timeout_s=T) == before * 2
+    for smaller in (before * 2, before, 512):
+        assert await vm.host.resize(SLOT, attachment=name, size_bytes=smaller, timeout_s=T) == before * 2
+        assert await vm.host.size(SLOT, attachment=name, timeout_s=T) == before * 2
+    assert await _size(vm, path) == before * 2
+    vm.forgive()  # a manager asks for no smaller size
+    await vm.take_away(SLOT, name)
+
+
+async def test_the_size_is_told_by_the_name_of_the_attachment_or_cannot_be_asked_for(vm: ContractVM) -> None:
+    path = vm.image()
+    name = await vm.attach(path, SLOT)
+    if vm.grows:
+        assert await vm.host.size(SLOT, attachment=name, timeout_s=T) == await _size(vm, path)
+        with pytest.raises(NotAttached):
+            await vm.host.size(SLOT, attachment="never", timeout_s=T)
+    else:
+        with pytest.raises(NotSupported):
+            await vm.host.size(SLOT, attachment=name, timeout_s=T)
+    await vm.take_away(SLOT, name)
+
+
 async def _size(vm: ContractVM, path: str) -> int:
     disk = await vm.host.open(DiskRequest(host_path=path, read_only=True))
     disk.close()

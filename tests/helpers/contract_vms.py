@@ -10,6 +10,7 @@ import itertools
 import os
 import shutil
 import signal
+import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
@@ -51,6 +52,18 @@ class ContractVM(ABC):
     @abstractmethod
     def image(self, name: str = "a", *, blank: bool = False) -> str:
         """The path of a new image, with a file system unless `blank`."""
+
+    def vfat_image(self) -> str:
+        """The path of a new image with a vfat. Asked only of VMs whose disks grow."""
+        raise NotImplementedError
+
+    def let_storage_die(self, path: str) -> None:
+        """From now on the storage of that image answers with I/O errors.
+
+        Raises:
+            NotImplementedError: that cannot be had here.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def missing(self) -> str:
@@ -140,6 +153,12 @@ class FakeVM(ContractVM):
         if blank:
             self.world.blank.add(f"/{name}")
         return f"/{name}"
+
+    def vfat_image(self) -> str:
+        return "/vfat"
+
+    def let_storage_die(self, path: str) -> None:
+        self.world.dead.add(f"file:{path}")
 
     def missing(self) -> str:
         self.world.missing.add("/missing")
@@ -245,6 +264,13 @@ class QemuVM(ContractVM):
             if not template.exists():
                 ext4_image(template, {"greeting": "hello\n"})
             shutil.copyfile(template, path)
+        return str(path)
+
+    def vfat_image(self) -> str:
+        path = self._folder / "vfat.raw"
+        path.touch()
+        os.truncate(path, 16 << 20)
+        subprocess.run(["mkfs.vfat", str(path)], check=True, capture_output=True)
         return str(path)
 
     def missing(self) -> str:

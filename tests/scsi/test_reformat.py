@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 
 import pytest
+from msgspec import structs
 
 from scsi_bench import Bench
 from utilityvm.errors import ConfigDiffers, GuestRefused, OutcomeUnknown
@@ -108,7 +109,7 @@ async def test_a_new_owner_formats_nothing_whatever_the_journal_says(bench: Benc
     await reformat(bench)
     for key, record in bench.journal.records.items():
         if isinstance(record, MountRecord):
-            config = replace(record.config, reformat=True)
+            config = structs.replace(record.config, reformat=True)
             bench.journal.records[key] = replace(record, config=config, state="reserved")
     bench.world.mounts.clear()
     bench.kill_owner()
