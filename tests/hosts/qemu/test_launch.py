@@ -159,3 +159,17 @@ async def test_a_process_is_ended_by_what_it_cannot_change_and_not_by_what_it_sa
         assert other.poll() is None
         await launch.end(process)
         assert other.wait(timeout=30) == -signal.SIGKILL
+
+
+def test_ports_that_nobody_came_for_leave_no_writer_that_makes_a_file_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "vms/one"
+    monkeypatch.setenv("UTILITYVM_RUNTIME_DIR", str(tmp_path))
+    launch._make_folder(folder, "one")
+    ports = launch._open_ports(folder)
+    ports.abandon()
+    with pytest.raises(ProcessLookupError):  # a defunct one would be there
+        os.kill(ports.log_pid, 0)
+    launch.clean(folder)
+    assert not folder.exists()

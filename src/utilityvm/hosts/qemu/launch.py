@@ -17,9 +17,10 @@ import os
 import re
 import socket
 import stat
+import time
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,7 @@ FIRST_CONTROLLER: Final = 0x10  # PCI slot of controller 0; the guest finds disk
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _COPY: Final = 1 << 20
 _LAST_WORDS, _LONGEST_LINE = 16 << 10, 500
+_LOOK_AGAIN_S: Final = 0.01
 _END_S: Final = 5.0  # a killed process ends in milliseconds, unless the kernel waits for its storage
 _REMEDIES: Final = (
     ("KVM", "set UTILITYVM_ACCEL=tcg, or make /dev/kvm work: `uvm doctor` says what it lacks"),
@@ -643,8 +645,12 @@ class _Ports:
         self.closing.close()
 
     def abandon(self) -> None:
-        """Nobody came for them: the log's writer ends when they are closed."""
+        """Nobody came for them. See the log's writer end, which they end: it makes its file only as it begins."""
         self.close()
+        ends = time.monotonic() + _END_S
+        with suppress(ChildProcessError):
+            while os.waitpid(self.log_pid, os.WNOHANG) == (0, 0) and time.monotonic() < ends:
+                time.sleep(_LOOK_AGAIN_S)
 
 
 def _open_ports(folder: Path) -> _Ports:
