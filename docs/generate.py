@@ -1,4 +1,4 @@
-"""Writes the parts of the docs that come from the code: the state tables, the API and the CLI reference.
+"""Writes the parts of the docs that come from the code: tables of states, the picture of the rooms, both references.
 
 `python docs/generate.py` writes them; `--check` says which are out of date and ends with 1. A test runs the check.
 """
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import rooms
 
 import utilityvm
 from utilityvm import errors
@@ -133,7 +134,17 @@ def cli() -> str:
     return "\n".join(["# Command line\n", MADE, *commands(uvm, context)])
 
 
-PAGES = {"concepts/README.md": concepts, "reference/api.md": api, "reference/cli.md": cli}
+def architecture() -> str:
+    return filled((DOCS / "architecture.md").read_text(), "rooms", rooms.table())
+
+
+PAGES = {
+    "architecture.md": architecture,
+    "rooms.svg": rooms.svg,
+    "concepts/README.md": concepts,
+    "reference/api.md": api,
+    "reference/cli.md": cli,
+}
 
 
 def main() -> int:

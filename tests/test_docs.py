@@ -54,6 +54,12 @@ def test_the_tests_that_pages_name_exist() -> None:
             assert f"def {name}(" in (ROOT / path).read_text(), f"{page.name}: {path}::{name}"
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_the_files_that_a_page_names_exist(page: str) -> None:
+    for name in re.findall(r"`([\w/]+\.(?:py|sql|md))`", (ROOT / page).read_text()):
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "src/utilityvm")), name
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_work(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
