@@ -23,7 +23,7 @@ from known_faults import EXPLORER, FAULTS, Fault  # noqa: E402
 from scsi_orders import try_orders  # noqa: E402
 from scsi_scenarios import SCENARIOS, SHARE  # noqa: E402
 
-ORDERS: Final = 8_000
+ORDERS: Final = 6_500
 
 
 def explore(at_most: int) -> None:

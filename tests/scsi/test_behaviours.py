@@ -1299,3 +1299,11 @@ async def test_every_call_from_another_event_loop_is_refused_at_once(bench: Benc
         assert [one.id for one in manager.reservations()] == [held.id], name
     await manager.release(held)
     bench.check_empty()
+
+
+async def test_a_disk_grows_up_to_the_largest_size_that_qemu_knows(bench: Bench) -> None:
+    await bench.attach("a", read_only=False)
+    with pytest.raises(InvalidRequest):
+        await bench.manager.resize("a", 1 << 63)
+    await bench.manager.resize("a", (1 << 63) - 512)
+    assert bench.manager.slots()[0].size_bytes == (1 << 63) - 512

@@ -61,8 +61,10 @@ def test_events_outside_the_table_are_refused(name: str, state: Any) -> None:
     table, _, _, step = TABLES[name]
     for event in Event:
         if (state, event) not in table:
-            with pytest.raises(WrongState, match=state):
+            with pytest.raises(WrongState, match=state) as caught:
                 step(state, event)
+            takes = sorted(other for begin, other in table if begin is state) or ["nothing"]
+            assert str(caught.value).endswith(f"it takes {', '.join(takes)}")
 
 
 @pytest.mark.parametrize(("name", "state"), STATES)
