@@ -1,8 +1,8 @@
 """The command `uvm`.
 
-Each noun has a file: `vm`, `disk`, `template`, `image`, `upkeep`, `doctor`, `completion`; `commands` lists them. They
-are loaded when they are used, and so is what they need of the library: a command that only reads the store (`ps`, `ls`,
-`path`) loads no event loop.
+Each noun has a file: `vm`, `program`, `disk`, `template`, `image`, `upkeep`, `doctor`, `completion`; `commands` lists
+them. They are loaded when they are used, and so is what they need of the library: a command that only reads
+the store (`ps`, `ls`, `path`) loads no event loop.
 
 What a command prints: on a terminal, tables and progress; into a pipe, lines of tab-separated fields without a heading;
 with `--json`, one JSON document. Progress, warnings and errors go to the standard error. An error is one line

@@ -5,6 +5,7 @@ All that is printed goes through here. A standard output that cannot be written 
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import logging
@@ -95,6 +96,17 @@ def write_bytes(data: bytes, descriptor: int) -> None:
             select.select([], [descriptor], [])
         except OSError as error:
             raise OutputFailed.because(error) from error
+
+
+def texts(streams: Mapping[str, bytes]) -> dict[str, object]:
+    """Each stream for a JSON document: its text, or, as `NAME_base64`, what is none."""
+    found: dict[str, object] = {}
+    for name, data in streams.items():
+        try:
+            found[name] = data.decode()
+        except UnicodeDecodeError:
+            found[f"{name}_base64"] = base64.b64encode(data).decode()
+    return found
 
 
 def _let_go_of_stdout() -> None:

@@ -22,6 +22,7 @@ _DIGITS = 20  # more than any number that is taken has
 _DECIMAL = ("KB", "MB", "GB", "TB")  # of 1000 to some, of 1024 to others
 _SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)(?:([KMGT])(?:iB)?)?|([0-9]{1,20})B", re.IGNORECASE | re.ASCII)
 _TIME = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)(s|m|h)?", re.ASCII)
+_DECIMAL_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?", re.ASCII)
 _SECONDS = {None: 1, "s": 1, "m": 60, "h": 3600}
 
 
@@ -89,6 +90,46 @@ class Count(_Int):
             most = f" to {self._most}" if self._most is not None else " or more"
             self.fail(f"{number} is not {self._least}{most}", param, ctx)
         return number
+
+
+# The guest's, which is Linux whatever this system is. Source: signal(7).
+_SIGNALS = {
+    "HUP": 1, "INT": 2, "QUIT": 3, "ABRT": 6, "KILL": 9, "USR1": 10, "USR2": 12, "PIPE": 13, "ALRM": 14, "TERM": 15,
+    "CHLD": 17, "CONT": 18, "STOP": 19, "TSTP": 20, "WINCH": 28,
+}  # fmt: skip
+_MAX_SIGNAL = 64
+
+
+def signal_number(text: str) -> int:
+    """The number of a signal of the guest: `TERM`, `SIGTERM` or `15`.
+
+    Raises:
+        click.UsageError: there is no such signal.
+    """
+    number = int(text) if text.isascii() and text.isdigit() else _SIGNALS.get(text.upper().removeprefix("SIG"), 0)
+    if not 0 < number <= _MAX_SIGNAL:
+        raise click.UsageError(f"--signal {text!r}: write a name such as TERM, or a number from 1 to {_MAX_SIGNAL}")
+    return number
+
+
+def limit(text: str) -> tuple[str, int | float]:
+    """A limit of a program: `memory=64M`, `pids=100` or `cpus=0.5`, as the field of `Limits` and its value.
+
+    Raises:
+        click.UsageError: it is none.
+    """
+    name, equals, value = text.partition("=")
+    try:
+        match name:
+            case "memory" if equals:
+                return "memory_bytes", Size().convert(value, None, None)
+            case "pids" if value.isascii() and value.isdigit():
+                return "pids", int(value)
+            case "cpus" if _DECIMAL_NUMBER.fullmatch(value):
+                return "cpus", float(value)
+    except click.BadParameter as error:
+        raise click.UsageError(f"--limit {text!r}: {error.message}") from None
+    raise click.UsageError(f"--limit {text!r}: write it as memory=64M, pids=100 or cpus=0.5")
 
 
 SIZE = Size()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,13 +21,13 @@ from utilityvm.cli.options import (
 )
 from utilityvm.cli.output import age, print_fields, print_json, print_table, say
 from utilityvm.cli.owners import opened, waiting_for
-from utilityvm.cli.values import MEMORY, SECONDS, Count
+from utilityvm.cli.values import MEMORY, SECONDS, Count, limit
 from utilityvm.text import clean
 
 if TYPE_CHECKING:
     import asyncio
 
-    from utilityvm import UtilityVM, UtilityVMError, VMConfig
+    from utilityvm import Limits, UtilityVM, UtilityVMError, VMConfig
 
 BOOT_S = 120.0
 
@@ -272,6 +272,16 @@ class _ExecCommand(Command):
     help="Set a variable for it. NAME alone passes on uvm's own, which keeps the value out of `ps`. Repeatable.",
 )
 @click.option("--timeout", "timeout_s", type=SECONDS, metavar="SECONDS", help="Kill it after so long.")
+@click.option("--user", "-u", metavar="USER", help="Run it as this user of the guest, a name or a number.")
+@click.option(
+    "--limit",
+    "limits",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="What it may use with all that it starts: memory=64M, pids=100, cpus=0.5. Repeatable.",
+)
+@click.option("--detach", "-d", is_flag=True, help="Let it go on in the guest, without input, and print its number.")
+@click.option("--name", "program_name", metavar="TEXT", help="With --detach: a name for `uvm logs` and `uvm kill`.")
 @wait_option
 @json_option
 def exec_command(
@@ -281,6 +291,10 @@ def exec_command(
     cwd: str | None,
     variables: tuple[str, ...],
     timeout_s: float | None,
+    user: str | None,
+    limits: tuple[str, ...],
+    detach: bool,
+    program_name: str | None,
     wait_s: float,
     as_json: bool,
 ) -> int:
@@ -289,25 +303,23 @@ def exec_command(
     Options of uvm stand before PROGRAM. All that follows belongs to the program; a `--` before it is allowed.
 
     uvm passes its standard input to the program, prints its output and errors, and ends with its exit code. While it
-    runs, other commands that need the VM wait.
+    runs, other commands that need the VM wait. With --detach it goes on after uvm: see `uvm programs`.
     """
     from utilityvm.errors import DeadlineExceeded, GuestRefused, UtilityVMError
 
-    env = dict(map(_variable, variables))
+    how = {"cwd": cwd, "env": dict(map(_variable, variables)), "user": user, "limits": _limits(limits)}
+    if detach and timeout_s is not None:
+        raise click.UsageError("--timeout: a program that is detached goes on; end it with `uvm kill`")
+    if program_name is not None and not detach:
+        raise click.UsageError("--name: only a program that is detached has a name; add --detach")
     begun: list[bool] = []
     try:
-        code = run(
-            _exec(
-                name,
-                list(program),
-                begun,
-                stdin=not no_stdin,
-                cwd=cwd,
-                env=env,
-                limits=(timeout_s, wait_s),
-                as_json=as_json,
-            )
-        )
+        if detach:
+            work = _detach(name, list(program), how, program_name, wait_s=wait_s, as_json=as_json)
+        else:
+            times = timeout_s, wait_s
+            work = _exec(name, list(program), begun, how, stdin=not no_stdin, times=times, as_json=as_json)
+        code = run(work)
     except UtilityVMError as error:
         code = exitcodes.EXEC_FAILED
         if isinstance(error, GuestRefused) and error.kind in _NOT_STARTED:
@@ -336,20 +348,36 @@ def _variable(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _limits(texts: tuple[str, ...]) -> Limits | None:
+    from utilityvm import Limits
+
+    return Limits(**dict(map(limit, texts))) if texts else None  # type: ignore[arg-type]  # by the field's type
+
+
+async def _detach(
+    name: str, command: list[str], how: dict[str, Any], program_name: str | None, *, wait_s: float, as_json: bool
+) -> int:
+    async with opened(name, wait_s=wait_s) as vm:
+        program = await vm.start_program(command, name=program_name, follow=False, **how)
+    output.done(f"program {program.number} runs in {name}")
+    if as_json:
+        print_json({"name": name, "number": program.number, "id": program.id, "pid": program.pid})
+    else:
+        output.write(str(program.number))
+    return 0
+
+
 async def _exec(
     name: str,
     command: list[str],
     begun: list[bool],
+    how: dict[str, Any],
     *,
     stdin: bool,
-    cwd: str | None,
-    env: dict[str, str],
-    limits: tuple[float | None, float],
+    times: tuple[float | None, float],
     as_json: bool,
 ) -> int:
-    import base64
-
-    timeout_s, wait_s = limits
+    timeout_s, wait_s = times
     async with opened(name, wait_s=wait_s) as vm:
         begun.append(True)
         given = _own_input() if stdin else None
@@ -359,21 +387,14 @@ async def _exec(
                 stdin=given,
                 stdout=lambda data: output.write_bytes(data, 1),
                 stderr=lambda data: output.write_bytes(data, 2),
-                env=env,
-                cwd=cwd,
                 timeout_s=timeout_s,
+                **how,
             )
         out, err = bytearray(), bytearray()
         code = await vm.run_streaming(
-            command, stdin=given, stdout=out.extend, stderr=err.extend, env=env, cwd=cwd, timeout_s=timeout_s
+            command, stdin=given, stdout=out.extend, stderr=err.extend, timeout_s=timeout_s, **how
         )
-    document: dict[str, object] = {"exit_code": code}
-    for stream, data in (("stdout", bytes(out)), ("stderr", bytes(err))):
-        try:
-            document[stream] = data.decode()
-        except UnicodeDecodeError:
-            document[f"{stream}_base64"] = base64.b64encode(data).decode()
-    print_json(document)
+    print_json({"exit_code": code, **output.texts({"stdout": bytes(out), "stderr": bytes(err)})})
     return code
 
 
