@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +34,8 @@ MAY: dict[str, set[str]] = {
     "templates": {"scsi", "diskimage", "hosts", "store", "machine"},
     "vm": {"templates", "machine", "scsi", "hosts", "guests", "guestimage", "store", "diskimage"},
     "upkeep": {"vm", "templates", "scsi", "hosts", "guests", "guestimage", "store", "machine"},
+    "server": {"vm", "store", "scsi", "machine"},
+    "client": {"server", "guests", "scsi", "machine"},  # of `server` what goes over the wire
     "cli": {"machine", ""},
     "testing": {"scsi", "machine", "hosts", "bridge", "agent", "guests"},
     "": {
@@ -45,6 +48,8 @@ MAY: dict[str, set[str]] = {
         "store",
         "machine",
         "upkeep",
+        "client",
+        "server",
     },  # the public names
 }
 STANDARD_LIBRARY_ONLY = {"agent", "bridge"}  # they run in the guest, which has nothing else
@@ -104,6 +109,25 @@ def test_the_command_line_and_the_examples_use_public_names_only(folder: str) ->
                 continue
             is_public = module in PUBLIC or module.removeprefix("utilityvm.") in utilityvm.__all__
             assert is_public or (module in NOT_PUBLIC and folder != "examples"), f"{path} imports {module}"
+
+
+ON_THE_WIRE = {"utilityvm.server.types", "utilityvm.server.problems"}
+
+
+def test_a_client_needs_of_the_server_only_what_goes_over_the_wire() -> None:
+    of_the_server = {module for path in (SOURCE / "client").rglob("*.py") for module in imports(path)}
+    of_the_server = {module for module in of_the_server if module.startswith("utilityvm.server")}
+    assert of_the_server <= {*ON_THE_WIRE, "utilityvm.server"}
+
+
+def test_the_library_alone_loads_no_server_and_no_client() -> None:
+    code = (
+        "import sys, utilityvm.vm.utility_vm, utilityvm.vm.pool, utilityvm.cli.commands\n"
+        "ours = ('utilityvm.server', 'utilityvm.client', 'uvicorn', 'h11')\n"
+        "print([name for name in sys.modules if name.startswith(ours)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_every_room_has_its_rules() -> None:

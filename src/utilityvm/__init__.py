@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from utilityvm import errors as errors
+    from utilityvm.client.remote import Adding, Client, RemoteMount, RemoteVM, connect
     from utilityvm.errors import (
         AccessDenied,
         AlreadyAttached,
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from utilityvm.scsi.reservation import ForceArgument, Reservation
     from utilityvm.scsi.slot import Slot
     from utilityvm.scsi.views import MountView, SlotView
+    from utilityvm.server.run import serve
     from utilityvm.store.catalog import VMState
     from utilityvm.store.ownership import Owner
     from utilityvm.store.view import DiskInfo, ReservationInfo
@@ -105,10 +107,12 @@ __all__ = [
     "GENERATED",
     "AccessDenied",
     "Acquiring",
+    "Adding",
     "AlreadyAttached",
     "AlreadyReleased",
     "AttachmentType",
     "CallerKey",
+    "Client",
     "ClonePool",
     "CommandResult",
     "ConfigDiffers",
@@ -162,6 +166,8 @@ __all__ = [
     "ProgramPieces",
     "ProtocolError",
     "QemuProcess",
+    "RemoteMount",
+    "RemoteVM",
     "RequestError",
     "Reservation",
     "ReservationInfo",
@@ -200,6 +206,7 @@ __all__ = [
     "Verity",
     "WrongLoop",
     "WrongState",
+    "connect",
     "doctor",
     "errors",
     "examine_vm",
@@ -218,9 +225,11 @@ __all__ = [
     "remove_leftover",
     "remove_leftovers",
     "repair_vm",
+    "serve",
 ]
 
 _MODULES = {
+    "utilityvm.server.run": ("serve",),
     "utilityvm.vm.listing": ("VMInfo", "get_vm", "list_disks", "list_vms", "read_console"),
     "utilityvm.store.view": ("DiskInfo", "ReservationInfo"),
     "utilityvm.store.catalog": ("VMState",),
@@ -235,6 +244,7 @@ _MODULES = {
     "utilityvm.guests.kept": ("Program", "ProgramInfo", "ProgramPiece", "ProgramPieces"),
     "utilityvm.guests.program": ("CommandResult", "Limits", "OutputSink"),
     "utilityvm.guests.streams": ("ProgramInput", "ProgramOutput"),
+    "utilityvm.client.remote": ("Adding", "Client", "RemoteMount", "RemoteVM", "connect"),
     "utilityvm.hosts.qemu": ("QemuProcess",),
     "utilityvm.machine.hostpath": ("HostPath",),
     "utilityvm.scsi.reservation": ("ForceArgument", "Reservation"),

@@ -31,13 +31,14 @@ Uvm = Callable[..., "subprocess.CompletedProcess[str]"]
 _CONSOLE_CHARACTERS = 8000
 
 
-# Ends every VM of the session, whoever owns it, and removes its folder, once its standard input is closed: so also when
-# pytest was killed.
+# Ends every VM of the session, whoever owns it, and the server, and removes the folder, once its standard input is
+# closed: so also when pytest was killed.
 GUARD = """
-import asyncio, shutil, signal, sys
+import asyncio, os, shutil, signal, sys
 from pathlib import Path
 from utilityvm.hosts.qemu import QemuProcess, launch
 from utilityvm.store import Store
+from utilityvm.store.ownership import owner_of
 
 async def end_all(store):
     for vm in store.vms():
@@ -47,6 +48,9 @@ async def end_all(store):
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 sys.stdin.read()
 folder = Path(sys.argv[1])
+for path in folder.rglob("servers/*"):
+    if (server := owner_of(path)) is not None and server.pid:
+        os.kill(server.pid, signal.SIGKILL)
 for path in folder.rglob("state.db"):
     with Store.open(path) as store:
         asyncio.run(end_all(store))

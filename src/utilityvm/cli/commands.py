@@ -27,6 +27,7 @@ COMMANDS = {
     "doctor": "doctor",
     "repair": "upkeep",
     "gc": "upkeep",
+    "serve": "serve",
     "completion": "completion",
 }
 

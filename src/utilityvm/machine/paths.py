@@ -12,6 +12,7 @@ from pathlib import Path
 STORE_FILE = "state.db"
 LOCK_FILE = "owner.lock"
 RECORD_FILE = "vm.json"
+SERVER_SOCKET = "api.sock"
 
 
 def _folder(own: str, xdg: str, fallback: Path) -> Path:
@@ -64,6 +65,13 @@ def overlays_dir(uuid: str) -> Path:
 def vm_dir(name: str) -> Path:
     """The runtime folder of one VM."""
     return runtime_dir() / "vms" / name
+
+
+def server_dir() -> Path:
+    """The runtime folder of the server for this user, this store and this runtime folder."""
+    import hashlib
+
+    return runtime_dir() / "servers" / hashlib.sha256(os.fsencode(state_dir())).hexdigest()[:12]
 
 
 def make_folder(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
 
-from utilityvm.errors import GuestPathInUse, NoFreeSlot, NotAttached
+from utilityvm.errors import AlreadyAttached, GuestPathInUse, NoFreeSlot, NotAttached
 from utilityvm.scsi.disk import Disk
 from utilityvm.scsi.ledger import Ledger
 from utilityvm.scsi.mount import GENERATED_BELOW, Mount, check_beside, difference, same_mount, without_reformat
@@ -84,9 +84,17 @@ class Book:
         config: MountConfig | None,
         path: PurePosixPath | None,
         holder: Holder,
+        *,
+        id: str | None = None,
     ) -> Claim:
-        """Enter a claim, all of it or nothing. From here to the first step nothing waits, so nothing comes between."""
-        now, id = self._clock(), self._new_id()
+        """Enter a claim, all of it or nothing. From here to the first step nothing waits, so nothing comes between.
+
+        Raises:
+            AlreadyAttached: there is a reservation of that id.
+        """
+        now, id = self._clock(), id or self._new_id()
+        if id in self.claims:
+            raise AlreadyAttached(f"there is a reservation {id} already", vm=self._vm, host_path=request.host_path)
         disk = self.disks.get(opened.identity)
         if disk is not None:
             disk.check_same(request, opened)

@@ -122,9 +122,12 @@ class ScsiManager:
         mount: MountConfig | None = None,
         guest_path: PurePosixPath | None = None,
         holder: Holder,
+        id: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Reservation:
         """Reserve a disk: it is attached, and mounted if `mount` says how.
+
+        `id` names the reservation, so that a caller who lost the answer can look for it; None: a new one.
 
         A disk that is attached already is shared if the request does not contradict it; so is a mount of the same
         config if `guest_path` is its path or None. Without a path and a mount to share, one is made up from the slot.
@@ -160,7 +163,7 @@ class ScsiManager:
             opened = await self._host.open(request)
             try:
                 self._check_open()
-                claim = self._book.claim(request, opened, mount, guest_path, holder)
+                claim = self._book.claim(request, opened, mount, guest_path, holder, id=id)
             except BaseException:
                 opened.close()
                 raise

@@ -11,6 +11,9 @@ bytes of `owner.lock`; nobody has to clean up after a process that died:
 Waiting looks every 10 ms instead of blocking in the kernel: a blocked thread could not be called back when its caller's
 time is up. No lock is ever waited for without a deadline: its holder may stand still.
 
+An owner may share: it says in the file that it lets go as soon as another process waits, unless it is in use just then.
+The server does. Whoever wants such a VM is in the queue for a moment, whatever it was told to wait.
+
 A name is not the thing: the file may be removed or replaced while its owner lives (cleaners of /tmp do that). So the
 store remembers the owner as well, and which file it locked. With the same file the lock decides; with another one, or
 none, the VM belongs to that process until it lets go or ends. Forks of an owner hold nothing (machine/forks.py).
@@ -28,7 +31,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -40,6 +43,7 @@ _FLOCK: Final = struct.Struct("hhqqi4x")
 _OWNER, _FIRST_TICKET = 1, 1000
 _LOOK_AGAIN_S: Final = 0.01
 _TEXT_BYTES: Final = 4096
+_SHARED_S: Final = 1.5  # for an owner that shares to see that it is waited for, and to let go
 _SEIZE_S: Final = 1.0  # for those in the queue to see that the VM has ended
 _FOLDER_GOES: Final = 100  # times that an ending VM may take its folder away under us
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -54,6 +58,7 @@ class Owner:
     command: str  # the program, without its arguments
     since: float  # seconds since the epoch
     lock: str = ""  # device and inode of the file that it locked
+    shares: bool = False  # it lets go as soon as another process waits
 
     def __str__(self) -> str:
         return f"process {self.pid} ({self.command})"
@@ -65,6 +70,7 @@ class Owner:
             "command": self.command,
             "since": self.since,
             "lock": self.lock,
+            **({"shares": True} if self.shares else {}),
         }
 
     @classmethod
@@ -75,6 +81,7 @@ class Owner:
             command=str(document["command"]),
             since=float(document["since"]),
             lock=str(document.get("lock", "")),
+            shares=document.get("shares") is True,
         )
 
 
@@ -107,10 +114,11 @@ class Ownership:
             VMOwned: another process owns it, or others wait for it; `owner` is that process.
             SetupError: the folder cannot be used, or its file system cannot lock files.
         """
-        until = time.monotonic() + wait_s
+        begun = time.monotonic()
         path = folder / paths.LOCK_FILE
         while True:
             fd, is_new = _open(path, vm=vm)
+            until = begun + (max(wait_s, _SHARED_S) if _read(fd).shares else wait_s)
             try:
                 if not await _queue(fd, until=until):
                     raise _owned(path, vm, wait_s=wait_s)
@@ -150,6 +158,14 @@ class Ownership:
         """
         (folder / paths.LOCK_FILE).unlink(missing_ok=True)
         return await cls.acquire(folder, vm=vm, wait_s=_SEIZE_S)
+
+    def share(self) -> None:
+        """Say that we let go as soon as another process waits: see `is_wanted`."""
+        _introduce(self._fd, replace(self.owner, shares=True))
+
+    def is_wanted(self) -> bool:
+        """Does another process wait for the VM?"""
+        return self._fd >= 0 and _highest(self._fd, _FIRST_TICKET) is not None
 
     def belongs_to_other(self, recorded: Owner | None) -> bool:
         """Has the VM an owner that locked another file than ours: `recorded`, as the store has it?"""

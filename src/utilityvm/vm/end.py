@@ -111,6 +111,22 @@ async def _close(vm: OwnedVM, settle_s: float) -> None:
             await vm.store.lane.run(vm.store.close)
 
 
+async def leave(vm: OwnedVM) -> None:
+    """Let go of a VM that has ended by itself. Its record, its disks' names and its last words stay until `remove`."""
+    await finish(_leave(vm))
+
+
+async def _leave(vm: OwnedVM) -> None:
+    async with vm.ending:
+        if vm.state is not State.ENDED:
+            return
+        try:
+            await hang_up(vm)
+        finally:
+            await in_thread(vm.ownership.release, always=True)
+            await vm.store.lane.run(vm.store.close)
+
+
 async def hang_up(vm: OwnedVM) -> None:
     """End the connections. What was under way is lost by that at once, and the journal says so."""
     if vm.state is State.STARTING:

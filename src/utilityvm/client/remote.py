@@ -1,0 +1,410 @@
+"""The verbs of a VM for a process that does not own it: the server's, over its socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import msgspec
+
+from utilityvm.client.api import ENDED, FAILED, Api
+from utilityvm.client.starting import Starting
+from utilityvm.client.values import encryption_of, verity_of
+from utilityvm.client.wire import Wire, own_id
+from utilityvm.errors import AlreadyReleased, NotAttached, UtilityVMError, VMGone, VMNotRunning
+from utilityvm.machine.hostpath import HostPath, absolute
+from utilityvm.scsi.slot import Slot
+from utilityvm.server import problems, types
+
+if TYPE_CHECKING:
+    from utilityvm.guests.program import CommandResult, OutputSink
+    from utilityvm.scsi.ports import CallerKey, ScratchKey, Verity
+    from utilityvm.scsi.reservation import ForceArgument
+    from utilityvm.scsi.views import SlotView
+
+DEFAULT_TIMEOUT_S: Final = 60.0
+SHUTDOWN_S: Final = 15.0
+_STDOUT: Final = 1
+_KILL_S: Final = 5.0
+
+
+def connect(*, start: bool = True) -> Client:
+    """A client of this user's server, which is started if none runs and `start` is true. For one event loop.
+
+    Nothing happens before the first call. Any number of clients use a VM at the same time.
+    """
+    return Client(Api(Wire(Starting(start=start))))
+
+
+class Client:
+    """The server of this user and store. Made by `connect`; leaving `async with` closes its connections."""
+
+    def __init__(self, api: Api) -> None:
+        """Use `utilityvm.connect`."""
+        self._api = api
+
+    async def vms(self) -> list[str]:
+        """The names of the VMs that there are, whatever state they are in."""
+        return [vm.name for vm in await self._api.vms()]
+
+    async def vm(self, name: str, *, wait_s: float = 0.0) -> RemoteVM:
+        """Use a VM that runs and outlives its owner. The server owns it from then on, and lets go when nobody uses it
+        and another process waits for it.
+
+        Raises:
+            VMNotFound: there is no VM of that name.
+            VMNotRunning: its QEMU has ended.
+            VMOwned: another process owns it, also after waiting for `wait_s` seconds.
+            SetupError: there is no server, and none can be started.
+        """
+        found = await self._api.vm(name, wait_s=wait_s)
+        return RemoteVM(self._api, found.name, found.uuid, findings=tuple(found.findings))
+
+    async def stop(
+        self, name: str, *, wait_s: float = 0.0, force: bool = False, timeout_s: float = SHUTDOWN_S
+    ) -> list[str]:
+        """End a VM, whatever state it is in, and remove all that is left of it: as `UtilityVM.remove`.
+
+        Programs and calls of other clients end with `VMNotRunning`.
+        """
+        return await self._api.stop(name, wait_s=wait_s, force=force, timeout_s=timeout_s)
+
+    async def close(self) -> None:
+        """Close the connections. What was reserved stays."""
+        self._api.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class RemoteVM:
+    """A VM that the server owns. Its calls are those of `UtilityVM`, from any number of processes at the same time.
+
+    A call whose answer is lost is made again, to the next server if need be, and does nothing twice.
+    """
+
+    def __init__(self, api: Api, name: str, uuid: str, *, findings: tuple[str, ...] = ()) -> None:
+        """Use `Client.vm`."""
+        self._api = api
+        self.name = name
+        self.uuid = uuid
+        self.findings = findings  # what was found half done, if this call made the server take the VM over
+
+    def add_scsi(
+        self,
+        host_path: HostPath,
+        guest_path: str | PurePosixPath | None = None,
+        *,
+        generated: bool = False,
+        holder: str = "client",
+        read_only: bool = False,
+        options: Sequence[str] = (),
+        access: str = "individual",
+        partition: int = 0,
+        format: str | None = None,
+        sector_size_bytes: int | None = None,
+        filesystem: str | None = None,
+        ensure_filesystem: bool = False,
+        reformat: bool = False,
+        block_device: bool = False,
+        encryption: ScratchKey | CallerKey | None = None,
+        verity: Verity | None = None,
+        physical: bool = False,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Adding:
+        """Reserve a disk: `UtilityVM.add_scsi` says what the arguments mean. Await it, or enter it with `async with`.
+
+        `generated`: the server makes up the guest path. The reservation belongs to `holder`, and stays until it is
+        given back, also if this process ends.
+        """
+        body = types.AddDisk(
+            host_path=absolute(host_path),
+            guest_path=None if guest_path is None else str(guest_path),
+            generated=generated,
+            holder=holder,
+            read_only=read_only,
+            options=list(options),
+            access=str(access),
+            partition=partition,
+            format=None if format is None else str(format),
+            sector_size_bytes=sector_size_bytes,
+            filesystem=filesystem,
+            ensure_filesystem=ensure_filesystem,
+            reformat=reformat,
+            block_device=block_device,
+            encryption=encryption_of(encryption),
+            verity=verity_of(verity),
+            physical=physical,
+            timeout_s=timeout_s,
+        )
+        return Adding(self, body)
+
+    async def remove_scsi(
+        self,
+        host_path: HostPath,
+        *,
+        holder: str | None = None,
+        force: ForceArgument = False,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> str | None:
+        """Drop one reference to the disk: the newest, or the newest of `holder`. The last one detaches it.
+
+        Raises:
+            NotAttached: it is not attached, or `holder` has no reservation on it.
+            others: as `RemoteMount.release`.
+        """
+        gone = await self._api.remove(
+            self.name, host_path=absolute(host_path), holder=holder, force=force, timeout_s=timeout_s
+        )
+        return gone.overruled
+
+    async def release(
+        self, reservation: str, *, force: ForceArgument = False, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> str | None:
+        """Give back a reservation by its id. See `RemoteMount.release`."""
+        return (await self._api.release(self.name, reservation, force=force, timeout_s=timeout_s)).overruled
+
+    async def resize_scsi(self, host_path: HostPath, size_bytes: int, *, timeout_s: float | None = None) -> None:
+        """Grow the disk, its image and the file systems on it: as `UtilityVM.resize_scsi`."""
+        body = types.Resize(host_path=absolute(host_path), size_bytes=size_bytes, timeout_s=timeout_s)
+        await self._api.resize(self.name, body)
+
+    async def scsi_slots(self) -> list[SlotView]:
+        """Every slot that a disk has, in order."""
+        return [slot_view_of(disk) for disk in await self._api.disks(self.name)]
+
+    async def scsi_reservations(self) -> list[RemoteMount]:
+        """Every reservation that is held, whoever made it; the oldest first."""
+        return [RemoteMount(self, one) for one in await self._api.reservations(self.name)]
+
+    async def run(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: PurePosixPath | str | None = None,
+        timeout_s: float | None = None,
+    ) -> CommandResult[bytes]:
+        """Run a program in the guest to its end: as `UtilityVM.run`, with fewer settings.
+
+        Raises:
+            OutcomeUnknown: the server ended meanwhile, and the program with it.
+            others: as `UtilityVM.run`.
+        """
+        from utilityvm.guests.program import CommandResult
+
+        out, err = bytearray(), bytearray()
+
+        async def given() -> AsyncIterator[bytes]:
+            if stdin:
+                yield stdin
+
+        code = await self.run_streaming(
+            command,
+            stdout=out.extend,
+            stderr=err.extend,
+            stdin=None if stdin is None else given(),
+            env=env,
+            cwd=cwd,
+            timeout_s=timeout_s,
+        )
+        return CommandResult(exit_code=code, stdout=bytes(out), stderr=bytes(err))
+
+    async def run_streaming(
+        self,
+        command: Sequence[str],
+        *,
+        stdout: OutputSink,
+        stderr: OutputSink,
+        stdin: AsyncIterator[bytes] | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: PurePosixPath | str | None = None,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Like `run`, with input and output as they come; gives the exit code. Cancelled, it kills the program."""
+        program = types.RunProgram(
+            command=[str(word) for word in command],
+            stdin=stdin is not None,
+            env=dict(env or {}),
+            cwd=None if cwd is None else str(cwd),
+            timeout_s=timeout_s,
+        )
+        return await run_program(self._api, self.name, program, stdin=stdin, stdout=stdout, stderr=stderr)
+
+    async def stop(self, *, timeout_s: float = SHUTDOWN_S) -> None:
+        """End the VM: as `UtilityVM.stop`. Programs and calls of other clients end with `VMNotRunning`."""
+        await self._api.stop(self.name, timeout_s=timeout_s)
+
+    def __repr__(self) -> str:
+        return f"<RemoteVM {self.name}>"
+
+
+class RemoteMount:
+    """One reservation of a disk, held by a name. Leaving `async with` gives it back."""
+
+    def __init__(self, vm: RemoteVM, reservation: types.Reservation) -> None:
+        """Use `RemoteVM.add_scsi`."""
+        self._vm = vm
+        self._reservation = reservation
+
+    @property
+    def id(self) -> str:
+        """The reservation's name, which `uvm detach` takes as well."""
+        return self._reservation.id
+
+    @property
+    def host_path(self) -> Path:
+        return Path(self._reservation.host_path)
+
+    @property
+    def guest_path(self) -> PurePosixPath | None:
+        """Where it is mounted in the guest; None: it is attached only."""
+        path = self._reservation.guest_path
+        return None if path is None else PurePosixPath(path)
+
+    @property
+    def slot(self) -> Slot:
+        return Slot.parse(self._reservation.slot)
+
+    @property
+    def read_only(self) -> bool:
+        return self._reservation.read_only
+
+    @property
+    def holder(self) -> str:
+        return self._reservation.holder
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to know of its mount: as `SCSIMount.notes`."""
+        return tuple(self._reservation.notes)
+
+    async def release(self, *, force: ForceArgument = False, timeout_s: float = DEFAULT_TIMEOUT_S) -> str | None:
+        """Give it back: as `SCSIMount.release`."""
+        return await self._vm.release(self.id, force=force, timeout_s=timeout_s)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self.release()
+        except (AlreadyReleased, NotAttached, VMGone, VMNotRunning):
+            return  # by another call, or with the VM
+        except UtilityVMError as failure:
+            if error is None:
+                raise
+            error.add_note(f"{self.host_path} at {self.slot} was not released: {failure}")
+
+    def __repr__(self) -> str:
+        at = f" at {self.guest_path}" if self.guest_path else ""
+        return f"<RemoteMount {self.id}: {self.host_path} in {self.slot}{at}>"
+
+
+class Adding:
+    """What `RemoteVM.add_scsi` gives: await it for the reservation, or enter it with `async with`."""
+
+    def __init__(self, vm: RemoteVM, body: types.AddDisk) -> None:
+        """Use `RemoteVM.add_scsi`."""
+        self._vm = vm
+        self._body = body
+        self._made: RemoteMount | None = None
+
+    async def _add(self) -> RemoteMount:
+        return RemoteMount(self._vm, await self._vm._api.add(self._vm.name, self._body))
+
+    def __await__(self) -> Generator[Any, None, RemoteMount]:
+        return self._add().__await__()
+
+    async def __aenter__(self) -> RemoteMount:
+        self._made = made = await self._add()
+        return made
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._made is not None
+        await self._made.__aexit__(kind, error, trace)
+
+
+async def run_program(
+    api: Api,
+    vm: str,
+    program: types.RunProgram,
+    *,
+    stdin: AsyncIterator[bytes] | None,
+    stdout: OutputSink,
+    stderr: OutputSink,
+    wait_s: float = 0.0,
+    begun: Callable[[], object] = lambda: None,
+) -> int:
+    """Run a program to its end; gives its exit code. `begun` is called once the VM has it."""
+    id = own_id()
+    await api.start_program(vm, id, program, wait_s=wait_s)
+    begun()
+    feeding = None if stdin is None else asyncio.create_task(_feed(api, vm, id, stdin), name=f"input of {id}")
+    try:
+        return await _deliver(api.output(vm, id), stdout, stderr)
+    except BaseException:
+        with suppress(UtilityVMError, OSError, EOFError, TimeoutError):
+            async with asyncio.timeout(_KILL_S):
+                await api.kill(vm, id)
+        raise
+    finally:
+        if feeding is not None:
+            feeding.cancel()
+            await asyncio.wait([feeding])
+
+
+async def _deliver(output: AsyncIterator[tuple[int, bytes]], stdout: OutputSink, stderr: OutputSink) -> int:
+    try:
+        async for stream, payload in output:
+            if stream == FAILED:
+                raise problems.error_of(msgspec.json.decode(payload, type=types.Problem))
+            if stream == ENDED:
+                return msgspec.json.decode(payload, type=types.Program).exit_code or 0
+            taken = (stdout if stream == _STDOUT else stderr)(payload)
+            if asyncio.iscoroutine(taken) or asyncio.isfuture(taken):
+                await taken
+    finally:
+        await output.aclose()  # type: ignore[attr-defined]
+    raise AssertionError("the output has an end, or an error")
+
+
+async def _feed(api: Api, vm: str, id: str, stdin: AsyncIterator[bytes]) -> None:
+    at = 0
+    with suppress(UtilityVMError):  # the program has ended, or its end says more
+        async for data in stdin:
+            await api.feed(vm, id, data, at=at)
+            at += len(data)
+        await api.feed(vm, id, b"", at=at, last=True)
+
+
+def slot_view_of(disk: types.Disk) -> SlotView:
+    from utilityvm.scsi.views import SlotView
+
+    return SlotView(
+        slot=Slot.parse(disk.slot),
+        attachment=disk.attachment,
+        host_path=disk.host_path,
+        identity=disk.identity,
+        format=disk.format,
+        read_only=disk.read_only,
+        size_bytes=disk.size_bytes,
+        state=disk.state,
+        guest_paths=tuple(map(PurePosixPath, disk.guest_paths)),
+        references=disk.references,
+        holders=tuple(disk.holders),
+        since=disk.since,
+        phases={},
+    )

@@ -1,0 +1,3 @@
+from utilityvm.server.run import main
+
+main()
