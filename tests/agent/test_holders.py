@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,7 +115,8 @@ def test_mounts_below_a_mount_are_named_first(guest: Guest) -> None:
 )
 def test_a_process_that_stands_in_it_or_runs_from_it_uses_it(guest: Guest, link: str, said: str) -> None:
     guest.mount()
-    guest.proc.process(7, "a (b", **{link: guest.path})
+    links: Any = {link: guest.path}
+    guest.proc.process(7, "a (b", **links)
     assert holders.of_mount(guest.path) == [f"process 7 (a (b) has {said} there: {guest.path}"]
 
 

@@ -28,6 +28,7 @@ from utilityvm.errors import (
 )
 from utilityvm.guests import bridge_client
 from utilityvm.guests.bridge_guest import BridgeGuest, CommandResult, OutputSink
+from utilityvm.guests.program import GuestProgram
 from utilityvm.scsi.ports import CallerKey, GuestBackend, MountConfig, ScratchKey, Verity
 from utilityvm.scsi.slot import Slot
 
@@ -482,6 +483,7 @@ async def test_a_slow_sink_holds_the_program_back(guest: BridgeGuest) -> None:
     while not sizes:
         await guest.ping()
     program = next(iter(guest._programs.values()))
+    assert isinstance(program, GuestProgram)
     for _ in range(20):
         await guest.ping()
     assert program._output_size <= 262144

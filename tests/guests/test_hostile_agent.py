@@ -21,6 +21,7 @@ from utilityvm.bridge.frame import Decoder, encode, guest_json
 from utilityvm.errors import DeadlineExceeded, GuestRefused, InvalidRequest, ProtocolError, UtilityVMError
 from utilityvm.guests import bridge_guest
 from utilityvm.guests.bridge_guest import BridgeGuest
+from utilityvm.guests.program import GuestProgram
 from utilityvm.scsi.slot import Slot
 
 Answer = dict[str, Any] | bytes | None
@@ -256,6 +257,7 @@ async def test_output_in_many_small_pieces_costs_no_more_than_its_window(connect
     running = asyncio.create_task(guest.run_streaming(["x"], stdout=slow, stderr=slow))
     await has_begun.wait()
     program = guest._programs[1]
+    assert isinstance(program, GuestProgram)
     while program._output_size < 2 * count:
         await asyncio.sleep(0)
     assert len(program._output) <= 256

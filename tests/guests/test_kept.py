@@ -274,7 +274,7 @@ async def test_an_answer_that_was_lost_with_the_connection_starts_one_program(
     guest: BridgeGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = BridgeClient.request
-    cut = []
+    cut: list[dict[str, Any]] = []
 
     async def lose(client: BridgeClient, kind: int, body: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
         answer = await request(client, kind, body, timeout_s=timeout_s)

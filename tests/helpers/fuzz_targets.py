@@ -156,9 +156,9 @@ def from_host(data: bytes) -> None:
             continue
         for read in (
             agent_serve._slot,
-            agent_run._Command,
-            lambda body: agent_run._bytes(body.get("Data")),
-            lambda body: agent_run._number(body.get("Process"), 1 << 32),
+            agent_run.Command,
+            agent_run.data_of,
+            agent_run.process_number,
             lambda body: agent_serve._seconds(body.get("TimeoutMs"), 1.0),
             _settings,
         ):
