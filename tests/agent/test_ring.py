@@ -46,6 +46,17 @@ def test_a_piece_that_grows_after_it_was_read_gives_what_is_new() -> None:
     assert read(ring, cursor) == [("out", 2, b"cd"), ("err", 0, b"e")]
 
 
+def test_what_a_reader_has_not_taken_is_kept_beyond_the_size() -> None:
+    ring, cursor = Ring(4096), Cursor({})
+    ring.add("out", bytes(2000))
+    taken = ring.place_of(cursor)
+    ring.add("out", bytes(3000), [taken, ring.end_place])
+    assert ring.begins["out"] == 0
+    assert ring.room([taken]) == 0
+    ring.add("out", b"a")
+    assert ring.begins["out"] > 0
+
+
 @given(WRITES, st.integers(1, 500))
 def test_what_is_held_is_the_end_and_no_more_than_its_size(writes: list[tuple[str, bytes]], at_most: int) -> None:
     ring = Ring(8192)

@@ -94,13 +94,18 @@ class KeptProgram:
 
     def room(self) -> int:
         with self.changed:
-            taken = [follow.place for follow in self.follows if follow.holds and not self.is_killed]
+            taken = self._taken()
             return self.ring.room(taken) if taken else messages.CHUNK_BYTES
 
     def write(self, stream: str, data: bytes) -> None:
         with self.changed:
-            self.ring.add(stream, data)
+            # One that holds may have begun since there was said to be room.
+            self.ring.add(stream, data, self._taken())
             self.changed.notify_all()
+
+    def _taken(self) -> list[int]:
+        """Up to where those that hold the program back have taken its output. Call it with `changed` held."""
+        return [follow.place for follow in self.follows if follow.holds and not self.is_killed]
 
     def took(self, size: int, total: int) -> None:
         with self.changed:

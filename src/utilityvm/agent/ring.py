@@ -48,7 +48,9 @@ class Cursor:
 
 
 class Ring:
-    """Holds `size` bytes at the most, each piece counting `PIECE_COST` more. Not thread-safe.
+    """Holds `size` bytes at the most, each piece counting `PIECE_COST` more; and what a reader needs beyond that.
+
+    Not thread-safe.
 
     A *place* is a position among all that was ever written, the cost of the pieces included.
     """
@@ -75,8 +77,9 @@ class Ring:
         free = self.size - (self.end_place - oldest) - PIECE_COST
         return max(0, free * self._largest // (self._largest + PIECE_COST))
 
-    def add(self, stream: str, data: bytes) -> None:
-        """Add bytes, and drop as many of the oldest as there are too many."""
+    def add(self, stream: str, data: bytes, taken: Iterable[int] = ()) -> None:
+        """Add bytes, and drop as many of the oldest as there are too many, but nothing after one of these places."""
+        needed = min(taken, default=None)
         rest = memoryview(data)
         while rest:
             last = self._pieces[-1] if self._pieces else None
@@ -89,10 +92,12 @@ class Ring:
             rest = rest[size:]
             self.ends[stream] += size
             self.end_place += size
-            self._drop()
+            self._drop(needed)
 
-    def _drop(self) -> None:
+    def _drop(self, needed: int | None) -> None:
         least = self.end_place - self.size
+        if needed is not None:
+            least = min(least, needed)
         while (oldest := self._pieces[0]).place + len(oldest.data) <= least:
             self._pieces.popleft()
             self._first += 1
