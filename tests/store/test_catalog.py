@@ -125,6 +125,14 @@ def test_one_damaged_row_is_a_vm_that_says_so_and_the_others_are_as_they_were(
     assert [vm.name for vm in store.vms()] == ["good"]
 
 
+@pytest.mark.parametrize("column", ["name", "uuid", "state", "config", "process", "owner"])
+def test_a_text_that_is_no_utf8_keeps_nobody_from_the_other_rows(store: Store, column: str) -> None:
+    good, bad = store.add("good", uuid="u1", config={"keep": True}), store.add("bad", uuid="u2", config={})
+    store.db.execute(f"UPDATE vms SET {column} = CAST(X'7bff' AS TEXT) WHERE id = ?", (bad.id,))
+    assert store.get("good").config == {"keep": True}
+    assert {vm.id for vm in store.vms()} == {good.id, bad.id}
+
+
 @pytest.mark.parametrize("value", ["{", "[]", '{"pid": 1}'])
 def test_a_damaged_owner_is_none(store: Store, value: str) -> None:
     vm = store.add("one", uuid="u", config={})

@@ -213,9 +213,16 @@ def _open(path: Path, *, timeout: float | None = None) -> sqlite3.Connection:
     for mark in "%?#":
         quoted = quoted.replace(mark, f"%{ord(mark):02x}")
     # mode=rw: a file that was moved away in between is not made anew here, empty.
-    return sqlite3.connect(
+    db = sqlite3.connect(
         f"file:{quoted}?mode=rw", uri=True, isolation_level=None, timeout=timeout, check_same_thread=False
     )
+    db.text_factory = _text
+    return db
+
+
+def _text(data: bytes) -> str:
+    """A text of one row that a flipped bit made no UTF-8 is that row's fault, and keeps nobody from the others."""
+    return data.decode(errors="replace")
 
 
 def _prepare(db: sqlite3.Connection) -> None:
