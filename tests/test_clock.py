@@ -13,8 +13,10 @@ WALL = {"time", "time_ns", "localtime", "gmtime", "ctime", "strftime", "CLOCK_RE
 # Where the wall clock is read, and what for: always a time that is told, and never one that something is decided by.
 MAY = {
     "agent/identity.py": "a clone's clock is set to the host's",
+    "agent/kept.py": "when a program was started, and when it ended",
     "cli/disk.py": "how long ago, in a table",
     "cli/image.py": "how long ago, in a table",
+    "cli/program.py": "how long ago, in a table",
     "cli/template.py": "how long ago, in a table",
     "cli/vm.py": "how long ago, in a table",
     "guests/bridge_guest.py": "a clone's clock is set to the host's",

@@ -449,3 +449,15 @@ async def test_answers_in_any_order_and_cut_anywhere_reach_who_asked(
     assert [answer["Which"] for answer in await asyncio.gather(*asking)] == list(range(6))
     assert isinstance(await client.gone, ProtocolError if len(tail) == 16 else VMGone)
     await client.close()
+
+
+async def test_hanging_up_after_the_rest_was_sent_is_no_fault(pair: Pair) -> None:
+    """The rest goes out after close(), and the transport is gone by the time that we look."""
+    client, peer = await negotiated(pair)
+    peer.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    for _ in range(30):
+        client.notify(messages.RUN_CREDIT, {"Text": "a" * 30_000})
+    reading = asyncio.create_task(peer.reader.read())
+    await client.close()
+    await client.close()
+    await reading

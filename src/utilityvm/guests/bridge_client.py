@@ -189,7 +189,7 @@ class BridgeClient:
             _log.debug("the connection is over: %s", reason, vm=self._vm)
             self.gone.set_result(reason)
             # Not close(), which waits until the peer has taken what was written: it may never do so.
-            self._writer.transport.abort()
+            _abort(self._writer)
 
     async def close(self) -> None:
         """Send what was not sent yet, for a second at the most, and hang up. Requests that wait end with VMGone."""
@@ -200,7 +200,7 @@ class BridgeClient:
                 self._writer.close()
                 await asyncio.wait([closing], timeout=_FLUSH_S)
         finally:
-            self._writer.transport.abort()
+            _abort(self._writer)
             for task in self._tasks:
                 task.cancel()
         await asyncio.gather(closing, *self._tasks, return_exceptions=True)
@@ -410,6 +410,16 @@ class BridgeClient:
 
     def _kind_of(self, body: dict[str, Any]) -> str | None:
         return answers.read(answers.Response, body, vm=self._vm).kind
+
+
+def _abort(writer: asyncio.StreamWriter) -> None:
+    """Hang up at once, also if that has just been done.
+
+    A transport that sent the rest after `close` and ended has no loop any more, and asyncio's abort() wants one
+    (CPython 3.11, selector_events.py: _write_ready calls _call_connection_lost without a count in _conn_lost).
+    """
+    with contextlib.suppress(AttributeError):
+        writer.transport.abort()
 
 
 def again(reason: UtilityVMError) -> UtilityVMError:

@@ -369,11 +369,12 @@ class Program:
             self.stdin.close()
         try:
             async with asyncio.timeout(timeout_s):
-                out, err = await asyncio.gather(self.stdout.read(), self.stderr.read())
+                reads = await asyncio.gather(self.stdout.read(), self.stderr.read(), return_exceptions=True)
                 await self.wait()
         except TimeoutError:
             text = f"program {self.number} did not end within {timeout_s} s"
             raise DeadlineExceeded(text, vm=self._programs.vm) from None
+        out, err = (_whole(read) for read in reads)
         return out, err
 
     async def send_signal(self, signal: int, *, timeout_s: float = _ASK_S) -> None:
@@ -434,6 +435,9 @@ class Program:
             self._end_streams(None)
         except UtilityVMError as error:
             self._end_streams(error)
+        except Exception as error:  # a mistake of ours: who reads must not wait for ever
+            self._end_streams(UtilityVMError(f"following program {self.number} failed: {error!r}"))
+            raise
         finally:
             await pieces.aclose()
 
@@ -625,3 +629,9 @@ def _look_at(task: asyncio.Task[None]) -> None:
     """Its error is told to those who wait: it is not unhandled."""
     if not task.cancelled():
         task.exception()
+
+
+def _whole(read: bytes | BaseException) -> bytes:
+    if isinstance(read, BaseException):
+        raise read
+    return read

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from filesystem_images import MIB, add_hash_tree, blank, digest, filesystem_image, flip_byte, gpt_disk
 from in_guest import complaint, output
