@@ -16,7 +16,7 @@ from utilityvm.hosts.hcs.host import HcsHost
 from utilityvm.machine.oserrors import is_typed, raises_callers_errors, typed_errors
 
 # They ask nothing of the system: values that are made of others.
-PURE = {"Acquiring", "Owner", "SavedDisk", "ScsiEvents", "ScsiState", "Slot", "VMConfig", "introduce"}
+PURE = {"Limits", "Acquiring", "Owner", "SavedDisk", "ScsiEvents", "ScsiState", "Slot", "VMConfig", "introduce"}
 
 
 @typed_errors

@@ -325,7 +325,7 @@ async def test_a_removal_that_is_cancelled_leaves_the_rest_for_the_next(
     removing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await removing
-    left = leftovers.find_leftovers()
-    assert left
-    assert all(await leftovers.remove_leftovers(left))
+    assert leftovers.find_leftovers()
+    while left := leftovers.find_leftovers():  # one may still be in the hands of a thread of the first
+        await leftovers.remove_leftovers(left)
     assert store.vms() == []

@@ -18,7 +18,6 @@ import errno
 import os
 import platform
 import resource
-import select
 import signal
 import struct
 import time
@@ -28,6 +27,7 @@ from typing import Final
 
 from utilityvm.agent import turns
 from utilityvm.agent.faults import Fault
+from utilityvm.agent.processes import is_readable
 from utilityvm.agent.turns import OutOfMemoryError
 
 _WHAT: Final = "reading what the disk holds"
@@ -112,7 +112,7 @@ def _end(child: int, limit: float) -> tuple[int | None, float]:
     """Wait for the child's end until `limit`, and then kill it. Its exit code, None if we killed it; its CPU time."""
     end = os.pidfd_open(child)
     try:
-        has_ended = bool(select.select([end], [], [], max(0.0, limit - time.monotonic()))[0])
+        has_ended = is_readable(end, limit - time.monotonic())
     finally:
         os.close(end)
     if not has_ended:
@@ -142,7 +142,7 @@ def _read_until(fd: int, limit: float) -> bytes | None:
     """
     data = b""
     while len(data) < _ANSWER_BYTES:
-        if not select.select([fd], [], [], max(0.0, limit - time.monotonic()))[0]:
+        if not is_readable(fd, limit - time.monotonic()):
             return None
         if not (more := os.read(fd, _ANSWER_BYTES)):
             return data

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import select
 import socket
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from utilityvm.agent import content, inquiry
 from utilityvm.agent.faults import Fault
+from utilityvm.agent.processes import is_readable
 
 _T = TypeVar("_T")
 _NETLINK_KOBJECT_UEVENT: Final = 15  # linux/netlink.h
@@ -63,7 +63,7 @@ class Events:
 
     def wait(self, seconds: float) -> None:
         """Return when anything happened to any device, or after `seconds`."""
-        if seconds > 0 and select.select([self._socket], [], [], seconds)[0]:
+        if seconds > 0 and is_readable(self._socket.fileno(), seconds):
             with contextlib.suppress(BlockingIOError, OSError):  # ENOBUFS: some were lost, so something happened
                 while True:
                     self._socket.recv(65536)

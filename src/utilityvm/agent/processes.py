@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import signal
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -81,3 +82,10 @@ def kill_session(leader: int) -> None:
             return
         for pid in members:
             send(pid, signal.SIGKILL)
+
+
+def is_readable(fd: int, seconds: float) -> bool:
+    """Is there something to read within so many seconds, or the end? select(2) takes no descriptor above 1023."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(max(0.0, seconds) * 1000))

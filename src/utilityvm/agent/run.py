@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
-from utilityvm.agent import cgroups, drain
+from utilityvm.agent import cgroups, drain, processes
 from utilityvm.agent.accounts import Account
 from utilityvm.agent.faults import Fault
 from utilityvm.agent.launch import ENVIRONMENT, start, why
@@ -434,7 +434,7 @@ class Program:
             self._outlet.took(size, total)
 
     def _finish(self, process: subprocess.Popen[bytes], exit_fd: int) -> None:
-        has_ended = bool(select.select([exit_fd], [], [], 0)[0])
+        has_ended = processes.is_readable(exit_fd, 0.0)
         if not has_ended:  # the thread that followed it failed
             self.kill()
         with self._lock:

@@ -17,6 +17,7 @@ from utilityvm.client.values import encryption_of, verity_of
 from utilityvm.client.wire import Wire, own_id
 from utilityvm.errors import AlreadyReleased, NotAttached, UtilityVMError, VMGone, VMNotRunning
 from utilityvm.machine.hostpath import HostPath, absolute
+from utilityvm.machine.oserrors import raises_callers_errors, typed, typed_errors
 from utilityvm.scsi.slot import Slot
 from utilityvm.server import problems, types
 
@@ -32,6 +33,7 @@ _STDOUT: Final = 1
 _KILL_S: Final = 5.0
 
 
+@typed
 def connect(*, start: bool = True) -> Client:
     """A client of this user's server, which is started if none runs and `start` is true. For one event loop.
 
@@ -40,6 +42,7 @@ def connect(*, start: bool = True) -> Client:
     return Client(Api(Wire(Starting(start=start))))
 
 
+@typed_errors
 class Client:
     """The server of this user and store. Made by `connect`; leaving `async with` closes its connections."""
 
@@ -84,6 +87,7 @@ class Client:
         await self.close()
 
 
+@typed_errors
 class RemoteVM:
     """A VM that the server owns. Its calls are those of `UtilityVM`, from any number of processes at the same time.
 
@@ -218,6 +222,7 @@ class RemoteVM:
         )
         return CommandResult(exit_code=code, stdout=bytes(out), stderr=bytes(err))
 
+    @raises_callers_errors
     async def run_streaming(
         self,
         command: Sequence[str],
@@ -247,6 +252,7 @@ class RemoteVM:
         return f"<RemoteVM {self.name}>"
 
 
+@typed_errors
 class RemoteMount:
     """One reservation of a disk, held by a name. Leaving `async with` gives it back."""
 
@@ -311,6 +317,7 @@ class RemoteMount:
         return f"<RemoteMount {self.id}: {self.host_path} in {self.slot}{at}>"
 
 
+@typed_errors
 class Adding:
     """What `RemoteVM.add_scsi` gives: await it for the reservation, or enter it with `async with`."""
 

@@ -33,6 +33,7 @@ from utilityvm.guests import answers
 from utilityvm.guests.bridge_client import BridgeClient, NotNegotiated, again
 from utilityvm.guests.program import Limits, Said, run_request
 from utilityvm.guests.streams import ProgramInput, ProgramOutput
+from utilityvm.machine.oserrors import typed_errors
 
 if TYPE_CHECKING:
     from utilityvm.guests.bridge_guest import BridgeGuest
@@ -148,6 +149,7 @@ class _Following:
         self.client.notify(messages.RUN_CREDIT, {"Process": self.number, "Bytes": size})
 
 
+@typed_errors
 class ProgramPieces(AsyncIterator[ProgramPiece]):
     """What a program writes, both streams in the order in which the guest read them. Made by `follow_program`.
 
@@ -296,6 +298,7 @@ class ProgramPieces(AsyncIterator[ProgramPiece]):
                 following.client.notify(messages.UNFOLLOW, {"Process": following.number})
 
 
+@typed_errors
 class Program:
     """A program that the guest keeps, like `asyncio.subprocess.Process`. Made by `start_program` and `program`.
 

@@ -11,6 +11,7 @@ from utilityvm.bridge import messages
 from utilityvm.errors import GuestBusy, GuestRefused, InvalidRequest, UtilityVMError, WrongState
 from utilityvm.guests import answers
 from utilityvm.guests.bridge_client import again
+from utilityvm.machine.oserrors import typed_errors
 
 BUFFER_BYTES: Final = 1 << 20  # of output that its reader has not taken
 _LINE_BYTES: Final = 65536
@@ -19,6 +20,7 @@ _DRAINED_BYTES: Final = 65536
 Notify = Callable[[int, dict[str, Any]], None]
 
 
+@typed_errors
 class ProgramOutput:
     """One of a program's two streams, as it comes. One reader at a time; lines end with a newline, as the bytes do.
 
@@ -136,6 +138,7 @@ class ProgramOutput:
         self._has_room.set()
 
 
+@typed_errors
 class ProgramInput:
     """A program's input, as asyncio's StreamWriter. What is written is kept until the guest has it, also if the
     connection to the guest ends meanwhile.

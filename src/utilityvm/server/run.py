@@ -25,6 +25,7 @@ from typing import Final
 from utilityvm.errors import UtilityVMError, VMOwned
 from utilityvm.log import logger
 from utilityvm.machine import oserrors, paths, runtime
+from utilityvm.machine.oserrors import typed
 from utilityvm.machine.processes import introduce
 from utilityvm.machine.threads import in_thread
 from utilityvm.server import listening
@@ -42,6 +43,7 @@ _TAKE_S: Final = 10.0  # for a server that ends just now to be gone
 _log = logger(__name__)
 
 
+@typed
 def serve(*, forever: bool = False, ready: Callable[[], object] | None = None) -> bool:
     """Be the server until it ends. False: another process is it, and answers.
 
