@@ -210,19 +210,6 @@ class Program(_Answer, frozen=True, kw_only=True):
     exit_code: int | None = None  # negative for the signal that killed it
 
 
-class Event(_Answer, frozen=True, kw_only=True):
-    """Something happened to a disk or a mount; `scsi/events.py` says what each member means."""
-
-    what: str
-    at: float
-    slot: SlotText | None = None
-    host_path: str | None = None
-    guest_path: str | None = None
-    seconds: float | None = None
-    error: str | None = None
-    count: int = 0
-
-
 class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An error (RFC 9457). `kind` is its class in `utilityvm.errors`; the other members are that class's fields."""
 
