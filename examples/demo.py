@@ -265,8 +265,8 @@ async def fork(folder: Path, name: str) -> None:
     base = make_image(folder, "work", {"base": "warm\n"}, image_format="vhdx")
     begun = time.perf_counter()
     vm = await UtilityVM.start(VMConfig(name=name))
-    await vm.add_scsi(base, "/work")
-    await inside(vm, "echo ready > /work/state")
+    await vm.add_scsi(base, "/data")
+    await inside(vm, "echo ready > /data/state")
     booted = time.perf_counter() - begun
     clones: list[UtilityVM] = []
     try:
@@ -284,8 +284,8 @@ async def fork(folder: Path, name: str) -> None:
             bar = " " * round(start / at * BAR) + "#" * max(1, round(took / at * BAR))
             print(f"    {what:<20} {took * 1000:>6.0f} ms  {bar}")
         for clone in clones:
-            await inside(clone, "hostname > /work/state")
-        states = [(await inside(clone, "cat /work/base /work/state")).split() for clone in clones]
+            await inside(clone, "hostname > /data/state")
+        states = [(await inside(clone, "cat /data/base /data/state")).split() for clone in clones]
         assert states == [["warm", clone.name] for clone in clones], states
         print("    each has the template's files and its own writes, and its own name, ids and random numbers")
     finally:

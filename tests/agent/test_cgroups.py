@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import signal
 import subprocess
 import time
@@ -15,6 +14,7 @@ import pytest
 
 from utilityvm.agent import cgroups
 from utilityvm.agent.cgroups import Cgroups, Family
+from utilityvm.agent.processes import is_readable
 
 FORKING = "setsid sh -c 'echo $$ > pid; exec sleep 1000' < /dev/null > /dev/null 2>&1 & until [ -s pid ]; do :; done; "
 
@@ -64,7 +64,7 @@ def ends(pid: int) -> bool:
     except ProcessLookupError:
         return True
     with os.fdopen(fd):
-        return bool(select.select([fd], [], [], 20)[0])
+        return is_readable(fd, 20)
 
 
 def runs(pid: int) -> bool:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import select
 import time
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 
 from utilityvm.agent import hooks
 from utilityvm.agent.faults import Fault
+from utilityvm.agent.processes import is_readable
 
 
 def put(folder: Path, name: str, script: str, *, mode: int = 0o755) -> str:
@@ -96,4 +96,4 @@ def test_one_that_takes_too_long_is_killed_with_what_left_its_session(tmp_path: 
     except ProcessLookupError:
         return
     with os.fdopen(fd):
-        assert select.select([fd], [], [], 20)[0]
+        assert is_readable(fd, 20)

@@ -93,7 +93,9 @@ def write_bytes(data: bytes, descriptor: int) -> None:
         try:
             data = data[os.write(descriptor, data) :]
         except BlockingIOError:  # whoever reads it made it non-blocking
-            select.select([], [descriptor], [])
+            poll = select.poll()
+            poll.register(descriptor, select.POLLOUT)
+            poll.poll()
         except OSError as error:
             raise OutputFailed.because(error) from error
 

@@ -119,7 +119,9 @@ def _spawn(until: float) -> None:
         os.close(its)
         its = -1
         told = b""
-        while (left := until - time.monotonic()) > 0 and select.select([ours], [], [], left)[0]:
+        poll = select.poll()  # select(2) takes no descriptor above 1023
+        poll.register(ours, select.POLLIN)
+        while (left := until - time.monotonic()) > 0 and poll.poll(left * 1000):
             if not (piece := os.read(ours, 65536)):
                 break
             told += piece
