@@ -73,8 +73,10 @@ if TYPE_CHECKING:
     from utilityvm.guestimage.build import GuestImage
     from utilityvm.guestimage.custom import GuestRecipe
     from utilityvm.guestimage.listing import find_image, get_image, list_images
-    from utilityvm.guests.kept import Program, ProgramInfo, ProgramPiece, ProgramPieces
+    from utilityvm.guests.follow import ProgramPiece, ProgramPieces
+    from utilityvm.guests.kept import Program
     from utilityvm.guests.program import CommandResult, Limits, OutputSink
+    from utilityvm.guests.programinfo import ProgramInfo
     from utilityvm.guests.streams import ProgramInput, ProgramOutput
     from utilityvm.hosts.qemu import QemuProcess
     from utilityvm.machine.hostpath import HostPath
@@ -241,7 +243,9 @@ _MODULES = {
     "utilityvm.upkeep.leftovers": ("Leftover", "LeftoverKind", "find_leftovers", "remove_leftover", "remove_leftovers"),
     "utilityvm.upkeep.repair": ("Difference", "examine_vm", "repair_vm"),
     "utilityvm.machine.processes": ("introduce",),
-    "utilityvm.guests.kept": ("Program", "ProgramInfo", "ProgramPiece", "ProgramPieces"),
+    "utilityvm.guests.follow": ("ProgramPiece", "ProgramPieces"),
+    "utilityvm.guests.kept": ("Program",),
+    "utilityvm.guests.programinfo": ("ProgramInfo",),
     "utilityvm.guests.program": ("CommandResult", "Limits", "OutputSink"),
     "utilityvm.guests.streams": ("ProgramInput", "ProgramOutput"),
     "utilityvm.client.remote": ("Adding", "Client", "RemoteMount", "RemoteVM", "connect"),

@@ -30,7 +30,8 @@ from utilityvm.errors import (
 from utilityvm.guests import answers, streams
 from utilityvm.guests.bridge_client import BridgeClient
 from utilityvm.guests.bridge_guest import BridgeGuest
-from utilityvm.guests.kept import Program, _Following
+from utilityvm.guests.follow import Following
+from utilityvm.guests.kept import Program
 from utilityvm.guests.program import Limits
 from utilityvm.guests.streams import ProgramInput, ProgramOutput
 
@@ -390,7 +391,7 @@ def output(data: bytes, at: int | None, stream: str = "out") -> answers.Output:
     ],
 )
 async def test_output_that_is_repeated_or_too_much_breaks_the_protocol(said: list[tuple[bytes, int | None]]) -> None:
-    following = _Following(1, Client(), {"out": 0, "err": 0}, ProgramInput())  # type: ignore[arg-type]
+    following = Following(1, Client(), {"out": 0, "err": 0}, ProgramInput())  # type: ignore[arg-type]
     *first, last = said
     for data, at in first:
         following.take(output(data, at))
@@ -399,11 +400,11 @@ async def test_output_that_is_repeated_or_too_much_breaks_the_protocol(said: lis
 
 
 async def test_nothing_comes_after_the_end() -> None:
-    following = _Following(1, Client(), {"out": 0, "err": 0}, ProgramInput())  # type: ignore[arg-type]
+    following = Following(1, Client(), {"out": 0, "err": 0}, ProgramInput())  # type: ignore[arg-type]
     following.take(answers.FollowEnd(process=1, exit_code=0))
     with pytest.raises(ProtocolError, match="has ended"):
         following.take(output(b"a", 0))
-    other = _Following(2, Client(), {"out": 0, "err": 0}, ProgramInput())  # type: ignore[arg-type]
+    other = Following(2, Client(), {"out": 0, "err": 0}, ProgramInput())  # type: ignore[arg-type]
     with pytest.raises(ProtocolError, match="another kind"):
         other.take(answers.Exit(process=2, exit_code=0))
 

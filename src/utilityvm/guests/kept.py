@@ -1,37 +1,31 @@
-"""Kept programs, as seen from the host: started, listed, followed, and found again by the next owner of the VM.
+"""Kept programs, as seen from the host: started, listed, and found again by the next owner of the VM.
 
-Such a program belongs to the guest. A *follow* of it lives on one connection to the guest; when that ends, the next one
-goes on at the byte at which it stopped. Nothing here ends a program but `kill`.
+Such a program belongs to the guest: nothing here ends it but `kill`. `follow` reads what it writes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
 import os
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from utilityvm.bridge import messages
 from utilityvm.errors import (
     DeadlineExceeded,
     GuestRefused,
     InvalidRequest,
-    OutcomeUnknown,
     ProgramNotFound,
     ProtocolError,
     UtilityVMError,
-    VMGone,
     WrongState,
 )
 from utilityvm.guests import answers
-from utilityvm.guests.bridge_client import BridgeClient, NotNegotiated, again
-from utilityvm.guests.program import Limits, Said, run_request
+from utilityvm.guests.follow import ASK_S, ProgramPieces
+from utilityvm.guests.program import Limits, run_request
+from utilityvm.guests.programinfo import LIST_THEM, ProgramInfo, info_of, typed
 from utilityvm.guests.streams import ProgramInput, ProgramOutput
 from utilityvm.machine.oserrors import typed_errors
 
@@ -39,263 +33,8 @@ if TYPE_CHECKING:
     from utilityvm.guests.bridge_guest import BridgeGuest
 
 RING_BYTES: Final = messages.RING_BYTES
-_ASK_S: Final = 30.0
 _MAX_PAGES: Final = 256
-_MAX_ROUNDS: Final = 8  # of starting: the agent was started again each time
 _MAX_SIGNAL: Final = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProgramInfo:
-    """A program that the guest keeps, as it was when it was asked. Times are seconds since 1970, the guest's.
-
-    Of each stream the bytes from `…_begin` to `…_end` are kept: those before were dropped.
-    """
-
-    number: int
-    id: str
-    name: str | None
-    command: tuple[str, ...]  # cut, if it is long
-    user: str | None
-    pid: int | None
-    started: float
-    ended: float | None  # None: it runs
-    exit_code: int | None  # negative for the signal that killed it
-    out_of_memory: bool  # something of it was killed because it used all of the memory that it may
-    takes_input: bool
-    ring_bytes: int
-    stdout_begin: int
-    stdout_end: int
-    stderr_begin: int
-    stderr_end: int
-    followers: int
-
-    @property
-    def is_running(self) -> bool:
-        return self.exit_code is None
-
-
-@dataclass(frozen=True, slots=True)
-class ProgramPiece:
-    """Some bytes of a program's output. `offset` counts the bytes of that stream from the program's start."""
-
-    stream: Literal["stdout", "stderr"]
-    offset: int
-    data: bytes = field(repr=False)
-
-
-class _Following:
-    """One follow on one connection: what came and was not taken yet, a window of it at the most."""
-
-    def __init__(self, number: int, client: BridgeClient, offsets: Mapping[str, int], stdin: ProgramInput) -> None:
-        self.number = number
-        self.client = client
-        self.end: answers.FollowEnd | None = None
-        self._expected = dict(offsets)
-        self._stdin = stdin
-        self._pieces: deque[tuple[str, int, bytes]] = deque()
-        self._size = 0
-        self._changed = asyncio.Event()
-
-    def take(self, said: Said) -> None:
-        """What the guest says of it.
-
-        Raises:
-            ProtocolError: it is more than was allowed, repeats something, or comes after the end.
-        """
-        if self.end is not None:
-            raise ProtocolError(f"the guest speaks of follow {self.number}, which has ended", message=said)
-        match said:
-            case answers.Output():
-                at = said.at if said.at is not None else -1
-                if at < self._expected[said.stream]:
-                    text = f"the guest repeats output: offset {at} after {self._expected[said.stream]}"
-                    raise ProtocolError(text, message=said)
-                self._size += len(said.data)
-                if self._size > messages.OUTPUT_WINDOW_BYTES:
-                    raise ProtocolError(f"the guest sent more than {messages.OUTPUT_WINDOW_BYTES} bytes at once")
-                self._expected[said.stream] = at + len(said.data)
-                self._pieces.append((said.stream, at, bytes(said.data)))
-            case answers.Credit():
-                self._stdin._took(said.at or 0)
-            case answers.FollowEnd():
-                self.end = said
-            case _:
-                raise ProtocolError(f"the guest says of follow {self.number} what fits another kind", message=said)
-        self._changed.set()
-
-    async def next(self) -> tuple[str, int, bytes] | None:
-        """The next piece. None: it has ended.
-
-        Raises:
-            what the connection ended with.
-        """
-        gone = self.client.gone
-        while not self._pieces and self.end is None:
-            if gone.done():
-                raise again(gone.result())
-            self._changed.clear()
-            waiting = asyncio.ensure_future(self._changed.wait())
-            try:
-                either: list[asyncio.Future[Any]] = [waiting, gone]
-                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                waiting.cancel()
-        return self._pieces.popleft() if self._pieces else None
-
-    def give_back(self, size: int) -> None:
-        """So much of it was taken."""
-        self._size -= size
-        self.client.notify(messages.RUN_CREDIT, {"Process": self.number, "Bytes": size})
-
-
-@typed_errors
-class ProgramPieces(AsyncIterator[ProgramPiece]):
-    """What a program writes, both streams in the order in which the guest read them. Made by `follow_program`.
-
-    The iteration ends when the program has, and all of its output was given; `exit_code` is known then. A piece counts
-    as taken when the next one is asked for; until then the guest keeps it. After a connection that broke it goes on by
-    itself; another process goes on by following from `stdout_offset` and `stderr_offset`. Close it with `aclose` if it
-    is not read to its end.
-    """
-
-    def __init__(
-        self,
-        guest: BridgeGuest,
-        *,
-        stdout: int = 0,
-        stderr: int = 0,
-        hold: bool = True,
-        live: bool = True,
-        output: bool = True,
-        stdin: ProgramInput | None = None,
-    ) -> None:
-        """Use `UtilityVM.follow_program`."""
-        self.info: ProgramInfo | None = None  # as it was at the beginning
-        self.exit_code: int | None = None
-        self.out_of_memory = False
-        self._guest = guest
-        self._offsets = {"out": stdout, "err": stderr}
-        self._flags = {"Hold": hold, "Live": live, "Output": output, "Feed": stdin is not None}
-        self._stdin = stdin or ProgramInput()
-        self._following: _Following | None = None
-        self._owed = 0  # bytes that were given, and not taken yet
-        self._which: dict[str, Any] = {}
-        self._is_over = False
-        self._lost: UtilityVMError | None = None  # how a START was left without an answer
-
-    @property
-    def stdout_offset(self) -> int:
-        """The offset of the next byte of its standard output."""
-        return self._offsets["out"]
-
-    @property
-    def stderr_offset(self) -> int:
-        """The offset of the next byte of its error output."""
-        return self._offsets["err"]
-
-    async def __anext__(self) -> ProgramPiece:
-        while not self._is_over:
-            if self._following is None:
-                await self._attach(time.monotonic() + _ASK_S)
-            following = self._following
-            assert following is not None
-            if self._owed:
-                following.give_back(self._owed)
-                self._owed = 0
-            try:
-                piece = await following.next()
-            except (VMGone, OutcomeUnknown):
-                self._leave()
-                continue
-            except BaseException:
-                await self.aclose()
-                raise
-            if piece is None:
-                assert following.end is not None
-                self.exit_code, self.out_of_memory = following.end.exit_code, following.end.out_of_memory
-                await self.aclose()
-                break
-            stream, at, data = piece
-            self._offsets[stream] = at + len(data)
-            self._owed = len(data)
-            return ProgramPiece("stdout" if stream == "out" else "stderr", at, data)
-        raise StopAsyncIteration
-
-    async def aclose(self) -> None:
-        """Follow it no more. The program goes on."""
-        self._is_over = True
-        self._leave()
-
-    async def _attach(self, deadline: float, *, start: dict[str, Any] | None = None, which: Any = None) -> None:
-        """Begin to follow, or go on after a connection that broke; with `start`, start the program.
-
-        For `KeptPrograms`, and for ourselves.
-
-        Raises:
-            ProgramNotFound: there is no such program.
-            OutcomeUnknown: it may have been started by an agent that died.
-            others: as every request.
-        """
-        if which is not None:
-            self._which = which
-        for attempt in itertools.count(1):
-            client = await self._guest._connected(deadline)
-            self._guest.need_programs(client, "keep programs")
-            number = self._guest._new_number()
-            following = _Following(number, client, self._offsets, self._stdin)
-            follow = {"Process": number, "Out": self._offsets["out"], "Err": self._offsets["err"], **self._flags}
-            self._guest._programs[number] = following
-            client.is_watched = True
-            self._following = following
-            try:
-                left = max(deadline - time.monotonic(), 0.0)
-                kind, body = messages.FOLLOW, messages.request(**follow, **self._which)
-                if start is not None:
-                    kind, body = messages.START, {**start, "Follow": follow}
-                body[messages.EXTENSION] = {"TimeoutMs": int(left * 1000)}
-                answer = self._guest._checked(await client.request(kind, body, timeout_s=left + 0.4), None)
-                started = answers.read(answers.Started, answer, vm=self._guest._vm)
-            except NotNegotiated:  # it was not looked at: a new agent does not know us yet
-                self._leave()
-                if attempt == _MAX_ROUNDS:
-                    raise
-                continue
-            except DeadlineExceeded:
-                self._leave()
-                raise
-            except (VMGone, OutcomeUnknown) as error:
-                self._leave()
-                if attempt == _MAX_ROUNDS or time.monotonic() >= deadline:
-                    raise
-                if start is not None:  # is it there? A second one must not be started.
-                    start, self._lost = None, error
-                continue
-            except GuestRefused as error:
-                self._leave()
-                if error.kind == "no_program" and self._lost is not None:
-                    text = f"the agent was started again while the program was being started: {self._lost}"
-                    raise OutcomeUnknown(text, vm=self._guest._vm) from error
-                raise _typed(error) from error
-            except BaseException:
-                self._leave()
-                raise
-            self.info = _info(started.program)
-            self._which = {"Number": started.program.number, "Id": str(started.program.id)}
-            if self._flags["Feed"]:
-                self._stdin._begin(started, _sender(client, number))
-            return
-
-    def _leave(self) -> None:
-        following, self._following, self._owed = self._following, None, 0
-        self._stdin._pause()
-        if following is None:
-            return
-        self._guest._programs.pop(following.number, None)
-        following.client.is_watched = bool(self._guest._programs)
-        if following.end is None:
-            with contextlib.suppress(UtilityVMError):
-                following.client.notify(messages.UNFOLLOW, {"Process": following.number})
 
 
 @typed_errors
@@ -380,7 +119,7 @@ class Program:
         out, err = (_whole(read) for read in reads)
         return out, err
 
-    async def send_signal(self, signal: int, *, timeout_s: float = _ASK_S) -> None:
+    async def send_signal(self, signal: int, *, timeout_s: float = ASK_S) -> None:
         """Send it a signal, and what it started in its process group.
 
         Raises:
@@ -389,11 +128,11 @@ class Program:
         """
         await self._programs.send_signal(self.number, signal, id=self.id, timeout_s=timeout_s)
 
-    async def terminate(self, *, timeout_s: float = _ASK_S) -> None:
+    async def terminate(self, *, timeout_s: float = ASK_S) -> None:
         """Send it SIGTERM. See `send_signal`."""
         await self.send_signal(15, timeout_s=timeout_s)
 
-    async def kill(self, *, timeout_s: float = _ASK_S) -> None:
+    async def kill(self, *, timeout_s: float = ASK_S) -> None:
         """Kill it with all that it started, daemons too; all of it has ended then. Ended before is no error.
 
         Raises:
@@ -402,7 +141,7 @@ class Program:
         """
         await self._programs.kill(self.number, id=self.id, timeout_s=timeout_s)
 
-    async def forget(self, *, timeout_s: float = _ASK_S) -> None:
+    async def forget(self, *, timeout_s: float = ASK_S) -> None:
         """Have the guest drop what it keeps of it: output and exit code. It must have ended.
 
         Raises:
@@ -447,7 +186,7 @@ class Program:
     async def _watch(self) -> None:
         pieces = self._programs.pieces(output=False, hold=False)
         try:
-            await pieces._attach(time.monotonic() + _ASK_S, which={"Number": self.number, "Id": self.id})
+            await pieces._attach(time.monotonic() + ASK_S, which={"Number": self.number, "Id": self.id})
             async for _ in pieces:
                 pass
             self._has_ended(pieces)
@@ -532,7 +271,7 @@ class KeptPrograms:
             pieces._leave()
         return Program(self, pieces.info, pieces if follow else None)
 
-    async def find(self, which: int | str, *, timeout_s: float = _ASK_S) -> ProgramInfo:
+    async def find(self, which: int | str, *, timeout_s: float = ASK_S) -> ProgramInfo:
         """The program of that number, name or id.
 
         Raises:
@@ -541,9 +280,9 @@ class KeptPrograms:
         for info in await self.list(timeout_s=timeout_s):
             if which in ((info.number,) if isinstance(which, int) else (info.name, info.id)):
                 return info
-        raise ProgramNotFound(f"the guest keeps no program {which}", vm=self.vm, remedy=_LIST)
+        raise ProgramNotFound(f"the guest keeps no program {which}", vm=self.vm, remedy=LIST_THEM)
 
-    async def list(self, *, timeout_s: float = _ASK_S) -> list[ProgramInfo]:
+    async def list(self, *, timeout_s: float = ASK_S) -> list[ProgramInfo]:
         """See `UtilityVM.programs`."""
         deadline = time.monotonic() + timeout_s
         await self._need(deadline)
@@ -555,7 +294,7 @@ class KeptPrograms:
             page = answers.read(answers.Programs, answer, what="list of programs", vm=self.vm)
             if page.programs and page.programs[0].number <= after:
                 raise ProtocolError(f"the guest's list of programs does not go on after {after}", vm=self.vm)
-            found += [_info(program) for program in page.programs]
+            found += [info_of(program) for program in page.programs]
             if not page.more or not page.programs:
                 return found
         raise ProtocolError(f"the guest's list of programs has no end: {len(found)} so far", vm=self.vm)
@@ -582,50 +321,10 @@ class KeptPrograms:
             left = max(deadline - time.monotonic(), 0.0)
             await self._guest._ask(kind, messages.request(**which, **more), left)
         except GuestRefused as error:
-            raise _typed(error) from error
+            raise typed(error) from error
 
     async def _need(self, deadline: float) -> None:
         self._guest.need_programs(await self._guest._connected(deadline), "keep programs")
-
-
-_LIST: Final = "list the guest's programs: uvm programs NAME"
-
-
-def _typed(error: GuestRefused) -> UtilityVMError:
-    match error.kind:
-        case "no_program":
-            return ProgramNotFound(str(error), vm=error.vm, remedy=_LIST)
-        case "ended":
-            return WrongState(str(error), vm=error.vm)
-        case "running":
-            return WrongState(str(error), vm=error.vm, remedy="kill it first")
-    return error
-
-
-def _info(told: answers.Program) -> ProgramInfo:
-    return ProgramInfo(
-        number=told.number,
-        id=str(told.id),
-        name=None if told.name is None else str(told.name),
-        command=tuple(map(str, told.argv)),
-        user=None if told.user is None else str(told.user),
-        pid=told.pid,
-        started=told.started_ms / 1000,
-        ended=None if told.ended_ms is None else told.ended_ms / 1000,
-        exit_code=told.exit_code,
-        out_of_memory=told.out_of_memory,
-        takes_input=told.stdin,
-        ring_bytes=told.ring_bytes,
-        stdout_begin=told.out_begin,
-        stdout_end=told.out_end,
-        stderr_begin=told.err_begin,
-        stderr_end=told.err_end,
-        followers=told.follows,
-    )
-
-
-def _sender(client: BridgeClient, number: int) -> Callable[[dict[str, Any]], None]:
-    return lambda body: client.notify(messages.RUN_INPUT, {"Process": number, **body})
 
 
 def _look_at(task: asyncio.Task[None]) -> None:

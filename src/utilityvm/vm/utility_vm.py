@@ -14,8 +14,10 @@ from typing import Final, Literal, Self, Unpack, overload
 from utilityvm.errors import InvalidRequest, UtilityVMError
 from utilityvm.guestimage.build import GuestImage
 from utilityvm.guests.bridge_guest import MAX_OUTPUT_BYTES, BridgeGuest
-from utilityvm.guests.kept import RING_BYTES, Program, ProgramInfo, ProgramPieces
+from utilityvm.guests.follow import ProgramPieces
+from utilityvm.guests.kept import RING_BYTES, Program
 from utilityvm.guests.program import CommandResult, Limits, OutputSink
+from utilityvm.guests.programinfo import ProgramInfo
 from utilityvm.hosts.qemu import QemuHost, QemuProcess
 from utilityvm.machine.hostpath import HostPath, absolute, identity_of, identity_within
 from utilityvm.machine.oserrors import raises_callers_errors, typed_errors
