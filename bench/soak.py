@@ -1,6 +1,7 @@
 """One process that goes on and on, with rounds of add + release and of clone + stop. It leaves nothing, or this fails.
 
 `./dev soak [ROUNDS] [--minutes N]`: that many clones, two and a half times as many adds; it ends early when time is up.
+Clones get two thirds of the time. How far it is stands on standard error.
 """
 
 from __future__ import annotations
@@ -82,6 +83,10 @@ async def soak(
     while done < rounds and time.monotonic() < until:
         await once(done)
         done += 1
+        if done % max(1, rounds // 20) == 0:
+            took, more = time.perf_counter() - begun, Left.now(folder).more_than(before)
+            grown = kib(os.getpid(), "VmRSS") - kib_before
+            print(f"{name}: {done} of {rounds} in {took:.0f} s, {grown} KiB, {more or 'nothing'}", file=sys.stderr, flush=True)
     took = time.perf_counter() - begun
     settled = time.monotonic() + SETTLES_S
     while (more := Left.now(folder).more_than(before)) and time.monotonic() < settled:
@@ -101,6 +106,15 @@ async def main(rounds: int, minutes: float) -> int:
         (disk,) = ext4_images(folder, 1)
         config = VMConfig(name="soaked", memory_mib=128)
 
+        async def clone(number: int) -> None:
+            async with UtilityVM.clone("soaked", f"clone-{number}"):
+                pass
+
+        async with UtilityVM.start(config) as vm:
+            await vm.add_scsi(disk, "/kept")
+            await vm.save_as_template("soaked")
+        cloned, left = await soak("clone + stop", clone, rounds=rounds, until=begun + minutes * 40, folder=folder)
+
         async with UtilityVM.start(config) as vm:
 
             async def add(_: int) -> None:
@@ -108,16 +122,8 @@ async def main(rounds: int, minutes: float) -> int:
                     pass
 
             adds = int(rounds * ADDS_PER_CLONE)
-            added, left = await soak("add + release", add, rounds=adds, until=begun + minutes * 30, folder=folder)
-            await vm.add_scsi(disk, "/kept")
-            await vm.save_as_template("soaked")
-
-        async def clone(number: int) -> None:
-            async with UtilityVM.clone("soaked", f"clone-{number}"):
-                pass
-
-        cloned, more = await soak("clone + stop", clone, rounds=rounds, until=begun + minutes * 60, folder=folder)
-    table(["what", "rounds", "each", "grown by", "left behind"], [added, cloned])
+            added, more = await soak("add + release", add, rounds=adds, until=begun + minutes * 60, folder=folder)
+    table(["what", "rounds", "each", "grown by", "left behind"], [cloned, added])
     return 1 if left or more else 0
 
 
