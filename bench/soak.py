@@ -86,7 +86,11 @@ async def soak(
         if done % max(1, rounds // 20) == 0:
             took, more = time.perf_counter() - begun, Left.now(folder).more_than(before)
             grown = kib(os.getpid(), "VmRSS") - kib_before
-            print(f"{name}: {done} of {rounds} in {took:.0f} s, {grown} KiB, {more or 'nothing'}", file=sys.stderr, flush=True)
+            print(
+                f"{name}: {done} of {rounds} in {took:.0f} s, {grown} KiB, {more or 'nothing'}",
+                file=sys.stderr,
+                flush=True,
+            )
     took = time.perf_counter() - begun
     settled = time.monotonic() + SETTLES_S
     while (more := Left.now(folder).more_than(before)) and time.monotonic() < settled:

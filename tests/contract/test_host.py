@@ -11,6 +11,7 @@ from utilityvm.errors import (
     AlreadyAttached,
     DeadlineExceeded,
     DiskInUse,
+    HostRefused,
     InvalidRequest,
     NotAttached,
     NotSupported,
@@ -228,6 +229,21 @@ async def test_a_read_only_disk_does_not_grow(vm: ContractVM) -> None:
     with pytest.raises(NotSupported):
         await vm.host.resize(SLOT, attachment=name, size_bytes=before * 2, timeout_s=T)
     assert await _size(vm, path) == before
+    await vm.take_away(SLOT, name)
+
+
+async def test_a_disk_that_somebody_else_made_larger_is_not_cut(vm: ContractVM) -> None:
+    if not vm.grows:
+        pytest.skip("this host sets no disk to a size")
+    path = vm.image()
+    name = await vm.attach(path, SLOT)
+    before = await _size(vm, path)
+    vm.grow_outside(path, before * 4)
+    with pytest.raises(HostRefused):
+        await vm.host.resize(SLOT, attachment=name, size_bytes=before * 2, timeout_s=T)
+    assert await _size(vm, path) == before * 4
+    assert await vm.host.resize(SLOT, attachment=name, size_bytes=before * 4, timeout_s=T) == before * 4
+    assert await _size(vm, path) == before * 4
     await vm.take_away(SLOT, name)
 
 

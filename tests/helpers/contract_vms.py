@@ -57,6 +57,10 @@ class ContractVM(ABC):
         """The path of a new image with a vfat. Asked only of VMs whose disks grow."""
         raise NotImplementedError
 
+    def grow_outside(self, path: str, size_bytes: int) -> None:
+        """Another program makes the image larger. Asked only of VMs whose disks grow."""
+        raise NotImplementedError
+
     def let_storage_die(self, path: str) -> None:
         """From now on the storage of that image answers with I/O errors.
 
@@ -156,6 +160,9 @@ class FakeVM(ContractVM):
 
     def vfat_image(self) -> str:
         return "/vfat"
+
+    def grow_outside(self, path: str, size_bytes: int) -> None:
+        self.world.sizes[f"file:{path}"] = size_bytes
 
     def let_storage_die(self, path: str) -> None:
         self.world.dead.add(f"file:{path}")
@@ -272,6 +279,9 @@ class QemuVM(ContractVM):
         os.truncate(path, 16 << 20)
         subprocess.run(["mkfs.vfat", str(path)], check=True, capture_output=True)
         return str(path)
+
+    def grow_outside(self, path: str, size_bytes: int) -> None:
+        os.truncate(path, size_bytes)
 
     def missing(self) -> str:
         return str(self._folder / "missing")

@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol, TypeVar
 from utilityvm.errors import NotSupported, SetupError, WrongState
 from utilityvm.hosts.qemu import QemuHost, memory
 from utilityvm.hosts.qemu.accelerator import CPU
-from utilityvm.hosts.qemu.host import ShownDevice
+from utilityvm.hosts.qemu.sizes import ShownDevice
 from utilityvm.machine import fileid, paths
 from utilityvm.machine.threads import aside, in_thread, lent, to_the_end
 from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRecord, MountRecord, Record

@@ -258,6 +258,8 @@ class FakeHost:
             if size_bytes < there.size_bytes:
                 # A real host compares, and so does this one; but the manager has no business asking.
                 self.world.harm.append(f"{there.identity} was to shrink from {there.size_bytes} to {size_bytes}")
+            elif size_bytes < self.world.sizes.get(there.identity, 0):  # somebody made its file larger
+                raise HostRefused(f"{there.identity} has {self.world.sizes[there.identity]} bytes", slot=slot)
             elif size_bytes > there.size_bytes:
                 there.size_bytes = self.world.sizes[there.identity] = size_bytes
 

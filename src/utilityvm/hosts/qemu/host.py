@@ -30,8 +30,6 @@ from utilityvm.errors import (
     HostRefused,
     ImageUnsafe,
     InvalidRequest,
-    NotAttached,
-    NotSupported,
     OutcomeUnknown,
     ProtocolError,
     SetupError,
@@ -47,11 +45,12 @@ from utilityvm.hosts.qemu.incoming import check as check_disks
 from utilityvm.hosts.qemu.launch import QemuConfig, QemuProcess
 from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.hosts.qemu.qmp import Answer, Command, Event, Qmp, QmpRefused
+from utilityvm.hosts.qemu.sizes import ShownDevice, Sizes
 from utilityvm.log import logger
 from utilityvm.machine import hostpath
 from utilityvm.machine.oserrors import typed_errors
 from utilityvm.machine.threads import in_thread, lent
-from utilityvm.scsi.ports import SECTOR_SIZES, DiskFormat, DiskRequest, OpenDisk
+from utilityvm.scsi.ports import DiskFormat, DiskRequest, OpenDisk
 from utilityvm.scsi.slot import Slot
 from utilityvm.tasks import Undo
 
@@ -61,7 +60,6 @@ _UNPLUG_FAILED: Final = "DEVICE_UNPLUG_GUEST_ERROR"
 _NOT_FOUND: Final = "DeviceNotFound"
 _RUNS: Final = {"STOP": False, "RESUME": True}
 _LOOK_AGAIN_S: Final = 0.02
-_RESIZABLE: Final = frozenset({"file", "qcow2"})
 _QUIT_S: Final = 2.0
 _LAST_WORDS_S: Final = 1.0  # for the connection of a QEMU that has ended to end; a fork of somebody's may hold it
 _END_S: Final = 1.0  # from the end of its connections to the end of a QEMU that ends
@@ -76,15 +74,6 @@ class Attachment:
     attachment: str
     slot: Slot
     whole: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShownDevice:
-    """What the guest sees of a disk."""
-
-    serial: str
-    size_bytes: int
-    logical_block_bytes: int
 
 
 @typed_errors
@@ -117,6 +106,7 @@ class QemuHost:
         # Every attachment that QEMU may have anything of: ours from before the first command is sent, others' from
         # `connect`. So what is not here is not there.
         self._numbers: dict[str, int] = {}
+        self._sizes = Sizes(qmp, process, self._numbers)
         self._images: dict[Slot, tuple[str, str, DiskFormat]] = {}  # path, identity, format of what we attached last
         self._below: dict[str, list[int]] = {}  # the sets of the files under an attachment's, where it has such
         self._next_number = blockdev.FIRST_NUMBER
@@ -348,41 +338,15 @@ class QemuHost:
         """Grow the image; the guest's device says at once that its capacity changed. Returns the size that it has then.
 
         The size that it has is asked for first, in this connection, which is answered in order: what was sent before is
-        done by then, also if nobody heard its answer. Nothing is sent that would not make it larger.
+        done by then, also if nobody heard its answer. Nothing is sent that would not make it larger, or that would cut
+        a file that somebody has made larger meanwhile.
 
         Raises:
             NotSupported: a format that QEMU cannot grow, a physical disk, or a read-only attachment.
             InvalidRequest: not whole sectors of the disk.
-            HostRefused: QEMU said no, such as for a lack of space; the size is as it was.
+            HostRefused: QEMU said no, such as for a lack of space, or the file is larger; the size is as it was.
         """
-        number = self._numbers.get(attachment)
-        if number is None:
-            raise NotAttached(f"attachment {attachment} is not on the bus", vm=self.process.name, slot=slot)
-        sector = await self._sector_bytes(number, timeout_s=timeout_s) if size_bytes % max(SECTOR_SIZES) else 1
-        if size_bytes % sector:
-            raise InvalidRequest(
-                f"{size_bytes} bytes are not whole sectors", slot=slot, remedy=f"use a multiple of {sector}"
-            )
-        node = await self._node(slot, attachment, timeout_s=timeout_s)
-        if node["drv"] not in _RESIZABLE:
-            kind = "fixed vpc" if node["drv"] == "raw" else node["drv"]  # see `driver_options`
-            raise NotSupported(
-                f"QEMU cannot grow a {kind} disk",
-                vm=self.process.name,
-                slot=slot,
-                remedy="convert the image to qcow2 or raw; grow a physical disk by its own tools",
-            )
-        if node["ro"]:
-            raise NotSupported("a read-only disk cannot grow", slot=slot, remedy="attach it writable")
-        has_bytes = int(node["image"]["virtual-size"])
-        if size_bytes <= has_bytes:
-            return has_bytes
-        arguments = {"node-name": node["node-name"], "size": size_bytes}
-        try:
-            await self._qmp.execute("block_resize", arguments, timeout_s=timeout_s)
-        except QmpRefused as error:
-            raise self._refused(error, slot) from error
-        return size_bytes
+        return await self._sizes.grow(slot, attachment=attachment, size_bytes=size_bytes, timeout_s=timeout_s)
 
     async def size(self, slot: Slot, *, attachment: str, timeout_s: float) -> int:
         """The bytes that QEMU says the guest's device has.
@@ -390,20 +354,7 @@ class QemuHost:
         Raises:
             NotAttached: it is not on the bus.
         """
-        node = await self._node(slot, attachment, timeout_s=timeout_s)
-        return int(node["image"]["virtual-size"])
-
-    async def _node(self, slot: Slot, attachment: str, *, timeout_s: float) -> dict[str, Any]:
-        if (number := self._numbers.get(attachment)) is not None:
-            nodes = await self._qmp.execute("query-named-block-nodes", {"flat": True}, timeout_s=timeout_s)
-            for node in cast(list[dict[str, Any]], nodes):
-                if node["node-name"] == blockdev.node_name(number):
-                    return node
-        raise NotAttached(f"attachment {attachment} is not on the bus", vm=self.process.name, slot=slot)
-
-    async def _sector_bytes(self, number: int, *, timeout_s: float) -> int:
-        question = {"path": f"/machine/peripheral/{blockdev.device_id(number)}", "property": "logical_block_size"}
-        return int(await self._qmp.execute("qom-get", question, timeout_s=timeout_s)) or blockdev.DEFAULT_BLOCK_BYTES
+        return await self._sizes.of(slot, attachment=attachment, timeout_s=timeout_s)
 
     # Templates and clones.
 
@@ -458,26 +409,7 @@ class QemuHost:
 
     async def shown_devices(self, *, timeout_s: float = 5.0) -> dict[str, ShownDevice]:
         """What the guest sees of each disk, by attachment."""
-        blocks = await self._qmp.execute("query-block", timeout_s=timeout_s)
-        nodes = {inserted["node-name"]: inserted for one in blocks if (inserted := one.get("inserted"))}
-        questions = [
-            ("qom-get", {"path": f"/machine/peripheral/{blockdev.device_id(number)}", "property": name})
-            for number in self._numbers.values()
-            for name in ("serial", "logical_block_size")
-        ]
-        answers = await self._qmp.execute_all(questions, timeout_s=timeout_s)
-        for answer in answers:
-            if isinstance(answer, QmpRefused):
-                raise HostRefused(f"looking at the disks: {answer}", vm=self.process.name) from answer
-        shown = {}
-        for (attachment, number), serial, block in zip(self._numbers.items(), answers[::2], answers[1::2], strict=True):
-            size_bytes = nodes[blockdev.node_name(number)]["image"]["virtual-size"]
-            shown[attachment] = ShownDevice(
-                serial=str(serial),
-                size_bytes=size_bytes,
-                logical_block_bytes=cast(int, block) or blockdev.DEFAULT_BLOCK_BYTES,
-            )
-        return shown
+        return await self._sizes.shown(timeout_s=timeout_s)
 
     # What the VM's owner asks beside that.
 
@@ -492,10 +424,7 @@ class QemuHost:
 
     async def sizes(self, *, timeout_s: float = 5.0) -> dict[str, int]:
         """The bytes of each disk as the guest sees it, by attachment."""
-        blocks = await self._qmp.execute("query-block", timeout_s=timeout_s)
-        sizes = {one["node-name"]: one["image"]["virtual-size"] for block in blocks if (one := block.get("inserted"))}
-        nodes = {attachment: blockdev.node_name(number) for attachment, number in self._numbers.items()}
-        return {attachment: sizes[node] for attachment, node in nodes.items() if node in sizes}
+        return await self._sizes.all(timeout_s=timeout_s)
 
     async def status(self, *, timeout_s: float = 5.0) -> str:
         """QEMU's run state: `running`, `paused`, `prelaunch`, `io-error`, … Source: qapi/run-state.json, RunState."""
@@ -562,7 +491,8 @@ class QemuHost:
                     found[one["fdset-id"]] = parsed
                 elif (owner := blockdev.parse_base(name)) is not None:
                     self._below.setdefault(owner, []).append(one["fdset-id"])
-        self._numbers = {name: number for number, (name, _) in found.items()}
+        self._numbers.clear()
+        self._numbers.update({name: number for number, (name, _) in found.items()})
         self._next_number = max(self._next_number, 1 + max((one["fdset-id"] for one in sets), default=0))
         return found
 
