@@ -1,4 +1,4 @@
-"""A guest's agent that answers at random, for minutes: what it costs its owner, and the VM beside it.
+"""A guest's agent that answers at random, for minutes: what it costs its owner, and a real VM beside it.
 
 `./dev hostile [MINUTES]` (10 unless told). It fails if the owner grows by 20 MB, if an error is none of ours, or
 if the other VM's agent is not answered. The agents are processes of their own; no VM is needed.
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 import socket
+import statistics
 import sys
 import tempfile
 import threading
@@ -24,19 +25,26 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from memory import kib
-from utilityvm import MountConfig, UtilityVMError
+from utilityvm import GENERATED, GuestImage, MountConfig, UtilityVM, UtilityVMError, VMConfig
+from utilityvm.agent.serve import VERSION
 from utilityvm.bridge import messages
 from utilityvm.bridge.frame import Decoder, Frame, encode, guest_json
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.scsi.slot import Slot
+from utilityvm.testing.images import ext4_image
 
 MAY_GROW_KIB: Final = 20_000
 _SLOT, _PATH, _T = Slot(0, 1), PurePosixPath("/data"), 0.5
 _MEMBERS: Final = (
     "Result", "ErrorMessage", "Utilityvm", "MountPaths", "Mounts", "More", "Present", "Agent", "BootId", "Flushed",
     "Process", "Stream", "Data", "ExitCode", "Bytes", "Unclean", "Kernel", "UptimeMs", "Capabilities", "Version",
+    "Program", "Programs", "Number", "Id", "At", "OutEnd", "ErrEnd", "Feeds", "TakenAt", "GivenAt",
 )  # fmt: skip
-_ABOUT: Final = {"Agent": 2, "Kernel": "6.1", "BootId": "b", "UptimeMs": 1}
+_PROGRAM: Final = {
+    "Number": 1, "Id": "a", "StartedMs": 1, "RingBytes": 4096, "Argv": ["true"], "OutBegin": 0, "OutEnd": 0,
+    "ErrBegin": 0, "ErrEnd": 0, "Stdin": True,
+}  # fmt: skip
+_ABOUT: Final = {"Agent": VERSION, "Kernel": "6.1", "BootId": "b", "UptimeMs": 1}
 
 
 def _anything(chance: random.Random, depth: int = 0) -> object:
@@ -71,15 +79,31 @@ def _answer(chance: random.Random, asked: Frame) -> bytes:
             case 2:
                 return answer * chance.randrange(1, 400)
             case 3:
-                told = chance.choice([messages.RUN_OUTPUT, messages.RUN_EXIT])
+                told = chance.choice([messages.RUN_OUTPUT, messages.RUN_EXIT, messages.RUN_CREDIT, messages.FOLLOW_END])
                 return answer + encode(told, 0, guest_json(body)) * chance.randrange(1, 400)
+            case 4 | 5 | 6 if asked.kind in (messages.START, messages.FOLLOW, messages.PROGRAMS, messages.RUN):
+                return _of_a_program(chance, asked)
             case _:
                 return answer
     return b""
 
 
-def _serve(path: str, seed: int | None) -> None:
-    """An agent at that socket; without a seed an honest one."""
+def _of_a_program(chance: random.Random, asked: Frame) -> bytes:
+    """It was started, or is there; and then output in pieces of one byte, with gaps or without."""
+    told = {"Result": 0, "Program": _PROGRAM, "Programs": [_PROGRAM], "More": chance.random() < 0.5, "Feeds": True}
+    about = asked.body()
+    number = about.get("Process") or about.get("Follow", {}).get("Process", 1)
+    begun = encode(messages.response_to(asked.kind), asked.id, guest_json(told))
+    step = chance.randrange(3)
+    pieces = [
+        guest_json({"Process": number, "Stream": ("out", "err")[at & 1], "Data": "eA==", "At": (at // 2) * step})
+        for at in range(chance.randrange(5000))
+    ]
+    return begun + b"".join(encode(messages.RUN_OUTPUT, 0, piece) for piece in pieces)
+
+
+def _serve(path: str, seed: int) -> None:
+    """A hostile agent at that socket."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen(16)
@@ -89,16 +113,14 @@ def _serve(path: str, seed: int | None) -> None:
         with suppress(OSError):
             while data := connection.recv(65536):
                 for frame in decoder.feed(data):
-                    if seed is not None:
+                    if frame.kind & messages.KIND_MASK == messages.REQUEST:
                         connection.sendall(_answer(chance, frame))
-                        if chance.random() < 0.02:
-                            return connection.close()
-                    elif frame.kind & messages.KIND_MASK == messages.REQUEST:
-                        connection.sendall(_honest(frame))
+                    if chance.random() < 0.02:
+                        return connection.close()
         return None
 
     for number in range(1 << 62):
-        chance = random.Random(None if seed is None else seed + number)
+        chance = random.Random(seed + number)
         threading.Thread(target=talk, args=(listener.accept()[0], chance), daemon=True).start()
 
 
@@ -111,7 +133,18 @@ _QUESTIONS: Final[tuple[Callable[[BridgeGuest], Awaitable[object]], ...]] = (
     lambda guest: guest.info(timeout_s=_T),
     lambda guest: guest.quiesce(timeout_s=_T),
     lambda guest: guest.run(["true"], timeout_s=_T),
+    lambda guest: guest.kept.list(timeout_s=_T),
+    lambda guest: guest.kept.kill(1, timeout_s=_T),
+    lambda guest: _keep(guest),
 )
+
+
+async def _keep(guest: BridgeGuest) -> None:
+    settings: dict[str, Any] = {"env": None, "cwd": None, "user": None, "limits": None, "name": None, "id": None}
+    async with await guest.kept.start(
+        ["true"], stdin=True, follow=True, ring_bytes=4096, timeout_s=_T, **settings
+    ) as program:
+        await program.communicate(b"x" * 10_000, timeout_s=_T)
 
 
 async def _ask(path: Path, until: float, seen: Counter[str]) -> None:
@@ -133,32 +166,46 @@ async def _ask(path: Path, until: float, seen: Counter[str]) -> None:
                 await guest.close()
 
 
-async def _beside(path: Path, until: float) -> float:
-    """The longest that the other VM's agent took to be heard, in seconds."""
-    guest, longest = await BridgeGuest.connect(path, timeout_s=30), 0.0
+async def _beside(vm: UtilityVM, disk: Path, until: float) -> list[float]:
+    """What each round of work with the other VM took, in seconds: attach a disk, read from it, detach it."""
+    took = []
     while time.monotonic() < until:
         begun = time.perf_counter()
-        await guest.ping(timeout_s=30)
-        longest = max(longest, time.perf_counter() - begun)
-        await asyncio.sleep(0.05)
-    await guest.close()
-    return longest
+        async with vm.add_scsi(disk, GENERATED) as mount:
+            read = await vm.run(["cat", f"{mount.guest_path}/greeting"], timeout_s=60)
+            assert read.stdout == b"hello\n", read
+        took.append(time.perf_counter() - begun)
+        await asyncio.sleep(0.2)
+    return took
 
 
 async def _measure(folder: Path, minutes: float) -> dict[str, Any]:
-    paths = [folder / name for name in ("liar", "honest")]
+    liar = folder / "liar"
+    disk = ext4_image(folder / "disk.raw", {"greeting": "hello\n"})
     seen: Counter[str] = Counter()
-    await _ask(paths[0], time.monotonic() + min(20, minutes * 15), seen)  # caches and pools come to be
-    seen.clear()
-    before, until = kib(os.getpid(), "VmRSS"), time.monotonic() + minutes * 60
-    longest, *_ = await asyncio.gather(_beside(paths[1], until), *(_ask(paths[0], until, seen) for _ in range(8)))
-    grown = kib(os.getpid(), "VmRSS") - before
+    config = VMConfig(name=f"beside-{os.getpid()}", memory_mib=256)
+    async with UtilityVM.start(config, image=GuestImage.build()) as vm:
+        # Caches and pools come to be.
+        begin = time.monotonic() + min(20, minutes * 15)
+        await asyncio.gather(_beside(vm, disk, begin), *(_ask(liar, begin, seen) for _ in range(8)))
+        seen.clear()
+        alone = await _beside(vm, disk, time.monotonic() + min(20, minutes * 15))
+        before, until = kib(os.getpid(), "VmRSS"), time.monotonic() + minutes * 60
+        async with asyncio.TaskGroup() as tasks:
+            working = tasks.create_task(_beside(vm, disk, until))
+            for _ in range(8):
+                tasks.create_task(_ask(liar, until, seen))
+        beside = working.result()
+        grown = kib(os.getpid(), "VmRSS") - before
     return {
         "minutes": minutes,
         "questions": seen.total(),
         "outcomes": dict(seen),
         "grown_kib": grown,
-        "beside_s": longest,
+        "rounds_beside": len(beside),
+        "round_alone_s": round(statistics.median(alone), 3),
+        "round_beside_s": round(statistics.median(beside), 3),
+        "longest_beside_s": round(max(beside), 3),
     }
 
 
@@ -167,20 +214,19 @@ def main() -> int:
     parser.add_argument("minutes", nargs="?", type=float, default=10.0)
     minutes = parser.parse_args().minutes
     with tempfile.TemporaryDirectory(prefix="uvm-hostile-") as folder:
-        agents = [
-            multiprocessing.get_context("spawn").Process(target=_serve, args=(f"{folder}/{name}", seed), daemon=True)
-            for name, seed in (("liar", 1), ("honest", None))
-        ]
-        for agent in agents:
-            agent.start()
-        while not all(Path(folder, name).exists() for name in ("liar", "honest")):
+        for what in ("STATE", "RUNTIME"):  # nothing of this machine's own VMs is touched
+            os.environ[f"UTILITYVM_{what}_DIR"] = f"{folder}/{what.lower()}"
+        agent = multiprocessing.get_context("spawn").Process(target=_serve, args=(f"{folder}/liar", 1), daemon=True)
+        agent.start()
+        while not Path(folder, "liar").exists():
             time.sleep(0.05)
-        found = asyncio.run(_measure(Path(folder), minutes))
-        for agent in agents:
+        try:
+            found = asyncio.run(_measure(Path(folder), minutes))
+        finally:
             agent.kill()
             agent.join()
     print(json.dumps(found, indent=1))
-    return 0 if found["grown_kib"] < MAY_GROW_KIB and found["questions"] else 1
+    return 0 if found["grown_kib"] < MAY_GROW_KIB and found["questions"] and found["rounds_beside"] else 1
 
 
 if __name__ == "__main__":

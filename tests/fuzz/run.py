@@ -67,9 +67,11 @@ def main() -> Iterator[bool]:
         parser.error(f"no such target: {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
     kept = Path(os.environ.get("UTILITYVM_FUZZ", ".fuzz")).resolve()
     with ThreadPoolExecutor(asked.jobs) as pool:
-        for stood, _line in pool.map(
+        for stood, line in pool.map(
             lambda name: fed(name, minutes=asked.minutes, kept=kept), asked.targets or list(TARGETS)
         ):
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
             yield stood
 
 

@@ -409,6 +409,31 @@ async def test_nothing_comes_after_the_end() -> None:
         other.take(answers.Exit(process=2, exit_code=0))
 
 
+async def test_output_in_many_small_pieces_costs_no_more_than_its_window() -> None:
+    """A byte of each stream in turn, and nobody takes one."""
+    following = Following(1, Client(), {"out": 0, "err": 0}, ProgramInput())  # type: ignore[arg-type]
+    for at in range(messages.OUTPUT_WINDOW_BYTES // 2):
+        following.take(output(b"o", at))
+        following.take(output(b"e", at, "err"))
+    assert len(following._pieces) <= 256
+    got = {"out": bytearray(), "err": bytearray()}
+    while following._pieces:
+        piece = await following.next()
+        assert piece is not None
+        stream, at, data = piece
+        assert at == len(got[stream])
+        got[stream] += data
+    assert got == {"out": b"o" * (1 << 17), "err": b"e" * (1 << 17)}
+
+
+async def test_output_with_a_gap_before_each_byte_ends_with_an_error() -> None:
+    following = Following(1, Client(), {"out": 0, "err": 0}, ProgramInput())  # type: ignore[arg-type]
+    for at in range(0, 2 * 4096, 2):
+        following.take(output(b"o", at))
+    with pytest.raises(ProtocolError, match="more than 4096 pieces"):
+        following.take(output(b"o", 20_000))
+
+
 # The streams.
 
 

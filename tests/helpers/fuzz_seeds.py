@@ -15,6 +15,7 @@ from scsi_bench import Bench
 from utilityvm.bridge import messages
 from utilityvm.bridge.frame import encode, guest_json, host_json
 from utilityvm.scsi.ports import Verity
+from utilityvm.server import routes
 from utilityvm.store import journal
 from utilityvm.templates import manifest
 
@@ -129,6 +130,29 @@ def manifests() -> list[bytes]:
 def disk_words() -> list[bytes]:
     words = ("a.img:/data:ro", "/a:b:/c", "256M", "1.5G", "90s", ".5", "5m", "100", "1e9", "a:/b:/c:rw", "\u0661")
     return [word.encode() for word in words]
+
+
+def http() -> list[bytes]:
+    made = [
+        f"{route.method} {route.path}?wait_s=0&timeout_s=1\n\n".replace("{vm}", "worker")
+        .replace("{reservation}", "0123456789ab")
+        .replace("{program}", "0123456789ab")
+        for route in routes.ROUTES
+    ]
+    made += [one.replace("?wait_s=0&timeout_s=1", "") for one in made]
+    disk = {"host_path": "/a.raw", "guest_path": "/data", "read_only": True, "holder": "h", "timeout_s": 5}
+    program = {"command": ["sh", "-c", "true"], "stdin": True, "env": {"A": "b"}, "cwd": "/"}
+    typed = "\ncontent-type: application/json\n\n"
+    made += [
+        f"PUT /v1/vms/worker/reservations/0123456789ab{typed}{json.dumps(disk)}",
+        f"PUT /v1/vms/worker/programs/0123456789ab{typed}{json.dumps(program)}",
+        f"POST /v1/vms/worker/remove{typed}{json.dumps({'host_path': '/a.raw'})}",
+        f"POST /v1/vms/worker/resize{typed}{json.dumps({'host_path': '/a.raw', 'size_bytes': 1 << 20})}",
+        "PUT /v1/vms/worker/programs/0123456789ab/input?at=0&last=true\ncontent-type: application/octet-stream\n\nx",
+        "GET /v1\ncontent-length: many\norigin: http://x\n\n",
+        "GET /v1/openapi.json\n\n",
+    ]
+    return [one.encode() for one in made]
 
 
 def of(target: str) -> list[bytes]:

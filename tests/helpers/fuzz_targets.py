@@ -6,12 +6,15 @@ nothing, opens nothing and starts nothing: it can be fed with everything.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
+from unittest import mock
 
 import click
 
@@ -32,11 +35,17 @@ from utilityvm.errors import (
     ProtocolError,
     StoreError,
     TemplateDamaged,
+    VMNotFound,
 )
 from utilityvm.guests import answers
 from utilityvm.hosts.hcs import clone, gob, savedstate
 from utilityvm.scsi.document import ScsiState
 from utilityvm.scsi.ports import DiskFormat
+from utilityvm.server import routes
+from utilityvm.server.app import App
+from utilityvm.server.keeper import Keeper
+from utilityvm.server.programs import Programs
+from utilityvm.server.types import ServerInfo
 from utilityvm.store import journal
 from utilityvm.templates import manifest
 
@@ -54,6 +63,9 @@ _ANSWERS: Final = (
     answers.Output,
     answers.Credit,
     answers.Exit,
+    answers.FollowEnd,
+    answers.Programs,
+    answers.Started,
     answers.About,
     answers.Response,
 )
@@ -237,6 +249,62 @@ def disk_words(data: bytes) -> None:
             continue
 
 
+class _NoVMs:
+    """A server's keeper without VMs."""
+
+    @contextlib.asynccontextmanager
+    async def use(self, name: str, **_: object) -> AsyncIterator[None]:
+        raise VMNotFound(f"there is no VM {name}", vm=name)
+        yield
+
+    async def stop(self, name: str, **_: object) -> list[str]:
+        raise VMNotFound(f"there is no VM {name}", vm=name)
+
+
+@functools.cache
+def _server() -> tuple[asyncio.AbstractEventLoop, App]:
+    keeper = cast(Keeper, _NoVMs())
+    info = ServerInfo(version="0", pid=1, state_folder="/", vms=[])
+    service = routes.Service(keeper, Programs(keeper), lambda: info)
+    return asyncio.new_event_loop(), App(service, version="0")
+
+
+def http(data: bytes) -> None:
+    """A request to the server, as uvicorn hands it over: method, target and headers in lines, then the body."""
+    head, _, body = data.partition(b"\n\n")
+    first, *lines = head.split(b"\n")
+    method, _, target = first.partition(b" ")
+    path, _, query = target.partition(b"?")
+    headers = [(b"host", b"utilityvm")]
+    for line in lines:
+        name, _, value = line.partition(b":")
+        headers.append((name.strip().lower(), value.strip()))
+    scope = {
+        "type": "http", "method": method.decode("latin-1"), "path": path.decode("latin-1"), "raw_path": path,
+        "query_string": query, "headers": headers,
+    }  # fmt: skip
+    messages_in = [{"type": "http.request", "body": body[at : at + 4096], "more_body": True} for at in (0, 4096)]
+    messages_in.append({"type": "http.request", "body": body[8192:]})
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        if not messages_in:
+            await asyncio.get_running_loop().create_future()
+        return messages_in.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    loop, app = _server()
+    with mock.patch.object(routes, "stored", list):
+        loop.run_until_complete(app(scope, receive, send))
+    assert [one["type"] for one in sent] == ["http.response.start", "http.response.body"], sent
+    status, answer = sent[0]["status"], sent[1]["body"]
+    assert status in (200, 400, 403, 404, 405, 409, 413, 415, 421, 422), (status, answer)
+    assert status == 200 or len(answer) < 2 * len(data) + 2000, "an answer out of proportion"
+    json.loads(answer)
+
+
 _KINDS: Final = (values.SIZE, values.MEMORY, values.SECONDS, values.WAIT, values.Count(1, 100))
 
 TARGETS: Final = {
@@ -251,5 +319,6 @@ TARGETS: Final = {
         Target("manifests", manifests, (TemplateDamaged,)),
         Target("journal_rows", journal_rows, (StoreError,)),
         Target("disk_words", disk_words, ()),
+        Target("http", http, ()),
     )
 }

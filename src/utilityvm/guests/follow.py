@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from utilityvm.guests.bridge_guest import BridgeGuest
 
 ASK_S: Final = 30.0
+_MIXED_PIECES: Final = 256  # with more that were not taken, the streams lose their order between them, not their own
+_MAX_PIECES: Final = 4096
 _MAX_ROUNDS: Final = 8  # of starting: the agent was started again each time
 
 
@@ -55,7 +57,7 @@ class Following:
         self.end: answers.FollowEnd | None = None
         self._expected = dict(offsets)
         self._stdin = stdin
-        self._pieces: deque[tuple[str, int, bytes]] = deque()
+        self._pieces: deque[tuple[str, int, bytearray]] = deque()  # few, however small the guest cuts them
         self._size = 0
         self._changed = asyncio.Event()
 
@@ -77,7 +79,7 @@ class Following:
                 if self._size > messages.OUTPUT_WINDOW_BYTES:
                     raise ProtocolError(f"the guest sent more than {messages.OUTPUT_WINDOW_BYTES} bytes at once")
                 self._expected[said.stream] = at + len(said.data)
-                self._pieces.append((said.stream, at, bytes(said.data)))
+                self._keep(said.stream, at, said.data)
             case answers.Credit():
                 self._stdin._took(said.at or 0)
             case answers.FollowEnd():
@@ -85,6 +87,18 @@ class Following:
             case _:
                 raise ProtocolError(f"the guest says of follow {self.number} what fits another kind", message=said)
         self._changed.set()
+
+    def _keep(self, stream: str, at: int, data: bytes) -> None:
+        mixed = 2 if len(self._pieces) >= _MIXED_PIECES else 1
+        for last in list(itertools.islice(reversed(self._pieces), mixed)):
+            if last[0] == stream:
+                if last[1] + len(last[2]) == at:
+                    last[2].extend(data)
+                    return
+                break  # output between the two was dropped
+        if len(self._pieces) >= _MAX_PIECES:
+            raise ProtocolError(f"the guest sent more than {_MAX_PIECES} pieces of output at once")
+        self._pieces.append((stream, at, bytearray(data)))
 
     async def next(self) -> tuple[str, int, bytes] | None:
         """The next piece. None: it has ended.
@@ -103,7 +117,10 @@ class Following:
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 waiting.cancel()
-        return self._pieces.popleft() if self._pieces else None
+        if not self._pieces:
+            return None
+        stream, at, data = self._pieces.popleft()
+        return stream, at, bytes(data)
 
     def give_back(self, size: int) -> None:
         """So much of it was taken."""

@@ -154,7 +154,11 @@ async def _body(route: Route, scope: Scope, receive: Receive) -> Any:
 
 async def _content(headers: dict[bytes, bytes], receive: Receive) -> bytes:
     too_large = _Refused(413, f"the body has more than {MOST_BODY_BYTES} bytes", headers=((b"connection", b"close"),))
-    if int(headers.get(b"content-length", b"0")) > MOST_BODY_BYTES:
+    try:
+        length = int(headers.get(b"content-length", b"0"))
+    except ValueError:
+        raise _Refused(400, "the body's length is no number") from None
+    if length > MOST_BODY_BYTES:
         raise too_large
     content = bytearray()
     try:
