@@ -82,8 +82,17 @@ def signature(thing: object) -> str:
         return "(...)"
 
 
+def own_members(cls: type) -> dict[str, object]:
+    """Its members, and those of the classes that it is put together from and that are not public themselves."""
+    found: dict[str, object] = {}
+    for part in cls.__mro__:
+        if part is cls or (part.__module__.startswith("utilityvm.") and part.__name__ not in utilityvm.__all__):
+            found |= {name: member for name, member in vars(part).items() if name not in found}
+    return found
+
+
 def members(cls: type) -> Iterator[str]:
-    for name, member in vars(cls).items():
+    for name, member in own_members(cls).items():
         if name.startswith("_"):
             continue
         raw = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member

@@ -57,7 +57,6 @@ CALLS: dict[str, Call] = {
     "export_scsi_state": lambda vm, disk, other: vm.export_scsi_state(timeout_s=T),
     "resume_scsi": lambda vm, disk, other: vm.resume_scsi(timeout_s=T),
     "save_as_template": lambda vm, disk, other: vm.save_as_template("in-time", timeout_s=T),
-    "remove_strays": lambda vm, disk, other: vm.remove_strays(timeout_s=T),
     "remove_scsi": lambda vm, disk, other: vm.remove_scsi(disk, timeout_s=T),
     "release": lambda vm, disk, other: vm.release(vm.scsi_reservations()[0].id, timeout_s=T),
     "remove_scsi_many": lambda vm, disk, other: vm.remove_scsi_many(vm.scsi_reservations()[:1], timeout_s=T),

@@ -25,6 +25,7 @@ from utilityvm.scsi.transitions import DiskState, MountState
 from utilityvm.store import SqliteJournal, Store, VMState
 from utilityvm.store.recover import open_store
 from utilityvm.tasks import Deadline
+from utilityvm.upkeep.strays import remove_strays
 from utilityvm.vm import lifecycle
 from utilityvm.vm.arguments import checked
 from utilityvm.vm.lifecycle import CONNECT_S
@@ -80,7 +81,7 @@ async def repair_vm(name: str, *, wait_s: float = 0.0, timeout_s: float = OPEN_S
         vm = await UtilityVM.open(name, wait_s=wait_s, timeout_s=deadline.left())
         try:
             await vm._scsi.repair()
-            return [*vm.findings, *await vm.remove_strays()]
+            return [*vm.findings, *await remove_strays(vm._vm, timeout_s=deadline.left())]
         finally:
             await vm.close(timeout_s=deadline.left_to_undo())
 

@@ -13,7 +13,7 @@ from utilityvm.scsi.reservation import ForceArgument, Reservation
 from utilityvm.scsi.slot import Slot
 
 if TYPE_CHECKING:
-    from utilityvm.vm.utility_vm import UtilityVM
+    from utilityvm.vm.disks import VMDisks
 
 OnBusy: TypeAlias = Literal["raise", "force"]  # what leaving `async with` does if the guest still uses the disk
 
@@ -27,7 +27,7 @@ class SCSIMount:
     its error is raised, and has a note that says what is still attached.
     """
 
-    def __init__(self, vm: UtilityVM, reservation: Reservation, *, on_busy: OnBusy = "raise") -> None:
+    def __init__(self, vm: VMDisks, reservation: Reservation, *, on_busy: OnBusy = "raise") -> None:
         """Use `UtilityVM.add_scsi`."""
         self._vm = vm
         self._reservation = reservation
@@ -141,7 +141,7 @@ class MountedDisk(SCSIMount):
         return path
 
 
-def mounted(vm: UtilityVM, reservation: Reservation, *, on_busy: OnBusy = "raise") -> SCSIMount:
+def mounted(vm: VMDisks, reservation: Reservation, *, on_busy: OnBusy = "raise") -> SCSIMount:
     """The reservation as its caller gets it."""
     kind = SCSIMount if reservation.guest_path is None else MountedDisk
     return kind(vm, reservation, on_busy=on_busy)
