@@ -171,7 +171,7 @@ async def _beside(vm: UtilityVM, disk: Path, until: float) -> list[float]:
     took = []
     while time.monotonic() < until:
         begun = time.perf_counter()
-        async with vm.add_scsi(disk, GENERATED) as mount:
+        async with vm.add_scsi(disk, GENERATED, filesystem="ext4") as mount:
             read = await vm.run(["cat", f"{mount.guest_path}/greeting"], timeout_s=60)
             assert read.stdout == b"hello\n", read
         took.append(time.perf_counter() - begun)

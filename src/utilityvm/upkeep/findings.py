@@ -21,6 +21,10 @@ from utilityvm.machine.threads import in_thread
 from utilityvm.store import Store, VMState
 from utilityvm.text import count, size
 
+_FIX_OF_WALLS = "apt-get install bubblewrap"
+_FIX_OF_LAYER = {
+    confinement.Layer.CGROUP: "none needed; to bound what VMs take: docs/security.md, A cgroup for each VM"
+}
 _IMAGE_SPACE_BYTES = 1_200_000_000
 
 
@@ -65,10 +69,10 @@ async def _qemu() -> list[Finding]:
     findings = [Finding("qemu", "ok", f"{found.version} ({found.path}, {found.machine})")]
     walls = await confinement.survey(found, confinement.Mode.AUTO)
     findings.append(Finding("confinement", "ok", "; ".join(walls.on)))
-    if walls.off:
-        why = next(iter(walls.off.values()))
-        detail = f"QEMU has not: {'; '.join(walls.off)} ({why})"
-        findings.append(Finding("confinement", "note", detail, "apt-get install bubblewrap"))
+    for why in dict.fromkeys(walls.off.values()):
+        layers = [layer for layer, reason in walls.off.items() if reason == why]
+        detail = f"QEMU has not: {'; '.join(layers)} ({why})"
+        findings.append(Finding("confinement", "note", detail, _FIX_OF_LAYER.get(layers[0], _FIX_OF_WALLS)))
     try:
         chosen = await accelerator.choose(found)
     except UtilityVMError as error:

@@ -17,7 +17,9 @@ import pytest
 from descriptors import open_files, until_closed
 from utilityvm.errors import DeadlineExceeded, SetupError, VMExists, VMGone
 from utilityvm.hosts.qemu import QemuConfig, QemuHost, QemuProcess, launch
+from utilityvm.hosts.qemu.confinement import Layer
 from utilityvm.hosts.qemu.lifetime import Watch
+from utilityvm.machine import cgroups
 from utilityvm.machine.processes import started_at
 from utilityvm.scsi.ports import DiskRequest
 from utilityvm.scsi.slot import Slot
@@ -409,3 +411,39 @@ async def test_the_log_has_qemus_words_and_is_there_when_qemu_is_not(start: Star
     await vm.gone
     assert await writer.wait(timeout_s=T)
     assert b"terminating on signal 15" in vm.console()
+
+
+def tree(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cgroup that VMs may use, of plain files."""
+    monkeypatch.setattr(cgroups, "_mounted", lambda: folder)
+    monkeypatch.setenv(cgroups.VARIABLE, "vms")
+    (folder / "vms").mkdir()
+    (folder / "vms/cgroup.subtree_control").write_text("memory pids")
+    return folder / "vms"
+
+
+async def test_a_vm_is_in_its_cgroup_before_its_guest_runs(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tree(tmp_path, monkeypatch)
+    vm = await start()
+    folder = own / f"utilityvm-{vm.process.pid}"
+    assert (vm.process.cgroup, Layer.CGROUP in vm.process.walls) == (str(folder), True)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "memory.max": str((64 + 10240) << 20), "pids.max": "2048", "cgroup.procs": str(vm.process.pid),
+    }  # fmt: skip
+    for file in folder.iterdir():  # as the kernel does, whose files hold up no rmdir
+        file.unlink()
+    await vm.stop()
+    assert not folder.exists()
+
+
+async def test_a_cgroup_that_the_kernel_refuses_is_told_in_the_record(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tree(tmp_path, monkeypatch)
+    monkeypatch.setattr(cgroups, "_NAME", "nowhere/")
+    vm = await start()
+    assert vm.process.cgroup == ""
+    assert Layer.CGROUP not in vm.process.walls
+    assert f"cannot put process {vm.process.pid} into {own}/nowhere" in vm.process.without[Layer.CGROUP]

@@ -31,6 +31,7 @@ from utilityvm.errors import DeadlineExceeded, InvalidRequest, SetupError
 from utilityvm.hosts.qemu import seccomp
 from utilityvm.hosts.qemu.emulator import Emulator, boot_id, recall, remember
 from utilityvm.hosts.qemu.privileges import Identity, launcher
+from utilityvm.machine import cgroups
 from utilityvm.machine.programs import find_program, run, spawn
 from utilityvm.machine.threads import in_thread, lent
 
@@ -46,6 +47,7 @@ _LINKS: Final = {"lib": "usr/lib", "lib64": "usr/lib64", "lib32": "usr/lib32", "
 _FOR_SETPRIV: Final = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
 _LOOK_AGAIN_S: Final = 0.0005
 _TRIAL_S: Final = 10.0
+_TURNED_OFF: Final = "it was turned off"
 
 
 class Layer(StrEnum):
@@ -61,13 +63,14 @@ class Layer(StrEnum):
     RIGHTS = "no capabilities, no new rights"
     CORES = "no core dumps"
     LIMITS = "limits on files and threads"
+    CGROUP = "a cgroup with bounds on memory and threads"
 
 
 class Mode(StrEnum):
     """What the walls are worth to whoever starts the VM."""
 
     AUTO = "auto"  # as many as this machine has
-    REQUIRE = "require"  # all of them, or no VM
+    REQUIRE = "require"  # all of them but the cgroup, or no VM
     OFF = "off"  # without bubblewrap: to tell whether a fault is one of the walls
 
 
@@ -235,6 +238,8 @@ def mode(wanted: str | None) -> Mode:
 async def survey(emulator: Emulator, mode: Mode = Mode.AUTO) -> Walls:
     """Which walls a QEMU started now would have. What bubblewrap can do here is tried once a boot, and remembered.
 
+    A cgroup is a bound on what QEMU takes and no wall around what it reaches: `REQUIRE` does without.
+
     Raises:
         SetupError: `mode` is `REQUIRE` and one is missing; says which, and why.
     """
@@ -245,15 +250,29 @@ async def survey(emulator: Emulator, mode: Mode = Mode.AUTO) -> Walls:
     jailed = [Layer.FILES, Layer.PROCESSES, Layer.NETWORK, Layer.IPC, Layer.SYSTEM_CALLS]
     if not is_root:
         jailed.insert(0, Layer.USER_NAMESPACE)
-    why = "it was turned off" if mode is Mode.OFF else await in_thread(_why_no_jail, emulator)
+    why: str | None = _TURNED_OFF
+    unbounded: str | None = _TURNED_OFF
+    if mode is not Mode.OFF:
+        why, unbounded = await in_thread(lambda: (_why_no_jail(emulator), _why_no_cgroup()))
+    off = {} if unbounded is None else {Layer.CGROUP: unbounded}
+    if unbounded is None:
+        always.append(Layer.CGROUP)
     if why is None:
-        return Walls((*always, *jailed))
+        return Walls((*always, *jailed), off)
     if mode is Mode.REQUIRE:
         raise SetupError(
             f"QEMU would not be confined ({', '.join(jailed)}): {why}",
             remedy="mend that, or start the VM without confinement=require",
         )
-    return Walls(tuple(always), dict.fromkeys(jailed, why))
+    return Walls(tuple(always), {**dict.fromkeys(jailed, why), **off})
+
+
+def _why_no_cgroup() -> str | None:
+    try:
+        cgroups.place()
+    except cgroups.Unavailable as error:
+        return str(error)
+    return None
 
 
 def _why_no_jail(emulator: Emulator) -> str | None:

@@ -12,6 +12,7 @@ id), and only its owner can reach its sockets. Its runtime folder holds::
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import re
@@ -31,7 +32,7 @@ from utilityvm.hosts.qemu import accelerator as accelerators
 from utilityvm.hosts.qemu import confinement, console, emulator, incoming, privileges, userids
 from utilityvm.hosts.qemu.accelerator import Accelerator
 from utilityvm.hosts.qemu.blockdev import FIRST_NUMBER, LOG_SET, ROOT_SET
-from utilityvm.hosts.qemu.confinement import Inside, Walls
+from utilityvm.hosts.qemu.confinement import Inside, Layer, Walls
 from utilityvm.hosts.qemu.emulator import Emulator
 from utilityvm.hosts.qemu.incoming import Incoming
 from utilityvm.hosts.qemu.lifetime import Watch
@@ -40,7 +41,7 @@ from utilityvm.hosts.qemu.qmp import Qmp
 from utilityvm.hosts.qemu.ram import Ram
 from utilityvm.hosts.qemu.ram import find as find_ram
 from utilityvm.log import logger
-from utilityvm.machine import hostpath, oserrors, runtime
+from utilityvm.machine import cgroups, hostpath, oserrors, runtime
 from utilityvm.machine.oserrors import typed_errors
 from utilityvm.machine.processes import is_ending, is_running
 from utilityvm.machine.programs import find_program, spawn
@@ -57,6 +58,8 @@ ROOT_SERIAL: Final = "utilityvm-root"
 FIRST_CONTROLLER: Final = 0x10  # PCI slot of controller 0; the guest finds disks by it
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _COPY: Final = 1 << 20
+# Of QEMU beside its guest's memory, in MiB: tables of 256 disks (32 each), the emulator's code (1024), QEMU itself.
+_MEMORY_BESIDE_MIB: Final = 256 * 32 + 1024 + 1024
 _LAST_WORDS, _LONGEST_LINE = 16 << 10, 500
 _LOOK_AGAIN_S: Final = 0.01
 _END_S: Final = 5.0  # a killed process ends in milliseconds, unless the kernel waits for its storage
@@ -135,6 +138,7 @@ class QemuProcess:
     walls: tuple[str, ...] = ()  # the layers of its confinement
     without: Mapping[str, str] = field(default_factory=dict)  # those that it has not, and why
     ram: Ram | None = None  # None: it was not told when it was started
+    cgroup: str = ""  # the folder of its cgroup, if it has one
 
     def to_json(self) -> dict[str, object]:
         return {**asdict(self), "folder": str(self.folder)}
@@ -291,9 +295,13 @@ async def start(
         children = _Children()
         undo.add(children.end)
         process = await _spawn(config, program, accelerator, walls, folder, children, saved, timeout_s=timeout_s)
+        if Layer.CGROUP in walls.on:  # beside QEMU's own start, which takes longer
+            children.cgroup = asyncio.ensure_future(to_the_end(_bound, process, config))
         try:
             qmp = await Qmp.connect(process.monitor, vm=config.name, timeout_s=timeout_s)
             undo.add(qmp.close)
+            if children.cgroup is not None:
+                process = await children.cgroup
             process = replace(process, ram=await in_thread(_ram_of, process, config))
             if not config.paused and saved is None:
                 await qmp.execute("cont", timeout_s=timeout_s)
@@ -303,6 +311,18 @@ async def start(
         children.close()
     _log.info("started QEMU %s as process %d (%s)", qmp.version, process.pid, accelerator.name, vm=config.name)
     return process, qmp
+
+
+def _bound(process: QemuProcess, config: QemuConfig) -> QemuProcess:
+    """Put QEMU into a cgroup of its own, before its guest runs. If the kernel refuses, the record says so."""
+    most = (config.memory_mib + _MEMORY_BESIDE_MIB) << 20
+    try:
+        folder = cgroups.put(process.pid, memory_bytes=most, threads=privileges.THREADS)
+    except cgroups.Unavailable as error:
+        _log.warning("QEMU's memory is not bounded: %s", error, vm=config.name)
+        walls = tuple(layer for layer in process.walls if layer != Layer.CGROUP)
+        return replace(process, walls=walls, without={**process.without, str(Layer.CGROUP): str(error)})
+    return replace(process, cgroup=str(folder))
 
 
 def _ram_of(process: QemuProcess, config: QemuConfig) -> Ram | None:
@@ -372,6 +392,8 @@ async def end(process: QemuProcess) -> None:
         finally:
             watch.close()
     await in_thread(userids.rest, process.uid)
+    if process.cgroup:
+        await in_thread(cgroups.remove, Path(process.cgroup))
     await logged(process)
 
 
@@ -522,6 +544,7 @@ class _Children:
         self.jail: Watch | None = None  # what waits for a confined QEMU, and ends with it
         self.qemu: Watch | None = None
         self.log: Watch | None = None
+        self.cgroup: asyncio.Task[QemuProcess] | None = None  # puts QEMU into one
 
     async def end(self) -> None:
         """Kill QEMU and see all end: the jail of one that never began, and the writer, do by themselves."""
@@ -530,6 +553,10 @@ class _Children:
         for watch in (self.qemu, self.jail, self.log):
             if watch is not None and not await watch.wait(timeout_s=_END_S):
                 _log.warning("process %d did not end within %s s", watch.pid, _END_S)
+        if self.cgroup is not None:
+            await asyncio.wait([self.cgroup])
+            if not self.cgroup.cancelled() and self.cgroup.exception() is None:
+                await in_thread(cgroups.remove, Path(self.cgroup.result().cgroup))
         self.close()
 
     def close(self) -> None:
