@@ -50,7 +50,7 @@ async def clone(
                 )
         await SqliteJournal(claim.store, claim.record).write(prepared.records)
         await host.loaded(prepared.incoming.disks, timeout_s=deadline.left())
-        guest = await lifecycle.wake(host, name, timeout_s=deadline.left())
+        guest = await lifecycle.wake(host, name, deadline=deadline)
         undo.add(guest.close)
         await claim.store.lane.run(claim.store.set_state, claim.record, VMState.RUNNING)
         vm = OwnedVM(config, claim, host, guest)

@@ -131,17 +131,17 @@ async def coming_up(name: str, deadline: Deadline) -> AsyncIterator[None]:
         ) from error
 
 
-async def boot(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
+async def boot(host: QemuHost, name: str, *, deadline: Deadline) -> BridgeGuest:
     """Wait until the guest's agent answers.
 
     Raises:
         StartFailed: it did not, or QEMU ended; says what the console says.
     """
-    connecting = BridgeGuest.connect(host.process.agent, timeout_s=timeout_s, vm=name)
-    return await _answered(host, name, connecting, timeout_s=timeout_s)
+    connecting = BridgeGuest.connect(host.process.agent, timeout_s=deadline.left(), vm=name)
+    return await _answered(host, name, connecting, deadline)
 
 
-async def _answered(host: QemuHost, name: str, connecting: Awaitable[BridgeGuest], *, timeout_s: float) -> BridgeGuest:
+async def _answered(host: QemuHost, name: str, connecting: Awaitable[BridgeGuest], deadline: Deadline) -> BridgeGuest:
     begun = time.monotonic()
     try:
         return await connecting
@@ -155,7 +155,7 @@ async def _answered(host: QemuHost, name: str, connecting: Awaitable[BridgeGuest
                 ran_s = time.monotonic() - begun
                 what = f"VM {name} ended {ran_s:.1f} s after it began to run, before its agent answered"
             case DeadlineExceeded():
-                what = f"VM {name} did not come up within {timeout_s:g} s: its agent did not answer"
+                what = f"VM {name} did not come up within {deadline.timeout_s:g} s: its agent did not answer"
             case _:
                 what = f"VM {name} did not come up: {error}"
         raise StartFailed(
@@ -171,17 +171,17 @@ def new_identity(name: str) -> dict[str, Any]:
     return {"seed": os.urandom(_SEED_BYTES), "hostname": name, "machine_id": uuid.uuid4().hex}
 
 
-async def wake(host: QemuHost, name: str, *, timeout_s: float) -> BridgeGuest:
+async def wake(host: QemuHost, name: str, *, deadline: Deadline) -> BridgeGuest:
     """Let a clone run, and be itself. What we say is there before it runs, so it is heard at once.
 
     Raises:
         StartFailed: the agent did not answer, or QEMU ended.
         GuestRefused: it could not be made unique; it must not be used.
     """
-    awakening = BridgeGuest.awaken(host.process.agent, **new_identity(name), timeout_s=timeout_s, vm=name)
-    connecting = asyncio.ensure_future(_answered(host, name, awakening, timeout_s=timeout_s))
+    awakening = BridgeGuest.awaken(host.process.agent, **new_identity(name), timeout_s=deadline.left(), vm=name)
+    connecting = asyncio.ensure_future(_answered(host, name, awakening, deadline))
     try:
-        await host.resume(timeout_s=timeout_s)
+        await host.resume(timeout_s=deadline.left())
         return await connecting
     except BaseException:
         connecting.cancel()

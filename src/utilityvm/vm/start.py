@@ -28,7 +28,7 @@ async def start(config: VMConfig, *, image: GuestImage | None, timeout_s: float)
         document = {**config.to_json(), "root": str(image.root)}
         claim = await Claim.new(undo, config.name, vm_uuid, document)
         host = await claim.start_qemu(undo, config.for_qemu(image, uuid=vm_uuid), deadline=deadline)
-        guest = await lifecycle.boot(host, config.name, timeout_s=deadline.left())
+        guest = await lifecycle.boot(host, config.name, deadline=deadline)
         undo.add(guest.close)
         await claim.store.lane.run(claim.store.set_state, claim.record, VMState.RUNNING)
         vm = OwnedVM(config, claim, host, guest)
