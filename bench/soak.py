@@ -107,7 +107,7 @@ async def main(rounds: int, minutes: float) -> int:
     with tempfile.TemporaryDirectory(prefix="uvm-") as text:
         folder = Path(text)
         os.environ["UTILITYVM_RUNTIME_DIR"], os.environ["UTILITYVM_STATE_DIR"] = f"{text}/run", f"{text}/state"
-        (disk,) = ext4_images(folder, 1)
+        kept, disk = ext4_images(folder, 2)  # a template's disk is not attached again
         config = VMConfig(name="soaked", memory_mib=128)
 
         async def clone(number: int) -> None:
@@ -115,7 +115,7 @@ async def main(rounds: int, minutes: float) -> int:
                 pass
 
         async with UtilityVM.start(config) as vm:
-            await vm.add_scsi(disk, "/kept")
+            await vm.add_scsi(kept, "/kept")
             await vm.save_as_template("soaked")
         cloned, left = await soak("clone + stop", clone, rounds=rounds, until=begun + minutes * 40, folder=folder)
 
