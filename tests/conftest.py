@@ -25,6 +25,9 @@ settings.register_profile("utilityvm", deadline=None, suppress_health_check=[Hea
 settings.load_profile("utilityvm")
 
 _TOLD = "told"
+_VMS_OF_THEIR_OWN = {
+    f"tests/real/test_{name}.py" for name in ("crash_templates", "server", "soak", "start", "templates")
+}
 _HANG_S = 600  # no test takes so long: one that does hangs, and the stacks of all its threads are printed
 
 
@@ -99,14 +102,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Where several processes share the tests, all that start real VMs are for one of them: they would slow each other.
+    """Where several processes share the tests, two at most start real VMs: more would slow each other.
 
-    Of the others, a file is for one process.
+    One has the tests that share a VM, the other those that start their own. Of the rest, a file is for one process.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     def scope(test: str) -> str:
-        return "real" if test.startswith("tests/real/") or "[qemu" in test else test.partition("::")[0]
+        file = test.partition("::")[0]
+        if file in _VMS_OF_THEIR_OWN:
+            return "real, of their own"
+        return "real" if file.startswith("tests/real/") or "[qemu" in test else file
 
     scheduler = LoadScopeScheduling(config, log)
     scheduler._split_scope = scope
