@@ -11,7 +11,7 @@ import importlib
 import sys
 import time
 
-BENCHES = ("manager", "disks", "templates", "walls", "adoption", "cli", "memory")
+BENCHES = ("manager", "disks", "templates", "walls", "adoption", "cli", "memory", "leftovers")
 
 
 def main() -> int:

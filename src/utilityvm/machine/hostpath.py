@@ -20,11 +20,15 @@ import stat
 import struct
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from utilityvm.errors import AccessDenied, InvalidRequest, SetupError, UtilityVMError
 from utilityvm.machine import fileid
+
+if TYPE_CHECKING:
+    from ctypes import CDLL
 
 HostPath: TypeAlias = str | os.PathLike[str]
 
@@ -180,7 +184,8 @@ class _Walk:
                 continue
             os.close(self._fd)
             self._fd = entered
-            self.here = str(Path(self.here).parent if name == ".." else Path(self.here, name))
+            above = self.here.rpartition("/")[0]
+            self.here = (above or "/") if name == ".." else f"{self.here.rstrip('/')}/{name}"
             if stat.S_ISDIR(status.st_mode):
                 self._enter()
             elif self._ahead or self._wants_folder:
@@ -314,6 +319,14 @@ def _magic_of(fd: int) -> int | None:
     import ctypes  # late, as above
 
     answer = ctypes.create_string_buffer(_STATFS_BYTES)
-    if ctypes.CDLL(None).fstatfs(fd, answer):
+    if _libc().fstatfs(fd, answer):
         return None
     return int.from_bytes(answer.raw[: struct.calcsize("@l")], sys.byteorder) & 0xFFFF_FFFF
+
+
+@cache
+def _libc() -> CDLL:
+    """Loaded once: that takes longer than what is asked of it."""
+    import ctypes
+
+    return ctypes.CDLL(None)

@@ -25,6 +25,7 @@ from utilityvm.errors import SetupError, StoreDamaged, StoreError, StoreTooNew
 from utilityvm.log import logger
 from utilityvm.machine import oserrors, paths, patience
 from utilityvm.store import older
+from utilityvm.store.connection import Connection
 
 VERSION: Final = 5
 # MIGRATIONS[n] makes a store of version n + 1 out of one of version n; version 1 is the first.
@@ -213,8 +214,9 @@ def _open(path: Path, *, timeout: float | None = None) -> sqlite3.Connection:
     for mark in "%?#":
         quoted = quoted.replace(mark, f"%{ord(mark):02x}")
     # mode=rw: a file that was moved away in between is not made anew here, empty.
+    address = f"file:{quoted}?mode=rw"
     db = sqlite3.connect(
-        f"file:{quoted}?mode=rw", uri=True, isolation_level=None, timeout=timeout, check_same_thread=False
+        address, uri=True, isolation_level=None, timeout=timeout, check_same_thread=False, factory=Connection
     )
     db.text_factory = _text
     return db

@@ -23,7 +23,7 @@ from utilityvm.log import logger
 from utilityvm.machine import paths, runtime
 from utilityvm.machine.oserrors import typed
 from utilityvm.machine.processes import values_of
-from utilityvm.machine.threads import entered, in_thread
+from utilityvm.machine.threads import in_thread
 from utilityvm.store import Store, StoredVM, recover
 from utilityvm.store.ownership import owner_of
 from utilityvm.tasks import Deadline
@@ -112,9 +112,11 @@ async def remove_leftovers(leftovers: Iterable[Leftover]) -> list[bool | Utility
 
 @asynccontextmanager
 async def _opened() -> AsyncIterator[Store]:
-    opened = await in_thread(recover.open_store, late=Store.close)
-    async with entered(opened) as store:
+    store = await in_thread(recover.open_store, late=Store.close)
+    try:
         yield store
+    finally:  # behind the piece of work that a cancelled caller has left
+        await store.lane.run(store.close)
 
 
 def found_in(store: Store) -> list[Leftover]:

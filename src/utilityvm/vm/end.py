@@ -10,7 +10,7 @@ from typing import Final
 from utilityvm.errors import UtilityVMError, VMNotFound, VMNotRunning
 from utilityvm.machine import patience
 from utilityvm.machine.threads import entered, in_thread
-from utilityvm.store import VMState
+from utilityvm.store import Store, VMState
 from utilityvm.store.recover import open_store
 from utilityvm.tasks import Deadline, Undo, finish
 from utilityvm.vm import lifecycle
@@ -148,7 +148,8 @@ async def remove(name: str, *, wait_s: float, force: bool, timeout_s: float) -> 
             else:
                 claim = await Claim.existing(undo, name, wait_s=wait_s)
         except VMNotFound:
-            async with entered(await in_thread(open_store)) as store:
+            opened = await in_thread(open_store, late=Store.close)
+            async with entered(opened) as store:
                 await lifecycle.sweep(store, name)
             raise
         if claim is None:
