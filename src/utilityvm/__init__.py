@@ -99,8 +99,8 @@ if TYPE_CHECKING:
     from utilityvm.upkeep.leftovers import Leftover, LeftoverKind, find_leftovers, remove_leftover, remove_leftovers
     from utilityvm.upkeep.repair import Difference, examine_vm, repair_vm
     from utilityvm.vm.acquiring import Acquiring
-    from utilityvm.vm.config import DiskSettings, GuestPath
-    from utilityvm.vm.listing import VMInfo, get_vm, list_disks, list_vms, read_console
+    from utilityvm.vm.config import DiskSettings, GuestPath, SomeGuestPath
+    from utilityvm.vm.listing import VMInfo, get_disk, get_vm, list_disks, list_vms, read_console
     from utilityvm.vm.mount import OnBusy
     from utilityvm.vm.pool import ClonePool
     from utilityvm.vm.utility_vm import GENERATED, DiskSpec, MountedDisk, SCSIMount, UtilityVM, VMConfig
@@ -182,6 +182,7 @@ __all__ = [
     "SetupError",
     "Slot",
     "SlotView",
+    "SomeGuestPath",
     "StartFailed",
     "StoreDamaged",
     "StoreError",
@@ -214,6 +215,7 @@ __all__ = [
     "examine_vm",
     "find_image",
     "find_leftovers",
+    "get_disk",
     "get_image",
     "get_template",
     "get_vm",
@@ -232,7 +234,7 @@ __all__ = [
 
 _MODULES = {
     "utilityvm.server.run": ("serve",),
-    "utilityvm.vm.listing": ("VMInfo", "get_vm", "list_disks", "list_vms", "read_console"),
+    "utilityvm.vm.listing": ("VMInfo", "get_disk", "get_vm", "list_disks", "list_vms", "read_console"),
     "utilityvm.store.view": ("DiskInfo", "ReservationInfo"),
     "utilityvm.store.catalog": ("VMState",),
     "utilityvm.store.ownership": ("Owner",),
@@ -252,7 +254,7 @@ _MODULES = {
     "utilityvm.hosts.qemu": ("QemuProcess",),
     "utilityvm.machine.hostpath": ("HostPath",),
     "utilityvm.scsi.reservation": ("ForceArgument", "Reservation"),
-    "utilityvm.vm.config": ("DiskSettings", "GuestPath"),
+    "utilityvm.vm.config": ("DiskSettings", "GuestPath", "SomeGuestPath"),
     "utilityvm.scsi.mount_config": (
         "CallerKey",
         "Encryption",

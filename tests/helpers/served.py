@@ -64,7 +64,10 @@ class VM(UtilityVM):
         self.world = world
         self.ended: asyncio.Future[UtilityVMError] = asyncio.get_running_loop().create_future()
         owned: Any = SimpleNamespace(
+            name="worker",
             config=VMConfig(name="worker", keep=True),
+            aliases={},
+            has_scratch=False,
             findings=tuple(world.findings),
             scsi=ScsiManager(world.host, world.guest, world.journal, controllers=1, vm="worker"),
             guest=world.guest,

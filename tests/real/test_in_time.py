@@ -49,6 +49,8 @@ CALLS: dict[str, Call] = {
     "follow_program": lambda vm, disk, other: vm.follow_program(1, timeout_s=T),
     "add_scsi": lambda vm, disk, other: vm.add_scsi(other, "/other", timeout_s=T),
     "add_scsi_physical_disk": lambda vm, disk, other: vm.add_scsi_physical_disk(other, "/other", timeout_s=T),
+    "add_scratch": lambda vm, disk, other: vm.add_scratch(16 << 20, "/other", timeout_s=T),
+    "find_scsi": lambda vm, disk, other: vm.find_scsi(disk, timeout_s=T),
     "add": lambda vm, disk, other: vm.add(DiskSpec(host_path=disk, guest_path="/again"), timeout_s=T),
     "add_scsi_many": lambda vm, disk, other: vm.add_scsi_many(
         [DiskSpec(host_path=disk, guest_path="/1"), DiskSpec(host_path=other, guest_path="/2")], timeout_s=T

@@ -155,5 +155,7 @@ def test_every_public_call_that_gives_something_to_give_back_can_be_entered(kind
         name for name, member in inspect.getmembers(kind, inspect.isroutine) if name[0] != "_" and is_acquiring(member)
     }
     assert entered == (
-        {"start", "clone", "open", "add_scsi", "add_scsi_physical_disk", "add"} if kind is UtilityVM else {"acquire"}
+        {"start", "clone", "open", "add_scsi", "add_scsi_physical_disk", "add_scratch", "add"}
+        if kind is UtilityVM
+        else {"acquire"}
     )

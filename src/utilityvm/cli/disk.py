@@ -6,9 +6,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,14 +26,14 @@ from utilityvm.cli.options import (
 )
 from utilityvm.cli.output import OutputFailed, age, print_fields, print_json, print_table, say
 from utilityvm.cli.owners import opened
-from utilityvm.cli.values import SIZE, Place, place, without_mode
+from utilityvm.cli.values import SIZE, Place, place, scratch_size, without_mode
 from utilityvm.errors import UtilityVMError
 from utilityvm.text import count, size
 
 if TYPE_CHECKING:
     from typing import Never
 
-    from utilityvm import CallerKey, DiskInfo, DiskSpec, ForceArgument, SCSIMount, Slot, SlotView, Verity
+    from utilityvm import CallerKey, DiskInfo, DiskSpec, ForceArgument, SCSIMount, UtilityVM, Verity
 
 HOLDER = "cli"
 _LONGEST_KEY = 64
@@ -107,6 +107,9 @@ def attach_command(
 
     Without GUEST_PATH the disk is attached only. With :ro it can only be read.
 
+    With scratch:SIZE for DISK, as in scratch:10G:/work, an empty disk of that size is made, with a file system. It is
+    removed when it is detached, or with the VM. A file of such a name is written as ./scratch:10G.
+
     A disk that is attached already is shared: each `uvm attach` takes one more reservation, and each `uvm detach` gives
     one back.
     """
@@ -119,8 +122,29 @@ def attach_command(
         raise click.UsageError("--mount chooses the guest path, but one is given")
     if encrypt_scratch and key_file is not None:
         raise click.UsageError("--encrypt-scratch makes a key, but --key-file gives one")
-    if generated and guest_path is not None:
-        raise click.UsageError("--mount chooses the guest path, and one was given")
+    encryption = ScratchKey() if encrypt_scratch else None
+    if (size_bytes := scratch_size(where.disk)) is not None:
+        unfit = {
+            ":ro": read_only or where.mode == "ro",
+            "--physical": physical,
+            "--format": image_format is not None,
+            "--sector-size": sector_size is not None,
+            "--access": access != "individual",
+            "--key-file": key_file is not None,
+            "--verity": root_hash is not None or verity_offset is not None,
+            **{f"--{word.replace('_', '-')}": settings.pop(word) for word in ("partition", "reformat", "block_device")},
+        }
+        for option, is_given in unfit.items():
+            if is_given:
+                raise click.UsageError(f"{option} does not go with scratch:SIZE, a new disk with a file system")
+        settings.pop("ensure_filesystem")
+
+        def add(vm: UtilityVM) -> Awaitable[SCSIMount]:
+            at = where.guest_path or GENERATED
+            return vm.add_scratch(size_bytes, at, encryption=encryption, holder=holder, timeout_s=timeout_s, **settings)
+
+        run(_attach(name, add, holder=holder, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
+        return
     spec = DiskSpec(
         host_path=where.disk,
         guest_path=GENERATED if generated else where.guest_path,
@@ -128,13 +152,14 @@ def attach_command(
         access=VMAccess(access),
         format=image_format,
         sector_size_bytes=int(sector_size) if sector_size else None,
-        encryption=ScratchKey() if encrypt_scratch else _key_of(key_file) if key_file is not None else None,
+        encryption=encryption or (_key_of(key_file) if key_file is not None else None),
         verity=_verity(root_hash, verity_offset),
         physical=physical,
         **settings,
     )
     spec.check()  # what is wrong by itself is told before the VM is waited for
-    run(_attach(name, spec, holder=holder, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
+    adding = partial(_add, spec=spec, holder=holder, timeout_s=timeout_s)
+    run(_attach(name, adding, holder=holder, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
 
 
 def _key_of(path: str) -> CallerKey:
@@ -166,10 +191,22 @@ def _verity(root_hash: str | None, offset: int | None) -> Verity | None:
         raise click.UsageError(f"--verity {root_hash}: it is not written in hexadecimal digits") from error
 
 
-async def _attach(name: str, spec: DiskSpec, *, holder: str, timeout_s: float, wait_s: float, as_json: bool) -> None:
+def _add(vm: UtilityVM, *, spec: DiskSpec, holder: str, timeout_s: float) -> Awaitable[SCSIMount]:
+    return vm.add(spec, holder=holder, timeout_s=timeout_s)
+
+
+async def _attach(
+    name: str,
+    add: Callable[[UtilityVM], Awaitable[SCSIMount]],
+    *,
+    holder: str,
+    timeout_s: float,
+    wait_s: float,
+    as_json: bool,
+) -> None:
     async with opened(name, wait_s=wait_s) as vm:
         begun = time.monotonic()
-        mount = await vm.add(spec, holder=holder, timeout_s=timeout_s)
+        mount = await add(vm)
         seconds = time.monotonic() - begun
         fields: dict[str, object] = {
             "reservation": mount.id,
@@ -279,11 +316,13 @@ def _document(row: DiskInfo, now: float) -> dict[str, object]:
 @attached_argument
 @json_option
 def path_command(name: str, disk: str, as_json: bool) -> None:
-    """Print where the disk is mounted in the guest. DISK is any path of its image."""
-    from utilityvm import NotAttached, list_disks
-    from utilityvm.machine.hostpath import absolute, identity_of
+    """Print where the disk is mounted in the guest.
 
-    row, _ = find(list_disks(name), disk, absolute(disk), identity_of(disk), vm=name)
+    DISK is any path of its image, its guest path, or in a clone the path that it has in the template.
+    """
+    from utilityvm import NotAttached, get_disk
+
+    row = get_disk(name, disk)
     if not row.guest_paths:
         raise NotAttached(
             f"{row.host_path} is attached at {row.slot}, but is not mounted",
@@ -310,20 +349,14 @@ def resize_command(name: str, disk: str, size_bytes: int, timeout_s: float, wait
 
     SIZE is a number of bytes, or is written as 512M, 64MiB or 1.5G. A disk cannot shrink.
     """
-    from utilityvm.machine.hostpath import absolute
-
-    run(_resize(name, disk, absolute(disk), size_bytes, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
+    run(_resize(name, disk, size_bytes, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
 
 
-async def _resize(
-    name: str, disk: str, path: str, to_bytes: int, *, timeout_s: float, wait_s: float, as_json: bool
-) -> None:
-    from utilityvm.machine.hostpath import identity_within
-
+async def _resize(name: str, disk: str, to_bytes: int, *, timeout_s: float, wait_s: float, as_json: bool) -> None:
     async with opened(name, wait_s=wait_s) as vm:
         begun = time.monotonic()
-        row, _ = find(vm.scsi_slots(), disk, path, await identity_within(disk, timeout_s), vm=name)
-        await vm.resize_scsi(row.host_path, to_bytes, timeout_s=timeout_s)
+        row = await vm.find_scsi(disk, timeout_s=timeout_s)
+        await vm.resize_scsi(disk, to_bytes, timeout_s=timeout_s)
         seconds = time.monotonic() - begun
         output.done(f"{row.host_path} has {size(to_bytes)} ({seconds * 1000:.0f} ms)")
         if as_json:
@@ -345,43 +378,27 @@ def detach_command(
 ) -> None:
     """Give back one reservation: the one with that name, or the newest of the disk.
 
-    DISK is any path of the image, or its guest path. The last reservation of a disk unmounts it, removes it from the
-    guest, and returns once QEMU has closed the file.
+    DISK is any path of the image, its guest path, or in a clone the path that it has in the template. The last
+    reservation of a disk unmounts it, removes it from the guest, and returns once QEMU has closed the file.
     """
-    from utilityvm.machine.hostpath import absolute
-
-    run(
-        _detach(
-            name, disk, absolute(disk), holder=holder, force=force, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json
-        )
-    )
+    run(_detach(name, disk, holder=holder, force=force, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
 
 
 async def _detach(
-    name: str, disk: str, path: str, *, holder: str | None, force: bool, timeout_s: float, wait_s: float, as_json: bool
+    name: str, disk: str, *, holder: str | None, force: bool, timeout_s: float, wait_s: float, as_json: bool
 ) -> None:
-    from utilityvm.machine.hostpath import identity_within
-
     how: ForceArgument = "host" if force else False  # asks the guest first, and says so if the host had to act
     async with opened(name, wait_s=wait_s, needs_guest=not force) as vm:
         begun = time.monotonic()
-        held, slots = vm.scsi_reservations(), vm.scsi_slots()
-        reservation = next((one for one in held if one.id == disk), None)
-        row: SlotView | None
+        reservation = next((one for one in vm.scsi_reservations() if one.id == disk), None)
         if reservation is not None:
-            row = next((view for view in slots if view.slot == reservation.slot), None)
-            path = str(reservation.host_path)
-        else:
-            row, guest_path = find(slots, disk, path, await identity_within(disk, timeout_s), vm=name)
-            path = row.host_path
-            if guest_path is not None:
-                reservation = _newest(held, row, guest_path, holder)
-        if reservation is not None:
+            row = next(view for view in vm.scsi_slots() if view.slot == reservation.slot)
             overruled = await reservation.release(force=how, timeout_s=timeout_s)
         else:
-            overruled = await vm.remove_scsi(path, holder=holder, force=how, timeout_s=timeout_s)
-        seconds = time.monotonic() - begun
-        left = next((view.references for view in vm.scsi_slots() if row and view.attachment == row.attachment), 0)
+            row = await vm.find_scsi(disk, timeout_s=timeout_s)
+            overruled = await vm.remove_scsi(disk, holder=holder, force=how, timeout_s=timeout_s)
+        seconds, path = time.monotonic() - begun, row.host_path
+        left = next((view.references for view in vm.scsi_slots() if view.attachment == row.attachment), 0)
         became = f"{count(left, 'reference')} left" if left else "detached"
         if overruled is not None:
             became = (
@@ -391,68 +408,6 @@ async def _detach(
         if as_json:
             told = {"vm": name, "host_path": path, "references": left, "seconds": round(seconds, 4)}
             print_json(told if overruled is None else {**told, "overruled": overruled})
-
-
-def _newest(held: Sequence[SCSIMount], row: SlotView, guest_path: PurePosixPath, holder: str | None) -> SCSIMount:
-    """The newest reservation of a mount.
-
-    Raises:
-        NotAttached: there is none, or none of the holder.
-    """
-    from utilityvm import NotAttached
-
-    for one in reversed(held):
-        if (one.slot, one.guest_path) == (row.slot, guest_path) and holder in (None, one.holder):
-            return one
-    whose = f" of {holder}" if holder is not None else ""
-    raise NotAttached(
-        f"there is no reservation{whose} of {row.host_path} at {guest_path}", slot=row.slot, host_path=row.host_path
-    )
-
-
-class _Row(Protocol):
-    """A disk of the VM, as the store or the manager tells it."""
-
-    @property
-    def slot(self) -> Slot: ...
-    @property
-    def host_path(self) -> str: ...
-    @property
-    def identity(self) -> str: ...
-    @property
-    def guest_paths(self) -> tuple[PurePosixPath, ...]: ...
-
-
-_R = TypeVar("_R", bound=_Row)
-
-
-def find(rows: Sequence[_R], disk: str, path: str, identity: str | None, *, vm: str) -> tuple[_R, PurePosixPath | None]:
-    """The disk that is meant, by any of its names; and its guest path, if that was the name.
-
-    `path` is `disk` made absolute, and `identity` that of its file. A path that leads nowhere any more is the one by
-    which the disk was attached.
-
-    Raises:
-        NotAttached: there is none.
-        InvalidRequest: it is the path of one, and the guest path of another.
-    """
-    from utilityvm import InvalidRequest, NotAttached
-
-    row = next((row for row in rows if row.identity == identity), None)
-    row = row or next((row for row in rows if row.host_path == path), None)
-    guest_path = PurePosixPath(disk)
-    inside = next((row for row in rows if guest_path in row.guest_paths), None)
-    if row is not None and inside is not None and row is not inside:
-        raise InvalidRequest(
-            f"{disk} is the disk at {row.slot}, and the guest path of the disk at {inside.slot}",
-            vm=vm,
-            remedy=f"name the image of the one that you mean: {row.host_path} or {inside.host_path}",
-        )
-    if row is not None:
-        return row, None
-    if inside is not None:
-        return inside, guest_path
-    raise NotAttached(f"{disk} is not attached to VM {vm}", vm=vm, host_path=path, remedy=f"see what is: uvm ls {vm}")
 
 
 def _file_completion() -> object:

@@ -160,6 +160,21 @@ def without_mode(guest_path: str) -> str:
     return guest_path
 
 
+def scratch_size(disk: str) -> int | None:
+    """The size of a scratch disk that is to be made: `scratch:10G`. None: it is the path of a disk.
+
+    Raises:
+        click.UsageError: it is no size.
+    """
+    size = disk.removeprefix("scratch:")
+    if size == disk or os.path.lexists(disk):
+        return None
+    try:
+        return SIZE.convert(size, None, None)
+    except click.BadParameter as error:
+        raise click.UsageError(f"{disk}: {error.message}") from None
+
+
 def place(text: str) -> Place:
     """`DISK[:GUEST_PATH][:ro|:rw]`.
 

@@ -209,11 +209,14 @@ class ScsiManager:
         host_path: str,
         *,
         identity: str | None = None,
+        guest_path: PurePosixPath | None = None,
         holder: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         force: ForceArgument = False,
     ) -> str | None:
         """Drop one reference of the disk: the newest of `holder`, or the newest of all without one.
+
+        With `guest_path` it is the newest of the mount at that path.
 
         One that is being released is no longer among them, so that two calls at once drop two. A disk that nobody has a
         reservation of, because an undo failed, is taken out. Returns what `release` does.
@@ -229,6 +232,7 @@ class ScsiManager:
             claim
             for claim in (*disk.claims.values(), *disk.leaving.values())
             if (holder is None or claim.holder.name == holder)
+            and (guest_path is None or (claim.mount is not None and claim.mount.guest_path == guest_path))
             and claim.state is not ReservationState.PENDING
             and not claim.is_awaited
         ]
@@ -236,7 +240,8 @@ class ScsiManager:
             candidates = [self._book.claim_of_nobody(disk)]
         if not candidates:
             whose = f" of {holder}" if holder else ""
-            raise NotAttached(f"{host_path}: there is no reservation{whose}", vm=self._vm, host_path=host_path)
+            where = f" at {guest_path}" if guest_path else ""
+            raise NotAttached(f"there is no reservation{whose} of {host_path}{where}", vm=self._vm, host_path=host_path)
         # One whose release failed before is taken first: it goes on where that stopped.
         newest = max(candidates, key=lambda claim: (claim.state is ReservationState.RELEASING, claim.since))
         return await self.release(newest.id, timeout_s=timeout_s, force=force)

@@ -216,13 +216,13 @@ async def remove_disk(service: Service, request: Request) -> types.Released:
     """Drop one reference to a disk: one whose release failed half-way, or else the newest. Not to be tried again."""
     body: types.Remove = request.body
     async with service.keeper.use(request.path["vm"], wait_s=request.query.wait_s) as vm:
-        before = next((view for view in vm.scsi_slots() if view.host_path == body.host_path), None)
+        before = await vm.find_scsi(body.host_path)
         overruled = await vm.remove_scsi(
             body.host_path, holder=body.holder, force=FORCES[body.force], timeout_s=body.timeout_s
         )
-        left = [view for view in vm.scsi_slots() if before is not None and view.attachment == before.attachment]
+        left = [view for view in vm.scsi_slots() if view.attachment == before.attachment]
         return types.Released(
-            host_path=body.host_path, references=left[0].references if left else 0, overruled=overruled
+            host_path=before.host_path, references=left[0].references if left else 0, overruled=overruled
         )
 
 
@@ -230,9 +230,10 @@ async def resize_disk(service: Service, request: Request) -> types.Disk:
     """Grow a disk, its image, and the file systems that are mounted from all of it."""
     body: types.Resize = request.body
     async with service.keeper.use(request.path["vm"], wait_s=request.query.wait_s) as vm:
+        before = await vm.find_scsi(body.host_path)
         await vm.resize_scsi(body.host_path, body.size_bytes, timeout_s=body.timeout_s)
         for view in vm.scsi_slots():
-            if view.host_path == body.host_path:
+            if view.attachment == before.attachment:
                 return types.disk_of(view)
         raise NotAttached(f"{body.host_path} was detached meanwhile", vm=vm.name, host_path=body.host_path)
 

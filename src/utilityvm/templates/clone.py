@@ -190,7 +190,7 @@ def _taken_over(disk: DiskEntry, folder: Path, closing: ExitStack) -> tuple[Inco
     host_path = disk.host_path
     if not disk.read_only:
         paths.make_folder(folder)
-        path = folder / f"{disk.controller}-{disk.lun}.qcow2"
+        path = overlay.overlay_path(folder, disk.slot)
         base = disk.layers[0]
         fd = overlay.create(path, size_bytes=disk.size_bytes, base=Path(base.path), base_format=base.format)
         closing.callback(os.close, fd)

@@ -18,6 +18,7 @@ from typing import Final
 
 from utilityvm.errors import NotSupported, SetupError
 from utilityvm.scsi.ports import DiskFormat
+from utilityvm.scsi.slot import Slot
 
 _CLUSTER_BITS: Final = 16
 _CLUSTER: Final = 1 << _CLUSTER_BITS
@@ -28,6 +29,11 @@ _EXTENSION: Final = struct.Struct(">II")
 _BACKING_FORMAT: Final = 0xE2792ACA
 _LONGEST_NAME: Final = 1023
 _LARGEST_BYTES: Final = 1 << 51  # 32 MiB of first-level map, the most that QEMU loads
+
+
+def overlay_path(folder: Path, slot: Slot) -> Path:
+    """The overlay of the disk at a slot, among those of a clone."""
+    return folder / f"{slot.controller}-{slot.lun}.qcow2"
 
 
 def create(path: Path, *, size_bytes: int, base: Path, base_format: DiskFormat) -> int:

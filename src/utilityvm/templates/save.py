@@ -161,12 +161,13 @@ def _disks(
         path = named = Path(record.host_path)
         below: tuple[LayerEntry, ...] = ()
         if path.parent == paths.overlays_dir(vm_uuid):
-            # The clone's own overlay goes with the template; it lies on what its template has there.
+            # The VM's own goes with the template: an overlay, which lies on what the clone's template has there, or a
+            # scratch disk.
             (folder / DISKS).mkdir(mode=0o700, exist_ok=True)
-            named = final / DISKS / f"{record.attachment}.qcow2"
+            named = final / DISKS / f"{record.attachment}{path.suffix}"
             path = folder / DISKS / named.name
             os.link(record.host_path, path)
-            below = inherited[record.attachment]
+            below = inherited.get(record.attachment, ())
         top = _layer(path, record.format, record.kind, named=named)
         if fileid.identity(path.stat()) != record.identity:
             raise NotSupported(

@@ -15,6 +15,7 @@ from utilityvm.templates import catalog
 from utilityvm.templates import clone as cloning
 from utilityvm.vm import lifecycle
 from utilityvm.vm.config import DiskSpec, VMConfig
+from utilityvm.vm.naming import template_paths
 from utilityvm.vm.owned import Claim, OwnedVM, is_alive
 from utilityvm.vm.state import Event
 
@@ -55,6 +56,7 @@ async def clone(
         await claim.store.lane.run(claim.store.set_state, claim.record, VMState.RUNNING)
         vm = OwnedVM(config, claim, host, guest)
         vm.shared = prepared.shared
+        vm.aliases = template_paths(source, vm_uuid)
         await vm.scsi.restore(is_alive=is_alive, records=prepared.records)
         vm.check()
         vm.take(Event.UP)

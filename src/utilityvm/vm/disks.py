@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import Literal, Unpack, overload
 
 from utilityvm.errors import UtilityVMError
-from utilityvm.machine.hostpath import HostPath, absolute, identity_of, identity_within
+from utilityvm.machine.hostpath import HostPath, identity_of, identity_within
 from utilityvm.machine.oserrors import typed_errors
 from utilityvm.scsi.events import ScsiEvents
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S
 from utilityvm.scsi.migration import ScsiState
-from utilityvm.scsi.mount_config import MountSettings
+from utilityvm.scsi.mount_config import MountSettings, ScratchKey
+from utilityvm.scsi.ports import DiskFormat
 from utilityvm.scsi.reservation import ForceArgument, Reservation
 from utilityvm.scsi.views import MountView, SlotView
+from utilityvm.vm import naming, scratch
 from utilityvm.vm.acquiring import Acquiring, acquires
 from utilityvm.vm.arguments import checked, each, timed
-from utilityvm.vm.config import DiskSettings, DiskSpec, GuestPath, SomeGuestPath, spelled_out
+from utilityvm.vm.config import GENERATED, DiskSettings, DiskSpec, GuestPath, SomeGuestPath, spelled_out
 from utilityvm.vm.face import Face
 from utilityvm.vm.mount import MountedDisk, OnBusy, SCSIMount, mounted
 from utilityvm.vm.owned import holder_of
@@ -154,6 +156,51 @@ class VMDisks(Face):
         )
         return mounted(self, reservation, on_busy=on_busy)
 
+    @acquires
+    @timed
+    async def add_scratch(
+        self,
+        size_bytes: int,
+        guest_path: SomeGuestPath = GENERATED,
+        *,
+        filesystem: str | None = None,
+        options: Sequence[str] = (),
+        encryption: ScratchKey | None = None,
+        untrusted: bool = False,
+        holder: str | None = None,
+        on_busy: OnBusy = "raise",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> MountedDisk:
+        """Make an empty disk of this size, with a file system, mounted at `guest_path`.
+
+        The image is the VM's own, in the state folder. It takes space as it is written to, and is removed when the disk
+        is released for the last time, or with the VM. A template that is saved of the VM has the disk as it is then.
+
+        `filesystem` is `ext4`, the default, or `xfs`. The rest is as in `add_scsi`. If this fails no image is left.
+
+        Raises:
+            InvalidRequest: the size is no multiple of 512, or too small or large; or another value is wrong.
+            SetupError: no space, or no right, in the state folder.
+            GuestRefused: the guest cannot make such a file system in that size; the message has the reason.
+            others: as `add_scsi`.
+        """
+        self._vm.check()
+        scratch.check_size(size_bytes)
+        async with scratch.Making(self._vm, size_bytes) as image:
+            spec = DiskSpec(
+                host_path=image,
+                guest_path=guest_path,
+                format=DiskFormat.RAW,
+                ensure_filesystem=True,
+                filesystem=filesystem,
+                options=options,
+                encryption=encryption,
+                untrusted=untrusted,
+            )
+            made = await self.add(spec, holder=holder, on_busy=on_busy, timeout_s=timeout_s)
+        assert isinstance(made, MountedDisk)
+        return made
+
     @overload
     async def add_scsi_many(
         self,
@@ -204,6 +251,8 @@ class VMDisks(Face):
     ) -> str | None:
         """Drop one reference to the disk: the newest, or the newest of `holder`. The last one detaches it.
 
+        `host_path` is any name of the disk, as in `find_scsi`. A guest path stands for the reservations of its mount.
+
         `force`, and what is returned, are those of `SCSIMount.release`. A disk that nobody has a reservation of any
         more, because an undo failed, is taken out.
 
@@ -212,8 +261,18 @@ class VMDisks(Face):
             others: as `SCSIMount.release`.
         """
         self._vm.check()
-        path, identity = absolute(host_path), await identity_within(host_path, timeout_s)
-        return await self._vm.scsi.remove(path, identity=identity, holder=holder, force=force, timeout_s=timeout_s)
+        disk, guest_path = self._named(host_path, await identity_within(host_path, timeout_s))
+        try:
+            return await self._vm.scsi.remove(
+                disk.host_path,
+                identity=disk.identity,
+                guest_path=guest_path,
+                holder=holder,
+                force=force,
+                timeout_s=timeout_s,
+            )
+        finally:
+            await scratch.tidy(self._vm)
 
     @timed
     async def remove_scsi_many(
@@ -229,7 +288,10 @@ class VMDisks(Face):
         """
         self._vm.check()
         ids = [one if isinstance(one, str) else one.id for one in each("reservation", mounts)]
-        return await self._vm.scsi.remove_many(ids, force=force, timeout_s=timeout_s)
+        try:
+            return await self._vm.scsi.remove_many(ids, force=force, timeout_s=timeout_s)
+        finally:
+            await scratch.tidy(self._vm)
 
     @timed
     async def release(
@@ -237,11 +299,16 @@ class VMDisks(Face):
     ) -> str | None:
         """Give back a reservation, also one that this object did not make. See `SCSIMount.release`."""
         self._vm.check()
-        return await self._vm.scsi.release(reservation, force=force, timeout_s=timeout_s)
+        try:
+            return await self._vm.scsi.release(reservation, force=force, timeout_s=timeout_s)
+        finally:
+            await scratch.tidy(self._vm)
 
     @timed
     async def resize_scsi(self, host_path: HostPath, size_bytes: int, *, timeout_s: float | None = None) -> None:
         """Grow the disk, its image, and the file systems that are mounted from all of it.
+
+        `host_path` is any name of the disk, as in `find_scsi`.
 
         Raises:
             NotAttached: it is not attached.
@@ -253,18 +320,36 @@ class VMDisks(Face):
                 by itself); ask again with the same size.
         """
         self._vm.check()
-        identity = await identity_within(host_path, timeout_s)
-        await self._vm.scsi.resize(absolute(host_path), size_bytes, identity=identity, timeout_s=timeout_s)
+        disk, _ = self._named(host_path, await identity_within(host_path, timeout_s))
+        await self._vm.scsi.resize(disk.host_path, size_bytes, identity=disk.identity, timeout_s=timeout_s)
+
+    @timed
+    async def find_scsi(self, host_path: HostPath, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> SlotView:
+        """The disk of that name, as `scsi_slots` has it.
+
+        A disk's names are every path of its image; the path by which it was attached, if no file is there any more; its
+        guest paths; and in a clone the path that it has in the template.
+
+        Raises:
+            NotAttached: no disk has that name.
+            InvalidRequest: it is a path of one disk's image, and the guest path of another.
+        """
+        self._vm.check()
+        return self._named(host_path, await identity_within(host_path, timeout_s))[0]
+
+    def _named(self, name: HostPath, identity: str | None) -> tuple[SlotView, PurePosixPath | None]:
+        return naming.find(self._vm.scsi.slots(), name, identity, aliases=self._vm.aliases, vm=self.name)
 
     @checked
     def scsi_guest_path(self, host_path: HostPath) -> PurePosixPath | None:
-        """Where the disk is mounted in the guest; None if it is attached only.
+        """Where the disk of that name is mounted in the guest; None if it is attached only. See `find_scsi`.
 
         Raises:
-            NotAttached: it is not attached.
+            NotAttached, InvalidRequest: as `find_scsi`.
         """
         self._vm.check()
-        return self._vm.scsi.guest_path(absolute(host_path), identity=identity_of(host_path))
+        disk, guest_path = self._named(host_path, identity_of(host_path))
+        return guest_path or self._vm.scsi.guest_path(disk.host_path, identity=disk.identity)
 
     def scsi_slots(self) -> list[SlotView]:
         """Every slot that a disk has, in order; the VM's own root disk is not among them."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from utilityvm.errors import StoreError, VMNotRunning
+from utilityvm.errors import NotAttached, StoreError, VMNotRunning
 from utilityvm.machine import paths
+from utilityvm.machine.hostpath import HostPath, identity_of
 from utilityvm.machine.names import check_text
 from utilityvm.machine.oserrors import typed
 from utilityvm.store import SqliteJournal, Store, StoredVM, VMState
@@ -78,6 +79,36 @@ def list_disks(name: str) -> list[DiskInfo]:
                 remedy=f"see why: uvm log {name}; clear it away: uvm stop {name}",
             )
         return slots(SqliteJournal(store, vm).read())
+
+
+@typed
+def get_disk(name: str, disk: HostPath) -> DiskInfo:
+    """The disk of a VM that runs, by any of its names: see `UtilityVM.find_scsi`.
+
+    Raises:
+        NotAttached: no disk has that name.
+        InvalidRequest: it is a path of one disk's image, and the guest path of another.
+        others: as `list_disks`.
+    """
+    from utilityvm.vm import naming
+
+    rows = list_disks(name)
+    try:
+        return naming.find(rows, disk, identity_of(disk), aliases={}, vm=name)[0]
+    except NotAttached:
+        if (aliases := _aliases(name)) is None:
+            raise
+    return naming.find(rows, disk, None, aliases=aliases, vm=name)[0]
+
+
+def _aliases(name: str) -> dict[str, str] | None:
+    from utilityvm.templates import catalog  # late: most VMs are no clones
+    from utilityvm.vm import naming
+
+    with open_store() as store:
+        vm = store.get(name)
+    template = catalog.parent_of(vm.config)
+    return None if template is None else naming.template_paths(template, vm.uuid)
 
 
 @typed

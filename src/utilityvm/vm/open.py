@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from utilityvm.errors import DeadlineExceeded, OutcomeUnknown, ProtocolError, VMGone
+from utilityvm.errors import DeadlineExceeded, OutcomeUnknown, ProtocolError, UtilityVMError, VMGone
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import QemuHost
 from utilityvm.machine.threads import in_thread
-from utilityvm.store import SqliteJournal, VMState
+from utilityvm.store import SqliteJournal, StoredVM, VMState
 from utilityvm.tasks import Deadline, Undo
 from utilityvm.templates import catalog
-from utilityvm.vm import end, lifecycle
+from utilityvm.vm import end, lifecycle, scratch
 from utilityvm.vm.config import VMConfig
+from utilityvm.vm.naming import template_paths
 from utilityvm.vm.owned import Claim, OwnedVM, is_alive
 from utilityvm.vm.state import Event
 
@@ -66,6 +67,8 @@ async def _take_over(undo: Undo, claim: Claim, deadline: Deadline, *, needs_gues
     found += [f"slot {slot} has a disk that is in no journal: it stays taken" for slot in strays]
     records = await store.lane.run(vm.journal.read)
     vm.findings = (*found, *await vm.scsi.restore(is_alive=is_alive, sizes=await host.sizes(), records=records))
+    vm.aliases = await in_thread(_aliases, record)
+    await scratch.take_over(vm)
     if record.state is not VMState.RUNNING:
         await store.lane.run(
             store.set_state, record, VMState.RUNNING
@@ -73,3 +76,11 @@ async def _take_over(undo: Undo, claim: Claim, deadline: Deadline, *, needs_gues
     vm.check()
     vm.take(Event.UP)
     return vm
+
+
+def _aliases(record: StoredVM) -> dict[str, str]:
+    try:
+        template = catalog.parent_of(record.config)
+    except UtilityVMError:  # somebody removed or changed its folder: its disks have their other names
+        return {}
+    return template_paths(template, record.uuid) if template is not None else {}

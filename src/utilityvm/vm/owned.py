@@ -141,6 +141,9 @@ class OwnedVM:
         self.journal = SqliteJournal(claim.store, claim.record)
         self.state = State.STARTING
         self.findings: tuple[str, ...] = ()
+        self.aliases: Mapping[str, str] = {}  # of disks; see `naming.template_paths`
+        self.making: set[str] = set()  # images that `scratch` makes just now
+        self.has_scratch = False  # there may be images of its own that no disk has
         self.ending = asyncio.Lock()  # one of save, stop and close at a time
         self.resuming: asyncio.Task[None] | None = None  # in state `resuming`
         self.shared: Sealed | None = None  # the memory that the clones of this process share; while the VM runs
