@@ -24,10 +24,11 @@ MAY: dict[str, set[str]] = {
     "machine": set(),
     "scsi": {"bridge"},  # the one rule of guest paths, which the agent has as well
     "bridge": set(),
-    "agent": {"bridge"},
+    "files": set(),
+    "agent": {"bridge", "files"},
     "diskimage": {"scsi"},
     "guestimage": {"machine"},
-    "guests": {"bridge", "scsi", "machine"},
+    "guests": {"bridge", "files", "scsi", "machine"},
     "hcs": {"hosts"},  # deprecated, gone in 0.2: the old name of hosts/hcs
     "hosts": {"scsi", "diskimage", "machine", "bridge"},
     "store": {"scsi", "machine"},
@@ -52,7 +53,7 @@ MAY: dict[str, set[str]] = {
         "server",
     },  # the public names
 }
-STANDARD_LIBRARY_ONLY = {"agent", "bridge"}  # they run in the guest, which has nothing else
+STANDARD_LIBRARY_ONLY = {"agent", "bridge", "files"}  # they run in the guest, which has nothing else
 
 
 def room_of(module: str) -> str:

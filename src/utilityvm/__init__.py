@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         TemplateInUse,
         TemplateNotFound,
         TooManyAttachments,
+        UnsafePath,
         UtilityVMError,
         VMExists,
         VMGone,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from utilityvm.guestimage.build import GuestImage
     from utilityvm.guestimage.custom import GuestRecipe
     from utilityvm.guestimage.listing import find_image, get_image, list_images
+    from utilityvm.guests.copying import CopyResult, EscapingLinks
     from utilityvm.guests.follow import ProgramPiece, ProgramPieces
     from utilityvm.guests.kept import Program
     from utilityvm.guests.program import CommandResult, Limits, OutputSink
@@ -118,6 +120,7 @@ __all__ = [
     "ClonePool",
     "CommandResult",
     "ConfigDiffers",
+    "CopyResult",
     "DeadlineExceeded",
     "Difference",
     "DiskFormat",
@@ -127,6 +130,7 @@ __all__ = [
     "DiskSettings",
     "DiskSpec",
     "Encryption",
+    "EscapingLinks",
     "Finding",
     "ForceArgument",
     "GuestBusy",
@@ -195,6 +199,7 @@ __all__ = [
     "TemplateInUse",
     "TemplateNotFound",
     "TooManyAttachments",
+    "UnsafePath",
     "UtilityVM",
     "UtilityVMError",
     "VMAccess",
@@ -248,6 +253,7 @@ _MODULES = {
     "utilityvm.guests.follow": ("ProgramPiece", "ProgramPieces"),
     "utilityvm.guests.kept": ("Program",),
     "utilityvm.guests.programinfo": ("ProgramInfo",),
+    "utilityvm.guests.copying": ("CopyResult", "EscapingLinks"),
     "utilityvm.guests.program": ("CommandResult", "Limits", "OutputSink"),
     "utilityvm.guests.streams": ("ProgramInput", "ProgramOutput"),
     "utilityvm.client.remote": ("Adding", "Client", "RemoteMount", "RemoteVM", "connect"),

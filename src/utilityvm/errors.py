@@ -39,6 +39,7 @@
     ├── VMGone                   the VM died; its disks are free
     ├── StartFailed              the VM did not come up, and was removed; .console has its last lines
     ├── ProtocolError            a peer broke its own rules (QMP, bridge, QGA); .message holds what it said
+    ├── UnsafePath               what the guest sent would lead out of the destination; nothing outside was touched
     ├── ImageError               a disk image cannot be used
     │   ├── ImageDamaged         it is not what its header says, or is cut short
     │   └── ImageUnsafe          it would make the hypervisor open something that was not asked for
@@ -298,6 +299,10 @@ class ProtocolError(UtilityVMError):
     def __init__(self, text: str, *, message: object = None, vm: str | None = None, remedy: str | None = None) -> None:
         super().__init__(text, vm=vm, remedy=remedy)
         self.message = message
+
+
+class UnsafePath(UtilityVMError):
+    """A name or a link that the guest sent leads out of the destination. It was not made."""
 
 
 class ImageError(UtilityVMError):

@@ -58,6 +58,12 @@ WRONG: dict[str, list[Any]] = {
     "disks": ["abc", 7],
     "reservation": [7, None, b"x"],
     "stdin": ["text", 7, []],
+    "src": [7, b"/x", True, ["/x"]],
+    "dst": [7, b"/x", True, ["/x"]],
+    "links": ["follow", 7, True],
+    "data": ["text", 7, []],
+    "mode": [-1, 0o10000, True, "644", 1.5],
+    "max_bytes": [*COUNTS, -1],
     "user": ["", True, b"root", 1.5],
     "limits": [7, {"pids": 1}, True],
     **dict.fromkeys(("check", "text", "follow", "hold", "live"), FLAGS),
@@ -128,6 +134,7 @@ async def called(member: Callable[..., Any], given: dict[str, Any]) -> None:
 def right(name: str) -> Any:
     fine = {"name": "x", "template": "x", "host_path": "/x", "size": 1, "size_bytes": 512, "command": ["x"]}
     fine |= {"reservation": "x", "config": "x", "number": 1}
+    fine |= {"src": "/x", "dst": "/x", "guest_path": "/x", "data": b""}
     if name in ("disk", "state"):
         return DiskSpec(host_path="/x") if name == "disk" else ScsiState(controllers=1, disks=())
     return fine.get(name, print if name in ("stdout", "stderr") else [])

@@ -26,6 +26,7 @@ from typing import Any, Final, Protocol
 
 from utilityvm.agent import cgroups, drain, processes
 from utilityvm.agent.accounts import Account
+from utilityvm.agent.copying import Copy, is_copy
 from utilityvm.agent.faults import Fault
 from utilityvm.agent.launch import ENVIRONMENT, start, why
 from utilityvm.bridge import messages
@@ -46,9 +47,9 @@ class Programs:
     def __init__(self, notify: Notify) -> None:
         self._notify = notify
         self._lock = threading.Lock()
-        self._known: dict[int, tuple[Program, _ToHost]] = {}
+        self._known: dict[int, tuple[Program | Copy, _ToHost]] = {}
 
-    def take(self, body: dict[str, Any]) -> Program:
+    def take(self, body: dict[str, Any]) -> Program | Copy:
         """The program of a RUN request, not started; input and signals for it are kept until it is.
 
         Raises:
@@ -56,7 +57,11 @@ class Programs:
         """
         number = process_number(body)
         outlet = _ToHost(number, self._notify, self._forget)
-        program = Program(f"process {number}", Command(body), outlet)
+        program: Program | Copy
+        if is_copy(body):
+            program = Copy(f"process {number}", body, outlet)
+        else:
+            program = Program(f"process {number}", Command(body), outlet)
         with self._lock:
             if number in self._known:
                 raise Fault(f"process {number} runs already", kind="invalid")

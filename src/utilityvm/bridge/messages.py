@@ -85,6 +85,9 @@ OUTPUT_WINDOW_BYTES: Final = 262144
 RING_BYTES: Final = 1 << 20  # of a kept program's output, if the host does not say
 MIN_RING_BYTES: Final = 4096
 MAX_RING_BYTES: Final = 16 << 20
+# A word in place of a program's name: the agent copies files itself (`agent.copying`). No program can have that name
+# on the PATH, so that an older agent says that there is none.
+COPY_PROGRAM: Final = "utilityvm:copy"
 CHUNK_BYTES: Final = 32768  # of input or output in one message; in base64 it fits a frame
 
 # The member that carries what GCS has no word for; only our agent is ever sent it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,8 +24,6 @@ from utilityvm.cli.values import MEMORY, SECONDS, Count, limit
 from utilityvm.text import clean
 
 if TYPE_CHECKING:
-    import asyncio
-
     from utilityvm import Limits, UtilityVM, UtilityVMError, VMConfig
 
 BOOT_S = 120.0
@@ -377,10 +374,12 @@ async def _exec(
     times: tuple[float | None, float],
     as_json: bool,
 ) -> int:
+    from utilityvm.cli.own_input import own_input
+
     timeout_s, wait_s = times
     async with opened(name, wait_s=wait_s) as vm:
         begun.append(True)
-        given = _own_input() if stdin else None
+        given = own_input() if stdin else None
         if not as_json:
             return await vm.run_streaming(
                 command,
@@ -396,39 +395,6 @@ async def _exec(
         )
     print_json({"exit_code": code, **output.texts({"stdout": bytes(out), "stderr": bytes(err)})})
     return code
-
-
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-async def _own_input() -> AsyncIterator[bytes]:
-    """What comes on our standard input, without holding up the loop; nothing reads ahead of the program."""
-    import asyncio
-    import os
-
-    loop = asyncio.get_running_loop()
-    while True:
-        ready: asyncio.Future[None] = loop.create_future()
-        try:
-            loop.add_reader(0, _set, ready)
-        except PermissionError:
-            pass  # a file, which is always ready: epoll(7) does not take it
-        except OSError:
-            return  # closed
-        else:
-            try:
-                await ready
-            finally:
-                loop.remove_reader(0)
-        try:
-            data = os.read(0, 32768)
-        except OSError:
-            return
-        if not data:
-            return
-        yield data
 
 
 @click.command("log", cls=Command, short_help="Print the VM's console.")

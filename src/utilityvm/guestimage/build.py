@@ -250,7 +250,7 @@ def agent_files() -> Iterator[tuple[str, bytes]]:
     """The parts of this package that run in the guest, by their path in it."""
     package = resources.files("utilityvm")
     yield "__init__.py", b""
-    for room in ("bridge", "agent"):
+    for room in ("bridge", "files", "agent"):
         for entry in sorted((package / room).iterdir(), key=lambda entry: entry.name):
             if entry.name.endswith(".py"):
                 yield f"{room}/{entry.name}", entry.read_bytes()

@@ -30,6 +30,7 @@ STATUS: Final[tuple[tuple[type[UtilityVMError], int], ...]] = (
     (errors.DeadlineExceeded, 504),
     (errors.OutcomeUnknown, 502),
     (errors.ProtocolError, 502),
+    (errors.UnsafePath, 502),
     (errors.UtilityVMError, 500),
 )
 _LISTS: Final = ("holders", "users", "console")

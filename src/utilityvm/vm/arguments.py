@@ -78,6 +78,22 @@ def _path(value: Any) -> str | None:
     return None if isinstance(value, (str, os.PathLike)) else "a path: a text or a Path"
 
 
+def _source(value: Any) -> str | None:
+    is_one = isinstance(value, (str, os.PathLike)) or hasattr(value, "__aiter__")
+    return None if is_one else "a path, or an asynchronous iterator of bytes"
+
+
+def _destination(value: Any) -> str | None:
+    return (
+        None if isinstance(value, (str, os.PathLike)) or callable(value) else "a path, or a function that takes bytes"
+    )
+
+
+def _mode(value: Any) -> str | None:
+    is_one = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 0o7777
+    return None if is_one else "the mode of a file, such as 0o644"
+
+
 def _guest_path(value: Any) -> str | None:
     is_path = isinstance(value, (str, PurePosixPath)) or (isinstance(value, Enum) and value.name == "GENERATED")
     return None if is_path else "a path in the guest: a text, a PurePosixPath, or GENERATED"
@@ -207,6 +223,16 @@ RULES: Final[Mapping[str, Rule]] = {
     "mounts": _several,
     "disks": _several,
     "reservation": _reservation,
+    "src": _source,
+    "dst": _destination,
+    "put.guest_path": _path,
+    "get.guest_path": _path,
+    "read_bytes.guest_path": _path,
+    "write_bytes.guest_path": _path,
+    "links": _word_of("refuse", "skip", "keep"),
+    "max_bytes": _offset,
+    "mode": _mode,
+    "data": _made_of(bytes, bytearray, memoryview, what="bytes"),
     "start_program.stdin": _flag,
     "run.stdin": _made_of(bytes, bytearray, memoryview, what="bytes"),
     "run_streaming.stdin": _having("__aiter__", what="an asynchronous iterator of bytes"),

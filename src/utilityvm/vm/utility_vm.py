@@ -31,6 +31,7 @@ from utilityvm.vm.acquiring import acquires
 from utilityvm.vm.arguments import checked
 from utilityvm.vm.config import GENERATED, DiskSpec, VMConfig
 from utilityvm.vm.disks import VMDisks
+from utilityvm.vm.files import VMFiles
 from utilityvm.vm.lifecycle import BOOT_S, SHUTDOWN_S
 from utilityvm.vm.mount import MountedDisk, SCSIMount
 from utilityvm.vm.owned import OwnedVM
@@ -42,7 +43,7 @@ OPEN_S: Final = 60.0
 
 
 @typed_errors
-class UtilityVM(VMDisks, VMPrograms):
+class UtilityVM(VMDisks, VMPrograms, VMFiles):
     """A running utility VM that this process owns. Made by `start` and `open`; for the event loop that made it."""
 
     def __init__(self, vm: OwnedVM) -> None:
