@@ -141,7 +141,8 @@ def test_of_equally_bad_lines_those_that_name_the_device_come_first(kernel: Kern
     [
         ("XFS (sdb): Filesystem has duplicate UUID 1 - can't mount", "nouuid"),
         ("BTRFS error (device sdb): devid 2 uuid 5 is missing", "attach the other disks of this btrfs first"),
-        ("XFS (sdb): Offline file system operation in progress!", "ensure_filesystem with reformat"),
+        ("XFS (sdb): Offline file system operation in progress!", "ensure_filesystem=True with reformat=True"),
+        ("XFS (sdb): Invalid superblock magic number", "it is another file system"),
         ('EXT4-fs (sdb): Unrecognized mount option "x"', "leave it out"),
         ("EXT4-fs (sdb): error loading journal", "mount it read-only"),
     ],
@@ -230,6 +231,14 @@ def test_a_mount_that_is_read_only_as_asked_is_nothing_to_tell(kernel: Kernel, m
     with pytest.raises(Fault):
         mount(NODE, "/data", "iso9660", words([], read_only=True))
     assert len(kernel.asked) == 2
+
+
+@pytest.mark.parametrize("filesystem", ["proc", "sysfs", "tmpfs"])
+def test_what_needs_no_disk_is_not_mounted_from_one(kernel: Kernel, filesystem: str) -> None:
+    with pytest.raises(Fault, match="is not a file system on a disk") as caught:
+        mount(NODE, "/data", filesystem, words([], read_only=False))
+    assert caught.value.kind == "invalid"
+    assert not kernel.asked
 
 
 def test_another_refusal_is_not_tried_read_only(kernel: Kernel) -> None:

@@ -174,7 +174,7 @@ def test_vms_and_their_disks_are_completed(vm: Path) -> None:
 
     complete = ShellComplete(command, {}, "uvm", "_UVM_COMPLETE")
     assert [item.value for item in complete.get_completions(["ls"], "wor")] == ["worker"]
-    assert [item.value for item in complete.get_completions(["path", "worker"], "")] == [str(vm)]
+    assert [item.value for item in complete.get_completions(["path", "worker"], "")] == [str(vm), "/data"]
     assert complete.get_completions(["path", "nobody"], "") == []
 
 
@@ -217,7 +217,7 @@ def program(folders: Path, *, disk: str | None = None) -> Path:
     """`uvm`, as the shell finds it; `disk` is what is attached to every VM, in place of what is."""
     fake, told = folders / "uvm", ""
     if disk:
-        row = {"host_path": disk, "slot": 1}
+        row = {"host_path": disk, "slot": 1, "guest_paths": ("/in",)}
         told = f"import utilityvm\nutilityvm.list_disks = lambda _: [type('Row', (), {row})]\n"
     fake.write_text(f"#!{sys.executable}\n{told}from utilityvm.cli import main\nmain()\n")
     fake.chmod(0o755)
@@ -240,7 +240,7 @@ def test_fish_completes_vms_and_disks_also_with_commas_in_their_names(
 
     assert completed("uvm sto") == ["stop"]
     assert completed("uvm stop w") == ["worker"]
-    assert completed("uvm path worker ") == ["/srv/a,b c:d.raw"]
+    assert completed("uvm path worker ") == ["/in", "/srv/a,b c:d.raw"]
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
@@ -262,7 +262,7 @@ def test_bash_completes_vms_and_disks(uvm: Uvm, vm: Path, folders: Path) -> None
     assert completed("uvm", "stop", "w") == ["worker"]
     assert completed("uvm", "stop", "other", "w") == ["worker"]
     for command_name in ("detach", "path", "resize"):
-        assert completed("uvm", command_name, "worker", "") == [str(vm)]
+        assert completed("uvm", command_name, "worker", "") == [str(vm), "/data"]
         assert completed("uvm", command_name, "worker", "dis") == [vm.name]
     assert completed("uvm", "attach", "worker", "")[0] == "option default"
 

@@ -425,7 +425,7 @@ async def test_a_program_that_is_not_there_is_a_refusal(guest: BridgeGuest) -> N
 
 
 async def test_a_command_without_words_is_refused(guest: BridgeGuest) -> None:
-    with pytest.raises(InvalidRequest, match="without words"):
+    with pytest.raises(InvalidRequest, match="names no program"):
         await guest.run([])
 
 

@@ -385,7 +385,8 @@ async def test_whatever_it_answers_errors_are_typed_and_soon(
 @pytest.mark.parametrize(
     ("command", "env", "text"),
     [
-        ([], {}, "without words"),
+        ([], {}, "names no program"),
+        ([""], {}, "names no program"),
         (["a\0b"], {}, "word 1 of the command has a NUL"),
         (["a", b"b"], {}, "word 2 of the command is no text, but bytes"),
         (["a", 5], {}, "word 2 of the command is no text, but int"),

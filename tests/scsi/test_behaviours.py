@@ -202,7 +202,7 @@ async def test_everyone_who_waits_for_an_attach_gets_its_real_result(bench: Benc
 )
 async def test_other_settings_for_an_attached_disk_are_refused(bench: Bench, other: DiskRequest) -> None:
     await bench.add("a")
-    with pytest.raises(ConfigDiffers, match=r"=.*was asked for") as caught:
+    with pytest.raises(ConfigDiffers, match=r"=.*, not with ") as caught:
         await bench.manager.add(other, holder=WHO)
     assert caught.value.slot == Slot(0, 0)
     assert len(bench.manager.reservations()) == 1
@@ -223,7 +223,7 @@ async def test_another_type_for_an_attached_disk_is_refused(bench: Bench) -> Non
     bench.host = Lenient(bench.world)
     bench.manager = bench.new_manager()
     await bench.manager.restore(is_alive=lambda holder: True)
-    with pytest.raises(ConfigDiffers, match="VirtualDisk; type=PassThru"):
+    with pytest.raises(ConfigDiffers, match="VirtualDisk, not with type=PassThru"):
         await bench.manager.add(other, holder=WHO)
     bench.check_promises()
 
@@ -955,7 +955,7 @@ async def test_a_batch_of_which_one_fails_gives_all_back(bench: Bench) -> None:
 
 async def test_resizing_grows_disk_and_filesystem_and_never_shrinks(bench: Bench) -> None:
     await bench.add("a", read_only=False)
-    with pytest.raises(InvalidRequest, match="lose data"):
+    with pytest.raises(InvalidRequest, match="cannot shrink"):
         await bench.manager.resize("a", 512)
     for size_bytes in ((1 << 21) + 1, 1 << 63):
         with pytest.raises(InvalidRequest, match=f"cannot have {size_bytes} bytes"):

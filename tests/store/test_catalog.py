@@ -52,7 +52,7 @@ def test_an_unknown_name_says_which_are_known(store: Store) -> None:
     store.add("one", uuid="u", config={})
     with pytest.raises(VMNotFound) as caught:
         store.get("two")
-    assert caught.value.remedy == "there are one"
+    assert caught.value.remedy == "the VMs: one"
 
 
 def test_an_id_is_never_used_again(store: Store) -> None:

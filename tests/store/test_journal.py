@@ -54,6 +54,7 @@ MOUNT = MountRecord(
     config=MountConfig(partition=2, read_only=True, options=("noatime", "x=a,b")),
     state="mounting",
     since=2.5,
+    notes=("it is read-only", "its journal was replayed"),
 )
 RESERVATION = ReservationRecord(
     reservation="r1", attachment="a1", mount="m1", holder=Holder(name="cli"), state="held", since=3.5

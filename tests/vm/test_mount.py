@@ -9,6 +9,7 @@ import pytest
 
 from scsi_bench import Bench
 from utilityvm.errors import GuestBusy, NotAttached, UtilityVMError, VMGone
+from utilityvm.scsi.ports import MountRecord
 from utilityvm.vm.mount import OnBusy, SCSIMount
 
 
@@ -110,3 +111,5 @@ async def test_a_mount_has_the_notes_of_when_it_was_made_also_for_who_shares_it(
     vm.bench.world.notes.clear()
     shared = await vm.mount()
     assert made.notes == shared.notes == ("it is read-only",)
+    records = [record for record in vm.bench.journal.read() if isinstance(record, MountRecord)]
+    assert [record.notes for record in records] == [("it is read-only",)], "a later owner has them from the journal"

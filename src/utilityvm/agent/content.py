@@ -56,7 +56,7 @@ _REMEDIES: Final = {
     "zfs_member": _IN_GUEST.format(how="import its pool"),
     "swap": _IN_GUEST.format(how="run swapon on its device"),
 }
-_PUBLISH: Final = "use its device: attach it without a guest path, or with block_device (--block-device)"
+_PUBLISH: Final = "use its device: attach it without a guest path, or with block_device=True"
 
 _ENDS: Final = 1 << 20  # so much of each end is looked at for whether there is anything
 _GPT_SIGNATURE: Final = b"EFI PART"

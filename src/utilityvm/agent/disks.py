@@ -217,7 +217,9 @@ class DiskTable:
         if not 0 <= lun <= _MAX_LUN:
             raise Fault(f"there is no LUN {lun}: they go from 0 to {_MAX_LUN}", kind="invalid")
         if not isinstance(partition, int) or partition < 0:
-            raise Fault(f"partition {partition!r}: they count from 1, and 0 is the whole disk", kind="invalid")
+            raise Fault(
+                f"partition {partition!r} is invalid: partitions count from 1, and 0 is the whole disk", kind="invalid"
+            )
         return controller, lun, partition
 
     @contextmanager

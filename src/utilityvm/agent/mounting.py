@@ -30,6 +30,8 @@ _ON_ERROR: Final = "errors=remount-ro"
 _EXT: Final = ("ext2", "ext3", "ext4")
 
 # Causes that the kernel tells and that the caller can do something about: words of its log, and the remedy.
+_ANOTHER: Final = "it is another file system: leave filesystem=... out, and it is detected"
+
 _REMEDIES: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
     (
         ("duplicate uuid",),
@@ -54,7 +56,7 @@ _REMEDIES: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
     (
         ("operation in progress",),
         "making or changing this file system was cut short, and it holds nothing that can be read: have it made anew "
-        "(ensure_filesystem with reformat)",
+        "(ensure_filesystem=True with reformat=True)",
     ),
     (
         ("log mount", "failed"),
@@ -64,13 +66,15 @@ _REMEDIES: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
         ("error loading journal",),
         "the journal cannot be replayed: mount it read-only, which does not need it, and copy what is there",
     ),
+    (("invalid superblock magic",), _ANOTHER),
+    (("can't find",), _ANOTHER),
     (("unknown parameter",), "the file system knows no such mount option: leave it out"),
     (("unrecognized mount option",), "the file system knows no such mount option: leave it out"),
 )
 
 _NO_DRIVER: Final = (
     "use a guest image with a kernel that does (uvm image build --kernel linux-image-amd64 keeps all its modules), or "
-    "its device without mounting it (block_device)"
+    "its device without mounting it (block_device=True)"
 )
 
 _NO_MEMORY: Final = "the guest has too little memory: give the VM more (memory_mib, --memory)"
@@ -114,8 +118,10 @@ def mount(node: str, target: str, filesystem: str, how: MountOptions) -> list[st
     Raises:
         Fault: the kernel refused; names its reason.
     """
+    _refuse_without_disk(filesystem)
     said = _try_to_mount(node, target, filesystem, how)
     try:
+        _refuse_without_disk(filesystem)  # of a driver that the mount has loaded
         for flag in how.propagation:
             _mount(b"none", target, None, flag, None)
     except Fault:
@@ -126,6 +132,16 @@ def mount(node: str, target: str, filesystem: str, how: MountOptions) -> list[st
         text = f"{target} is mounted read-only: a {filesystem} file system, or its disk, cannot be written to here"
         notes.insert(0, text)
     return notes
+
+
+def _refuse_without_disk(filesystem: str) -> None:
+    """Refuse what the kernel mounts without looking at the disk: proc, tmpfs, overlay, 9p and the like.
+
+    Source: filesystems(5), which lists the drivers that are loaded.
+    """
+    with open("/proc/filesystems", encoding="ascii") as file:
+        if any(line.split() == ["nodev", filesystem] for line in file):
+            raise Fault(f"{filesystem} is not a file system on a disk", kind="invalid", remedy="name one that is")
 
 
 def _try_to_mount(node: str, target: str, filesystem: str, how: MountOptions) -> list[str]:
@@ -286,7 +302,8 @@ def _said_of(log: int, device: str, filesystem: str) -> list[str]:
         for level, text in records
         if any(name and name.lower() in text.lower() for name in (device, filesystem))
     ]
-    return [text for _, _, text in sorted(found, key=lambda one: one[:2])]
+    why = [one for one in found if one[0] <= _LEVEL_WARNING] or found  # the rest is what a driver says of itself
+    return [text for _, _, text in sorted(why, key=lambda one: one[:2])]
 
 
 def _worth_a_note(log: int, device: str) -> Iterator[str]:

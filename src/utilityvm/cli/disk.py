@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from utilityvm import CallerKey, DiskInfo, DiskSpec, ForceArgument, SCSIMount, UtilityVM, Verity
 
 HOLDER = "cli"
-_LONGEST_KEY = 64
+_KEY_BYTES = (32, 64)
+_LONGEST_KEY = max(_KEY_BYTES)
 TIMEOUT_S = 60.0
 
 
@@ -115,7 +116,7 @@ def attach_command(
     """
     from utilityvm import GENERATED, DiskSpec, ScratchKey, VMAccess
 
-    where = place(disk) if guest_path is None else Place(disk, without_mode(guest_path))
+    where = place(disk) if guest_path is None else _placed_at(disk, guest_path)
     if where.mode == "rw" and read_only:
         raise click.UsageError("--read-only contradicts :rw")
     if generated and where.guest_path is not None:
@@ -162,17 +163,32 @@ def attach_command(
     run(_attach(name, adding, holder=holder, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
 
 
+def _placed_at(disk: str, guest_path: str) -> Place:
+    if not os.path.lexists(disk) and place(disk).guest_path is not None:
+        raise click.UsageError(f"--guest-path gives a guest path, and so does {disk}: leave one of them out")
+    return Place(disk, without_mode(guest_path))
+
+
 def _key_of(path: str) -> CallerKey:
     """The key in the file; `-` is the standard input, and /dev/fd/N a descriptor that the shell gave us."""
     from utilityvm import CallerKey
     from utilityvm.machine.hostpath import open_file
 
+    def key_in(file: IO[bytes]) -> CallerKey:
+        key = file.read(_LONGEST_KEY + 1)
+        if len(key) not in _KEY_BYTES:
+            has = f"more than {_LONGEST_KEY}" if len(key) > _LONGEST_KEY else len(key)
+            raise click.UsageError(f"--key-file {path}: it has {has} bytes; a key has 32 or 64")
+        return CallerKey(key)
+
+    if not path:
+        raise click.UsageError("--key-file: '' is not the path of a file")
     try:
         if path == "-":
-            return CallerKey(sys.stdin.buffer.read(_LONGEST_KEY + 1))
+            return key_in(sys.stdin.buffer)
         ours = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", path)
         with os.fdopen(os.dup(int(ours[1])) if ours else open_file(path, os.O_RDONLY), "rb") as file:
-            return CallerKey(file.read(_LONGEST_KEY + 1))
+            return key_in(file)
     except OSError as error:
         context = click.get_current_context()
         raise click.BadParameter(f"'{path}': {error.strerror}", ctx=context, param_hint="'--key-file'") from error
@@ -281,6 +297,10 @@ def ls_command(name: str, reservations: bool, as_json: bool) -> None:
                 for row in rows
             ],
         )
+    if output.is_watched():
+        for row in rows:
+            for text in row.notes:
+                output.remark(f"{row.slot}: {text}")
 
 
 def _document(row: DiskInfo, now: float) -> dict[str, object]:
@@ -295,6 +315,7 @@ def _document(row: DiskInfo, now: float) -> dict[str, object]:
         "sector_size_bytes": row.sector_size_bytes,
         "state": row.state,
         "guest_paths": [str(path) for path in row.guest_paths],
+        "notes": list(row.notes),
         "references": row.references,
         "reservations": [
             {

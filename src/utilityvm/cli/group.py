@@ -18,6 +18,8 @@ from utilityvm import introduce
 from utilityvm.cli import exitcodes, output, words
 from utilityvm.errors import UtilityVMError
 
+_begun = "uvm"  # the command that was given: click does not always say in which one it found a mistake
+
 
 class Failed(Exception):
     """Errors that end the process with a code of the command's choice: the first is the worst."""
@@ -55,6 +57,8 @@ class Command(_Helpful):
         return args[: args.index("--")] if "--" in args else args
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        global _begun
+        _begun = ctx.command_path
         output.begin(as_json="--json" in self.own_words(ctx, args))
         introduce(ctx.command_path)  # to those who find a VM in use
         words.speak_of(self.get_params(ctx))
@@ -100,6 +104,8 @@ class LazyGroup(Group):
     def main(self, args: Sequence[str] | None = None, *rest: Any, **settings: Any) -> NoReturn:
         """Run, and end the process with a documented code; an error is one line on the standard error."""
         given = list(sys.argv[1:] if args is None else args)
+        global _begun
+        _begun = "uvm"
         output.begin(as_json="--json" in given)  # until the command is known
         if "_UVM_COMPLETE" in os.environ:
             importlib.import_module("utilityvm.cli.completion")  # how it is quoted
@@ -116,11 +122,17 @@ class LazyGroup(Group):
         except click.ClickException as failure:
             code = failure.exit_code
             context = failure.ctx if isinstance(failure, click.UsageError) else None
-            hint = f"{context.command_path} --help" if context else None
-            output.tell_errors([output.Told(type(failure).__name__, failure.format_message(), hint)], code)
+            hint = f"{context.command_path if context else _begun} --help"
+            output.tell_errors([output.Told(type(failure).__name__, _sentence(failure.format_message()), hint)], code)
         except (_Interrupted, KeyboardInterrupt, click.Abort):
             code = exitcodes.INTERRUPTED
         sys.exit(code)
+
+
+def _sentence(text: str) -> str:
+    """What click says, written as our own errors are: a small letter first, and no full stop."""
+    head = text[:1].lower() + text[1:]
+    return head.removesuffix(".")
 
 
 def _tell(errors: Sequence[UtilityVMError], code: int) -> None:

@@ -28,7 +28,7 @@ def image_command() -> None:
     """The guest image that VMs boot."""
 
 
-@image_command.command("build")
+@image_command.command("build", short_help="Build the guest image, unless it is there.")
 @click.option("--refresh", is_flag=True, help="Build it anew, of the newest packages. The old one stays for its users.")
 @click.option("--package", "packages", multiple=True, metavar="P", help="A Debian package more. Repeatable.")
 @click.option("--kernel", metavar="P", help="The package of another kernel, with all its modules: linux-image-amd64.")
@@ -77,7 +77,7 @@ def _file(text: str) -> tuple[str, Path]:
     return f"/{rest}", Path(host_path)
 
 
-@image_command.command("rm")
+@image_command.command("rm", short_help="Remove guest images.")
 @click.argument("keys", nargs=-1, required=True, metavar="KEY...")
 @json_option
 def rm_command(keys: tuple[str, ...], as_json: bool) -> None:
@@ -92,7 +92,7 @@ def rm_command(keys: tuple[str, ...], as_json: bool) -> None:
         print_json([{"key": image.key, "size_bytes": image.size_bytes} for image in images])
 
 
-@image_command.command("ls")
+@image_command.command("ls", short_help="List the guest images in the cache.")
 @json_option
 def ls_command(as_json: bool) -> None:
     """List the guest images in the cache; `*` marks the one that new VMs boot."""

@@ -10,7 +10,7 @@ import click
 from msgspec.structs import fields
 
 from utilityvm import MountConfig
-from utilityvm.cli.values import SECONDS, WAIT
+from utilityvm.cli.values import SECONDS, WAIT, Count
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -42,7 +42,11 @@ def complete_attached(ctx: click.Context, param: click.Parameter, incomplete: st
     except (UtilityVMError, KeyError):
         return []
     here = f"{Path.cwd()}/"
-    names = [(name, row.slot) for row in rows for name in (row.host_path, row.host_path.removeprefix(here))]
+    names = [
+        (name, row.slot)
+        for row in rows
+        for name in (row.host_path, row.host_path.removeprefix(here), *map(str, row.guest_paths))
+    ]
     return [
         CompletionItem(name, help=str(slot))
         for name, slot in dict.fromkeys(names)
@@ -111,7 +115,7 @@ def mount_options(command: F) -> F:
             short, word = f"-{word[2]}", word.removesuffix("s")
             option = click.option(word, short, field.name, multiple=True, metavar="O", help=f"{text} Repeatable.")
         elif kind is int:
-            option = click.option(word, field.name, type=int, default=field.default, metavar="N", help=text)
+            option = click.option(word, field.name, type=Count(), default=field.default, metavar="N", help=text)
         else:
             option = click.option(word, field.name, default=field.default, metavar=word[2].upper(), help=text)
         command = option(command)

@@ -119,7 +119,7 @@ def _disk_row(disk: Mapping[str, object]) -> tuple[object, ...]:
     return disk["slot"], mode, size(disk["size_bytes"]), " ".join(paths), " over ".join(files)
 
 
-@template_command.command("verify")
+@template_command.command("verify", short_help="Compare the template with what was saved.")
 @click.argument("template", shell_complete=_complete_template)
 @json_option
 def verify_command(template: str, as_json: bool) -> None:

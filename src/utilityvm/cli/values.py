@@ -87,8 +87,8 @@ class Count(_Int):
             self.fail(f"{text!r} is not a whole number", param, ctx)
         number = int(text)
         if number < self._least or (self._most is not None and number > self._most):
-            most = f" to {self._most}" if self._most is not None else " or more"
-            self.fail(f"{number} is not {self._least}{most}", param, ctx)
+            bounds = f"{self._least} or more" if self._most is None else f"{self._least} to {self._most}"
+            self.fail(f"{number} is out of range; write {bounds}", param, ctx)
         return number
 
 

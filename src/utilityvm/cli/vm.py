@@ -39,10 +39,10 @@ BOOT_S = 120.0
     metavar="SIZE",
     help="Memory, such as 512M or 2G.  [default: 256M]",
 )
-@click.option("--cpus", type=int, default=1, show_default=True, metavar="N", help="Its number of processors.")
+@click.option("--cpus", type=Count(1, 255), default=1, show_default=True, metavar="N", help="Its number of processors.")
 @click.option(
     "--controllers",
-    type=int,
+    type=Count(1, 4),
     default=4,
     show_default=True,
     metavar="N",
@@ -346,9 +346,24 @@ def _variable(text: str) -> tuple[str, str]:
 
 
 def _limits(texts: tuple[str, ...]) -> Limits | None:
-    from utilityvm import Limits
+    from utilityvm import InvalidRequest, Limits
 
-    return Limits(**dict(map(limit, texts))) if texts else None  # type: ignore[arg-type]  # by the field's type
+    if not texts:
+        return None
+    values = list(map(limit, texts))
+    if twice := next((name for at, (name, _) in enumerate(values) if name in dict(values[:at])), None):
+        raise click.UsageError(f"--limit: {_told(twice)} is given twice")
+    limits = Limits(**dict(values))  # type: ignore[arg-type]  # by the field's type
+    try:
+        limits.told()
+    except InvalidRequest as error:
+        raise click.UsageError(f"--limit: {_told(str(error))}; {error.remedy}") from None
+    return limits
+
+
+def _told(text: str) -> str:
+    """A limit, as `--limit` calls it."""
+    return text.replace("memory_bytes", "memory")
 
 
 async def _detach(

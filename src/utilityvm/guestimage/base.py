@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
 
-from utilityvm.errors import SetupError
+from utilityvm.errors import InvalidRequest, SetupError
 from utilityvm.guestimage import recipe, sources
 from utilityvm.guestimage.recipe import Architecture
 from utilityvm.machine import programs
@@ -129,6 +129,11 @@ def _fetch(folder: Path, packages: Sequence[str], *, arch: Architecture, suite: 
         run(command, env={"TMPDIR": str(folder), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, timeout_s=_FETCH_S)
     except CommandFailed as error:
         said = [line for line in error.output.splitlines() if line.startswith("E:")]
+        if unknown := [line.split()[-1] for line in said if "Unable to locate package" in line]:
+            raise InvalidRequest(
+                f"there is no package {unknown[0]} in Debian {suite}",
+                remedy="see apt-cache search; or fetch the newest lists: apt-get update",
+            ) from error
         raise SetupError(
             f"the guest's packages could not be fetched: {said[0] if said else error}",
             remedy=f"does `apt-get update` work? mmdebstrap was run as: {error.command}",

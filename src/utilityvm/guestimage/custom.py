@@ -40,9 +40,9 @@ class GuestRecipe:
         """Raises:
         InvalidRequest: a name that no package has, or a path that is not absolute.
         """
-        for name in (*self.packages, *([self.kernel] if self.kernel else [])):
+        for name in (*self.packages, *(() if self.kernel is None else (self.kernel,))):
             if not _PACKAGE.fullmatch(name):
-                raise InvalidRequest(f"{name!r} is not the name of a Debian package", remedy="see: apt-cache search")
+                raise InvalidRequest(f"{name!r} is not the name of a Debian package", remedy="see apt-cache search")
         for name in self.files:
             path = PurePosixPath(name)
             if not path.is_absolute() or ".." in path.parts or str(path) != name or name == "/":
@@ -74,7 +74,10 @@ class GuestRecipe:
         for name, path in sorted(self.files.items()):
             parts += [b"file", name.encode(), oct(_mode(path)).encode(), _content(path)]
         if self.hook is not None:
-            parts += [b"hook", _content(self.hook)]
+            content = _content(self.hook)
+            if not os.access(self.hook, os.X_OK):
+                raise InvalidRequest(f"the hook {self.hook} is not executable", remedy=f"chmod +x {self.hook}")
+            parts += [b"hook", content]
         return parts
 
     def apply(self, root: Path) -> None:

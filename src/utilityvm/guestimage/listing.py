@@ -42,5 +42,5 @@ def get_image(key: str) -> GuestImage:
     said = "several guest images have keys that begin" if found else "no guest image has a key that begins"
     raise SetupError(
         f"{said} with {key!r}",
-        remedy=f"there are {known}" if known else "build one: uvm image build",
+        remedy=f"the images: {known}" if known else "build one: uvm image build",
     )

@@ -25,7 +25,7 @@ from utilityvm.errors import (
 from utilityvm.guests import answers
 from utilityvm.guests.follow import ASK_S, ProgramPieces
 from utilityvm.guests.program import Limits, run_request
-from utilityvm.guests.programinfo import LIST_THEM, ProgramInfo, info_of, typed
+from utilityvm.guests.programinfo import ProgramInfo, info_of, list_them, typed
 from utilityvm.guests.streams import ProgramInput, ProgramOutput
 from utilityvm.machine.oserrors import typed_errors
 
@@ -280,7 +280,7 @@ class KeptPrograms:
         for info in await self.list(timeout_s=timeout_s):
             if which in ((info.number,) if isinstance(which, int) else (info.name, info.id)):
                 return info
-        raise ProgramNotFound(f"the guest keeps no program {which}", vm=self.vm, remedy=LIST_THEM)
+        raise ProgramNotFound(f"the guest keeps no program {which!r}", vm=self.vm, remedy=list_them(self.vm))
 
     async def list(self, *, timeout_s: float = ASK_S) -> list[ProgramInfo]:
         """See `UtilityVM.programs`."""

@@ -27,10 +27,12 @@ def check_config(config: MountConfig) -> None:
         InvalidRequest: names the value.
     """
     if not 0 <= config.partition <= _MAX_PARTITION:
-        raise InvalidRequest(f"partition {config.partition}", remedy="they count from 1; 0 is the whole disk")
+        raise InvalidRequest(
+            f"partition {config.partition} is invalid: partitions count from 1", remedy="0 is the whole disk"
+        )
     for option in config.mount_options:
         if not option or any(sign in option for sign in "\0\n"):
-            raise InvalidRequest(f"{option!r} is no mount option")
+            raise InvalidRequest(f"{option!r} is no mount option", remedy="leave it out")
     try:
         mount_options.parse(config.mount_options, read_only=config.read_only)
     except ValueError as why:
@@ -40,17 +42,17 @@ def check_config(config: MountConfig) -> None:
     if config.ensure_filesystem and config.read_only:
         raise InvalidRequest("a file system cannot be made on a read-only disk")
     if config.reformat and not config.ensure_filesystem:
-        raise InvalidRequest("reformat without ensure_filesystem", remedy="set both")
+        raise InvalidRequest("reformat=True without ensure_filesystem=True", remedy="set both")
     if config.block_device and config.mount_options:
-        raise InvalidRequest("a published device takes no mount options")
+        raise InvalidRequest("block_device=True takes no mount options", remedy="leave the options out")
     match config.encryption:
         case CallerKey(key) if len(key) not in _KEY_BYTES:
-            raise InvalidRequest(f"an encryption key of {len(key)} bytes", remedy="aes-xts takes 32 or 64")
+            raise InvalidRequest(f"the encryption key has {len(key)} bytes", remedy="a key of aes-xts has 32 or 64")
     if verity := config.verity:
         if not config.read_only:
-            raise InvalidRequest("dm-verity with a writable mount", remedy="mount it read-only")
+            raise InvalidRequest("dm-verity needs a read-only mount", remedy="add read_only=True")
         if not verity.root_hash:
-            raise InvalidRequest("dm-verity without a root hash")
+            raise InvalidRequest("dm-verity needs a root hash")
         if verity.hash_offset_bytes <= 0 or verity.hash_offset_bytes % _SECTOR_BYTES:
             raise InvalidRequest(
                 f"a hash tree at byte {verity.hash_offset_bytes}", remedy=f"it begins at a multiple of {_SECTOR_BYTES}"

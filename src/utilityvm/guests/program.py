@@ -64,7 +64,7 @@ class Limits:
             is_number = isinstance(value, kinds) and not isinstance(value, bool)
             if value is not None and not (is_number and lowest <= value <= most[name]):
                 remedy = f"give a number from {lowest} to {most[name]}"
-                raise InvalidRequest(f"{name} {value!r} cannot be a limit", vm=vm, remedy=remedy)
+                raise InvalidRequest(f"the limit {name}={value!r} is out of range", vm=vm, remedy=remedy)
         told = {
             "MemoryBytes": self.memory_bytes,
             "Pids": self.pids,
@@ -107,8 +107,8 @@ def run_request(
     Raises:
         InvalidRequest: a word, a name or a value is none.
     """
-    if not command:
-        raise InvalidRequest("a command without words", vm=vm)
+    if not command or not str(command[0]):
+        raise InvalidRequest("the command names no program", vm=vm, remedy="give the program as its first word")
     words = [_text(word, f"word {number} of the command", vm) for number, word in enumerate(command, 1)]
     variables = {
         _text(name, "the name of a variable", vm): _text(value, name, vm) for name, value in (env or {}).items()
@@ -121,7 +121,9 @@ def run_request(
         more["User"] = _text(str(user), "the user", vm)
     if limits is not None and (told := limits.told(vm)):
         more["Limits"] = told
-    folder = _text(str(cwd or ""), "the folder", vm)
+    folder = "" if cwd is None else _text(str(cwd), "the folder", vm)
+    if cwd is not None and not folder.startswith("/"):
+        raise InvalidRequest(f"the folder {folder!r} is not absolute", vm=vm, remedy="write it as /srv/work")
     return messages.request(Argv=words, Env=variables, Cwd=folder, Stdin=takes_input, **more)
 
 

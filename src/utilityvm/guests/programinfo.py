@@ -8,7 +8,10 @@ from typing import Final
 from utilityvm.errors import GuestRefused, ProgramNotFound, UtilityVMError, WrongState
 from utilityvm.guests import answers
 
-LIST_THEM: Final = "list the guest's programs: uvm programs NAME"
+
+def list_them(vm: str | None) -> str:
+    """What to do when there is no such program."""
+    return f"list the guest's programs: uvm programs {vm or 'NAME'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +47,7 @@ class ProgramInfo:
 def typed(error: GuestRefused) -> UtilityVMError:
     match error.kind:
         case "no_program":
-            return ProgramNotFound(str(error), vm=error.vm, remedy=LIST_THEM)
+            return ProgramNotFound(str(error), vm=error.vm, remedy=list_them(error.vm))
         case "ended":
             return WrongState(str(error), vm=error.vm)
         case "running":

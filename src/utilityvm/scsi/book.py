@@ -154,7 +154,9 @@ class Book:
             if same_mount(mount.config, config) and path in (None, mount.guest_path):
                 return mount
         if path is not None and (taken := self.paths.get(path)):
-            differing = f", whose mount differs in {difference(taken.config, config)}" if taken.disk is disk else ""
+            differing = (
+                f", mounted otherwise than with {difference(taken.config, config)}" if taken.disk is disk else ""
+            )
             raise GuestPathInUse(
                 f"guest path {path} is in use by {taken.disk.request.host_path} at {taken.disk.slot}{differing}",
                 vm=self._vm,
@@ -279,6 +281,7 @@ class Book:
         # A record, or a template, that an earlier version wrote may still say `reformat`; its caller is gone.
         config = without_reformat(record.config)
         mount = Mount(record.mount, disk, record.guest_path, config, record.since)
+        mount.notes = record.notes
         mount.state = MountState(record.state)
         if mount.state in (MountState.MOUNTING, MountState.UNMOUNTING):
             findings.append(f"{disk.request.host_path} at {mount.guest_path} was {mount.state}")

@@ -103,7 +103,7 @@ class Disk:
         ):
             if ours != asked:
                 raise ConfigDiffers(
-                    f"{request.host_path} is attached at {self.slot} with {name}={ours}; {name}={asked} was asked for",
+                    f"{request.host_path} is attached at {self.slot} with {name}={ours}, not with {name}={asked}",
                     slot=self.slot,
                     host_path=request.host_path,
                     remedy="release it first, or ask for the same",

@@ -27,10 +27,11 @@ def checked_guest_path(path: PurePosixPath) -> PurePosixPath:
     Raises:
         InvalidRequest: relative, with `..`, too long, or the system's own (`bridge.guest_path`).
     """
+    text = str(path) if path.parts else ""
     try:
-        return mountable(str(path))
+        return mountable(text)
     except ValueError as why:
-        raise InvalidRequest(f"guest path {str(path)!r} {why}", remedy="choose another, such as /mnt/data") from None
+        raise InvalidRequest(f"guest path {text!r} {why}", remedy="choose another, such as /mnt/data") from None
 
 
 def checked_config(config: MountConfig, *, disk_read_only: bool) -> MountConfig:
@@ -42,23 +43,26 @@ def checked_config(config: MountConfig, *, disk_read_only: bool) -> MountConfig:
     if isinstance(config.options, str) or not all(isinstance(option, str) for option in config.options):
         raise InvalidRequest("mount options must be a sequence of words")
     if config.partition < 0:
-        raise InvalidRequest(f"partition {config.partition}", remedy="they count from 1; 0 is the whole disk")
+        raise InvalidRequest(
+            f"partition {config.partition} is invalid: partitions count from 1", remedy="0 is the whole disk"
+        )
     if disk_read_only and not config.read_only:
         config = replace(config, read_only=True)
     for wrong, what in (
-        (config.reformat and not config.ensure_filesystem, "reformat without ensure_filesystem"),
-        (config.ensure_filesystem and config.read_only, "ensure_filesystem on a read-only disk or mount"),
-        (config.ensure_filesystem and config.block_device, "ensure_filesystem with block_device"),
+        (config.reformat and not config.ensure_filesystem, "reformat=True without ensure_filesystem=True"),
+        (config.ensure_filesystem and config.read_only, "ensure_filesystem=True on a read-only disk or mount"),
+        (config.ensure_filesystem and config.block_device, "ensure_filesystem=True with block_device=True"),
         (
             isinstance(config.encryption, ScratchKey) and config.read_only,
             "a fresh random key on a read-only disk or mount",
         ),
-        (config.verity is not None and not config.read_only, "dm-verity on a writable mount"),
         (config.verity is not None and config.encryption is not None, "dm-verity and encryption on one mount"),
-        (config.block_device and config.filesystem is not None, "a filesystem with block_device"),
+        (config.block_device and config.filesystem is not None, "a file system with block_device=True"),
     ):
         if wrong:
-            raise InvalidRequest(f"{what} makes no sense", remedy="drop one of the two")
+            raise InvalidRequest(f"{what} is a contradiction", remedy="leave one of the two out")
+    if config.verity is not None and not config.read_only:
+        raise InvalidRequest("dm-verity needs a read-only mount", remedy="add read_only=True")
     return replace(config, options=tuple(config.options))
 
 
@@ -78,9 +82,16 @@ def without_reformat(config: MountConfig) -> MountConfig:
 
 
 def difference(one: MountConfig, other: MountConfig) -> str:
-    """The names of the settings that keep one mount from serving both."""
-    settings = asdict(one)
-    return ", ".join(name for name, value in settings.items() if value != getattr(other, name)) or "reformat"
+    """The settings that keep one mount from serving both, as `other` wants them."""
+    wanted = {name: getattr(other, name) for name, value in asdict(one).items() if value != getattr(other, name)}
+    return ", ".join(setting(name, value) for name, value in wanted.items()) or "reformat=True"
+
+
+def setting(name: str, value: object) -> str:
+    """A setting as a caller writes it. Keys and hashes are not shown."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return f"{name}={value}"
+    return f"{name}={','.join(map(str, value)) or None}" if isinstance(value, tuple) else f"another {name}"
 
 
 def check_beside(one: MountConfig, other: MountConfig, *, where: str) -> None:
@@ -94,7 +105,8 @@ def check_beside(one: MountConfig, other: MountConfig, *, where: str) -> None:
     for name in ("read_only", "filesystem", "verity"):
         if getattr(one, name) != getattr(other, name):
             raise ConfigDiffers(
-                f"{where} is mounted with {name}={getattr(one, name)}, and {name}={getattr(other, name)} was asked for",
+                f"{where} is mounted with {setting(name, getattr(one, name))}, "
+                f"not with {setting(name, getattr(other, name))}",
                 remedy="release it first, or ask for the same",
             )
     if one.encryption is not None or other.encryption is not None:
@@ -102,7 +114,7 @@ def check_beside(one: MountConfig, other: MountConfig, *, where: str) -> None:
             f"{where} is encrypted, and has one mount", remedy="ask for the same mount, without another path"
         )
     if other.reformat:
-        raise ConfigDiffers(f"{where} is mounted: it was not formatted", remedy="release it first")
+        raise ConfigDiffers(f"{where} is mounted, so it was not formatted", remedy="release it first")
 
 
 @dataclass(eq=False, slots=True)
@@ -153,4 +165,5 @@ class Mount:
             config=config,
             state=state or self.state,
             since=self.since,
+            notes=self.notes,
         )

@@ -290,6 +290,7 @@ class MountRecord:
     config: MountConfig
     state: str  # a MountState
     since: float
+    notes: tuple[str, ...] = ()  # what the guest said when it was mounted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

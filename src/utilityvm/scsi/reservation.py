@@ -47,7 +47,7 @@ class Reservation:
     guest_path: PurePosixPath | None  # None: attached only
     read_only: bool
     holder: Holder
-    notes: tuple[str, ...] = ()  # what the guest said when it was mounted; unknown to a later owner of the VM
+    notes: tuple[str, ...] = ()  # what the guest said when it was mounted
 
 
 @dataclass(eq=False, slots=True)

@@ -305,8 +305,7 @@ def _released(disk: Disk) -> NotAttached:
 
 def would_shrink(disk: Disk, size_bytes: int, has_bytes: int) -> InvalidRequest:
     return InvalidRequest(
-        f"{disk.request.host_path} has {has_bytes} bytes, or is just getting them; "
-        f"shrinking it to {size_bytes} would lose data",
+        f"{disk.request.host_path} has {has_bytes} bytes, and cannot shrink to {size_bytes}",
         slot=disk.slot,
         host_path=disk.request.host_path,
         remedy="give a larger size",

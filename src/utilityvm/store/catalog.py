@@ -261,7 +261,7 @@ class Store:
 
     def _known(self) -> str:
         names = [str(row[0]) for row in self._ask("SELECT name FROM vms ORDER BY name")]
-        return f"there are {', '.join(names)}" if names else "start one: uvm start NAME"
+        return f"the VMs: {', '.join(names)}" if names else "start one: uvm start NAME"
 
     def _ask(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
         try:

@@ -27,7 +27,7 @@ from utilityvm.machine import oserrors, paths, patience
 from utilityvm.store import older
 from utilityvm.store.connection import Connection
 
-VERSION: Final = 5
+VERSION: Final = 6
 # MIGRATIONS[n] makes a store of version n + 1 out of one of version n; version 1 is the first.
 MIGRATIONS: Final[Sequence[str]] = (
     "",
@@ -64,6 +64,7 @@ MIGRATIONS: Final[Sequence[str]] = (
     DROP TABLE mounts;
     ALTER TABLE new_mounts RENAME TO mounts;
     """,
+    "ALTER TABLE mounts ADD COLUMN notes TEXT NOT NULL DEFAULT '[]';",
 )
 APPLICATION_ID: Final = 0x75766D31  # "uvm1"
 BUSY_S: Final = 2.0  # a writer holds the file for some 20 us; who holds it for longer is stuck

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from utilityvm.store import database
 from utilityvm.store.catalog import Store, StoredVM
 
 _PUT_DISK: Final = f"INSERT OR REPLACE INTO disks VALUES ({','.join('?' * 14)})"
-_PUT_MOUNT: Final = f"INSERT OR REPLACE INTO mounts VALUES ({','.join('?' * 7)})"
+_PUT_MOUNT: Final = f"INSERT OR REPLACE INTO mounts VALUES ({','.join('?' * 8)})"
 _PUT_RESERVATION: Final = f"INSERT OR REPLACE INTO reservations VALUES ({','.join('?' * 9)})"
 _DROP_DISK: Final = "DELETE FROM disks WHERE vm = ? AND attachment = ?"
 _DROP_MOUNT: Final = "DELETE FROM mounts WHERE vm = ? AND mount = ?"
@@ -198,6 +199,7 @@ def _put(vm: int, record: Record) -> tuple[str, tuple[Any, ...]]:
             mount_config.to_json(record.config),
             str(record.state),
             record.since,
+            json.dumps(record.notes),
         )
     holder = record.holder
     return _PUT_RESERVATION, (
@@ -255,7 +257,7 @@ def _disk(row: tuple[Any, ...]) -> DiskRecord:
 
 
 def _mount(row: tuple[Any, ...]) -> MountRecord:
-    _, mount, attachment, guest_path, config, state, since = row
+    _, mount, attachment, guest_path, config, state, since, notes = row
     return MountRecord(
         mount=mount,
         attachment=attachment,
@@ -263,6 +265,7 @@ def _mount(row: tuple[Any, ...]) -> MountRecord:
         config=mount_config.from_json(config),
         state=MountState(state).value,
         since=since,
+        notes=tuple(map(str, json.loads(notes))),
     )
 
 

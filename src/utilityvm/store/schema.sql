@@ -44,6 +44,7 @@ CREATE TABLE mounts (
     config             TEXT NOT NULL,              -- JSON: the fields of a MountConfig that are not its defaults
     state              TEXT NOT NULL,              -- a MountState
     since              REAL NOT NULL,
+    notes              TEXT NOT NULL DEFAULT '[]', -- JSON: what the guest said when it was mounted, a list of texts
     PRIMARY KEY (vm, mount)
 ) STRICT, WITHOUT ROWID;
 

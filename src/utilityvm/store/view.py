@@ -36,6 +36,7 @@ class DiskInfo:
     sector_size_bytes: int | None  # as it was asked for
     state: str  # as in docs/concepts: "attached", "attaching", …
     guest_paths: tuple[PurePosixPath, ...]
+    notes: tuple[str, ...]  # what the guest said when it mounted the disk: as `SCSIMount.notes`
     reservations: tuple[ReservationInfo, ...]  # the oldest first
     since: float  # seconds since the epoch, when its slot was taken
 
@@ -59,7 +60,7 @@ def slots(records: Sequence[Record]) -> list[DiskInfo]:
         if not isinstance(disk, DiskRecord):
             continue
         own = [one for one in reservations if one.attachment == disk.attachment]
-        paths = [mount.guest_path for mount in mounts.values() if mount.attachment == disk.attachment]
+        mounted = [mount for mount in mounts.values() if mount.attachment == disk.attachment]
         rows.append(
             DiskInfo(
                 slot=disk.slot,
@@ -70,7 +71,8 @@ def slots(records: Sequence[Record]) -> list[DiskInfo]:
                 size_bytes=disk.size_bytes,
                 sector_size_bytes=disk.sector_size_bytes,
                 state=disk.state,
-                guest_paths=tuple(paths),
+                guest_paths=tuple(mount.guest_path for mount in mounted),
+                notes=tuple(dict.fromkeys(note for mount in mounted for note in mount.notes)),
                 reservations=tuple(_reservation(one, mounts.get(one.mount or "")) for one in own),
                 since=disk.since,
             )

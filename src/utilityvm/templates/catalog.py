@@ -219,7 +219,7 @@ def load(name: str) -> Template:
         return Template(folder, _manifest(folder / MANIFEST))
     except FileNotFoundError:
         others = ", ".join(names())
-        remedy = f"there are {others}" if others else "save a VM as one: uvm template save VM NAME"
+        remedy = f"the templates: {others}" if others else "save a VM as one: uvm template save VM NAME"
         raise TemplateNotFound(f"there is no template {name!r}", remedy=remedy) from None
 
 

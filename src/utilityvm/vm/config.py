@@ -18,7 +18,7 @@ from utilityvm.hosts.qemu import QemuConfig
 from utilityvm.machine.hostpath import HostPath, absolute
 from utilityvm.machine.oserrors import typed_errors
 from utilityvm.scsi.manager import AddRequest
-from utilityvm.scsi.mount import checked_config, checked_guest_path
+from utilityvm.scsi.mount import checked_config, checked_guest_path, difference
 from utilityvm.scsi.mount_config import MountConfig, MountSettings
 from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest, VMAccess
 from utilityvm.vm import arguments
@@ -215,11 +215,12 @@ class DiskSpec:
             sector_size_bytes=self.sector_size_bytes,
         )
         if self.guest_path is None:
-            if self.mount != MountConfig(read_only=self.read_only):
+            plain = MountConfig(read_only=self.read_only)
+            if self.mount != plain:
                 raise InvalidRequest(
-                    f"{self.host_path}: settings of a mount, and no guest path",
+                    f"{self.host_path}: {difference(plain, self.mount)} has no effect without a guest path",
                     host_path=disk.host_path,
-                    remedy="give a guest path, or let one be made up; without one the disk is attached only",
+                    remedy="give a guest path, or let one be chosen; without one the disk is only attached",
                 )
             return AddRequest(disk=disk)
         mount = checked_config(self.mount, disk_read_only=self.read_only)

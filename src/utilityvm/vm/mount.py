@@ -72,7 +72,7 @@ class SCSIMount:
         """What there is to know of its mount, a sentence each: that it is read-only, as its file system cannot be
         written to; that a journal was replayed; that the disk's partition table lacks its backup.
 
-        The guest says it when the disk is mounted. A later owner of the VM does not hear of it.
+        The guest says it when the disk is mounted. It is journalled, so that a later owner of the VM has it too.
         """
         return self._reservation.notes
 

@@ -372,7 +372,9 @@ def check_expressible(os: str, slot: Slot | None, config: GuestMount, *, dialect
         if slot is not None:
             Slot.checked(*slot)
         if config.partition < 0:
-            raise InvalidRequest(f"partition {config.partition}", remedy="they count from 1; 0 is the whole disk")
+            raise InvalidRequest(
+                f"partition {config.partition} is invalid: partitions count from 1", remedy="0 is the whole disk"
+            )
     refused = _refused_by_windows if os == GuestOS.WINDOWS else _refused_by_linux
     if what := refused(slot, config, dialect):
         raise NotSupported(f"a {os.title()} guest cannot be told of {what}", slot=slot, remedy=_REMEDY[os])

@@ -317,14 +317,12 @@ def _check_kind(path: str, mode: int, *, physical: bool) -> None:
         if is_it(mode):
             raise InvalidRequest(f"{path} is {name}, not a disk", host_path=path, remedy="give a disk image's path")
     if physical and not stat.S_ISBLK(mode):
-        raise InvalidRequest(
-            f"{path} is a file, not a physical disk", host_path=path, remedy="attach it as an image: add_scsi"
-        )
+        raise InvalidRequest(f"{path} is a file, not a physical disk", host_path=path, remedy="use add_scsi")
     if not physical and not stat.S_ISREG(mode):
         raise InvalidRequest(
             f"{path} is a block device, not an image",
             host_path=path,
-            remedy="attach it as a physical disk: add_scsi_physical_disk",
+            remedy="use add_scsi_physical_disk",
         )
 
 

@@ -101,7 +101,7 @@ class QemuConfig:
             )
         if not 16 <= self.memory_mib <= 1 << 20:
             raise InvalidRequest(
-                f"a VM cannot have {self.memory_mib} MiB of memory", vm=self.name, remedy="give it 16 MiB to 1 TiB"
+                f"a VM cannot have {self.memory_mib} MiB of memory", vm=self.name, remedy="give it 96 MiB to 1 TiB"
             )
         if not 1 <= self.cpus <= 255:
             raise InvalidRequest(f"a VM cannot have {self.cpus} processors", vm=self.name, remedy="give it 1 to 255")
