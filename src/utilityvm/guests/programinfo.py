@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 from utilityvm.errors import GuestRefused, ProgramNotFound, UtilityVMError, WrongState
 from utilityvm.guests import answers
