@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +160,43 @@ def test_a_process_that_ends_meanwhile_hides_no_other(guest: Guest) -> None:
     guest.proc.process(8, "here", opened={3: (f"{guest.path}/a", mount)})
     guest.proc.end(7)
     assert holders.of_mount(guest.path) == [f"process 8 (here) has {guest.path}/a open"]
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_thread_that_has_files_of_its_own_is_found(guest: Guest, is_last: bool) -> None:
+    mount = guest.mount()
+    guest.proc.process(7, "worker", opened={3: ("/etc/passwd", 1)})
+    guest.proc.thread(7, 70, {3: (f"{guest.path}/a", mount)}, is_last=is_last)
+    assert holders.of_mount(guest.path) == [f"process 7 (worker) has {guest.path}/a open"]
+
+
+def test_a_device_that_only_a_later_thread_has_open_is_found(guest: Guest) -> None:
+    guest.proc.process(7, "worker")
+    guest.proc.thread(7, 70, {3: (guest.sdb, 1)}, is_last=True)
+    assert guest.of_disk() == [f"process 7 (worker) has {guest.sdb} open"]
+
+
+def test_what_a_process_without_its_first_thread_has_open_is_found(tmp_path: Path) -> None:
+    """As the kernel shows it: the folder of such a process has no files."""
+    script = """
+import ctypes, sys, threading
+file = open(sys.argv[1], "w")
+threading.Thread(target=sys.stdin.read).start()
+print("open", flush=True)
+ctypes.CDLL(None).pthread_exit(None)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "file")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        until = time.monotonic() + 20
+        while holders._entries(f"/proc/{process.pid}/fd") and time.monotonic() < until:
+            time.sleep(0.01)
+        found = [
+            use for base in holders._bases(process.pid) for use in holders._uses(base, holders._mount_id(str(tmp_path)))
+        ]
+        process.kill()
+    assert f"{tmp_path}/file open" in found
 
 
 def test_a_loop_device_on_a_file_of_it_uses_it_and_one_elsewhere_does_not(guest: Guest) -> None:

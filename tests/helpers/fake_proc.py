@@ -52,6 +52,18 @@ class FakeProc:
             children = " ".join(map(str, self._threads[parent]))
             (self.folder / f"{parent}/task/{parent}/children").write_text(f"{children} ")
 
+    def thread(self, pid: int, number: int, opened: Mapping[int, tuple[str, int]], *, is_last: bool = False) -> None:
+        """Another thread of it, with files of its own; `is_last`: the first one has ended, and shows no files."""
+        base = self.folder / f"{pid}/task/{number}"
+        for made in ("fd", "fdinfo"):
+            (base / made).mkdir(parents=True)
+        (base / "children").touch()
+        for fd, (path, mount) in opened.items():
+            (base / f"fd/{fd}").symlink_to(path)
+            (base / f"fdinfo/{fd}").write_text(f"pos:\t0\nflags:\t02\nmnt_id:\t{mount}\nino:\t12\n")
+        if is_last:
+            shutil.rmtree(self.folder / f"{pid}/fd")
+
     def swaps(self, *paths: str) -> None:
         """What is swapped to."""
         lines = "".join(f"{path}\tpartition\t1024\t0\t-2\n" for path in paths)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from small import fill, small_filesystem
 from utilityvm import (
     InvalidRequest,
     SetupError,
@@ -289,21 +290,4 @@ def tmpfs(tmp_path: Path) -> Tmpfs:
     if os.geteuid() != 0:
         pytest.skip("only root can mount")
 
-    @contextmanager
-    def mounted(size_bytes: int) -> Iterator[Path]:
-        folder = tmp_path / "small"
-        folder.mkdir()
-        run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes},mode=0700", "small", folder])
-        try:
-            yield folder
-        finally:
-            run(["umount", folder])
-
-    return mounted
-
-
-def fill(folder: Path) -> None:
-    """Not one byte more can be written to the file system of that folder."""
-    with suppress(OSError), (folder / "filler").open("wb", buffering=0) as filler:
-        while True:
-            filler.write(bytes(4096))
+    return lambda size_bytes: small_filesystem(tmp_path / "small", size_bytes)

@@ -35,6 +35,7 @@ _STATE: Final = Path("/run/utilityvm/mounts.json")
 _MAX_LUN: Final = 63
 _BLKFLSBUF: Final = 0x1261  # linux/fs.h
 _PASSING_S: Final = 5.0  # for a use that nobody can be named for, such as a child that was forked beside it
+_PASSING_LOOKS: Final = 20  # and of a VM that gets hardly any processor: what lets go needs some as well
 _LOOK_AGAIN_S: Final = 0.01
 
 
@@ -485,8 +486,9 @@ def _let_go(path: str, *, force: bool) -> None:
     """Unmount what is at `path`; `force` takes it off the tree, and the kernel lets go when its last user does."""
     while force and mountinfo.is_mounted(path):
         mounting.unmount(path, lazily=True)
-    give_up = time.monotonic() + _PASSING_S
+    give_up, looks = time.monotonic() + _PASSING_S, 0
     while mountinfo.is_mounted(path):
+        looks += 1
         try:
             mounting.unmount(path)
             return
@@ -495,7 +497,7 @@ def _let_go(path: str, *, force: bool) -> None:
                 raise
             if users := holders.of_mount(path):
                 raise _busy(path, users) from None
-        if time.monotonic() >= give_up:
+        if time.monotonic() >= give_up and looks >= _PASSING_LOOKS:
             raise _busy(path, ["something in the kernel has it"])
         time.sleep(_LOOK_AGAIN_S)  # a program that has just ended still lets go of its files
 

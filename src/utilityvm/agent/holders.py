@@ -46,7 +46,8 @@ def of_mount(path: str) -> list[str]:
     if not here:
         return []
     below = [f"{line.filesystem} mounted at {line.path}" for line in mount_lines() if line.path.startswith(f"{path}/")]
-    return [*below, *_processes(here[-1].id), *_files(path, here[-1]), *_sockets(path)][:_AT_MOST]
+    found = [*below, *_processes(here[-1].id), *_files(path, here[-1]), *_sockets(path)]
+    return (found or list(_processes(here[-1].id, by_thread=True)))[:_AT_MOST]
 
 
 def beside_mount(path: str, node: str) -> list[str]:
@@ -199,31 +200,52 @@ def _mappings(sysfs: str) -> list[str]:
     return found
 
 
-def _processes(mount_id: int) -> Iterator[str]:
+def _processes(mount_id: int, *, by_thread: bool = False) -> Iterator[str]:
     """Processes that have something of a mount open, stand in it, or have it in their memory."""
     for pid in _pids():
-        name, base = _name(pid), f"{PROC}/{pid}"
-        for what, link in (("its working folder", "cwd"), ("its root", "root"), ("its program", "exe")):
-            with contextlib.suppress(OSError):
-                if _mount_id(f"{base}/{link}") == mount_id:
-                    yield f"process {pid} ({name}) has {what} there: {os.readlink(f'{base}/{link}')}"
-        is_open = set[str]()
+        name = _name(pid)
+        for base in _bases(pid, by_thread=by_thread):
+            yield from (f"process {pid} ({name}) has {what}" for what in _uses(base, mount_id))
+
+
+def _uses(base: str, mount_id: int) -> Iterator[str]:
+    for what, link in (("its working folder", "cwd"), ("its root", "root"), ("its program", "exe")):
         with contextlib.suppress(OSError):
-            for fd in os.listdir(f"{base}/fd"):
-                with contextlib.suppress(OSError):
-                    if _mount_id_in(f"{base}/fdinfo/{fd}") == mount_id:
-                        is_open.add(os.readlink(f"{base}/fd/{fd}"))
-        yield from (f"process {pid} ({name}) has {path} open" for path in sorted(is_open))
-        mapped = set[str]()
+            if _mount_id(f"{base}/{link}") == mount_id:
+                yield f"{what} there: {os.readlink(f'{base}/{link}')}"
+    is_open = set[str]()
+    for fd in _entries(f"{base}/fd"):
         with contextlib.suppress(OSError):
-            for area in os.listdir(f"{base}/map_files"):
-                with contextlib.suppress(OSError):
-                    if _mount_id(f"{base}/map_files/{area}") == mount_id:
-                        mapped.add(os.readlink(f"{base}/map_files/{area}"))
-        mapped -= is_open
+            if _mount_id_in(f"{base}/fdinfo/{fd}") == mount_id:
+                is_open.add(os.readlink(f"{base}/fd/{fd}"))
+    yield from (f"{path} open" for path in sorted(is_open))
+    mapped = set[str]()
+    for area in _entries(f"{base}/map_files"):
         with contextlib.suppress(OSError):
-            mapped.discard(os.readlink(f"{base}/exe"))
-        yield from (f"process {pid} ({name}) has {path} in its memory" for path in sorted(mapped))
+            if _mount_id(f"{base}/map_files/{area}") == mount_id:
+                mapped.add(os.readlink(f"{base}/map_files/{area}"))
+    mapped -= is_open
+    with contextlib.suppress(OSError):
+        mapped.discard(os.readlink(f"{base}/exe"))
+    yield from (f"{path} in its memory" for path in sorted(mapped))
+
+
+def _bases(pid: int, *, by_thread: bool = False) -> Iterator[str]:
+    """The folders of /proc that show what a process has: its own, which is that of its first thread.
+
+    If that one has ended, the folder shows nothing of what the others have open. And each may have files and a working
+    folder of its own, unshare(2), which costs too much to look for each time: `by_thread` does.
+    """
+    base = f"{PROC}/{pid}"
+    yield base
+    if by_thread or not _entries(f"{base}/fd"):
+        yield from (f"{base}/task/{thread}" for thread in _entries(f"{base}/task") if thread != str(pid))
+
+
+def _entries(folder: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return os.listdir(folder)
+    return []
 
 
 def _mount_id(path: str) -> int:
@@ -312,12 +334,10 @@ def _openers(numbers: set[Number], pids: Iterable[int]) -> list[str]:
     """Processes that have one of the block devices itself open."""
     found = []
     for pid in pids:
-        with contextlib.suppress(OSError):
-            for fd in os.listdir(f"{PROC}/{pid}/fd"):
-                link = f"{PROC}/{pid}/fd/{fd}"
-                if _number(link) in numbers:
-                    with contextlib.suppress(OSError):
-                        found.append(f"process {pid} ({_name(pid)}) has {os.readlink(link)} open")
+        for link in (f"{base}/fd/{fd}" for base in _bases(pid) for fd in _entries(f"{base}/fd")):
+            if _number(link) in numbers:
+                with contextlib.suppress(OSError):
+                    found.append(f"process {pid} ({_name(pid)}) has {os.readlink(link)} open")
     return found
 
 

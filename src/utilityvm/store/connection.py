@@ -27,7 +27,12 @@ class Connection(sqlite3.Connection):
 
     def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
         with self.lock:
-            return super().cursor(_Cursor).execute(sql, parameters)
+            cursor = super().cursor(_Cursor)
+            try:
+                return cursor.execute(sql, parameters)
+            except BaseException:
+                cursor.close()  # the error's traceback has it, and it would keep the file open behind our close
+                raise
 
     def close(self) -> None:
         with self.lock:

@@ -21,7 +21,7 @@ from utilityvm.errors import UtilityVMError, VMNotFound, VMOwned
 from utilityvm.guestimage import build, cache
 from utilityvm.log import logger
 from utilityvm.machine import paths, runtime
-from utilityvm.machine.oserrors import typed
+from utilityvm.machine.oserrors import as_ours, typed
 from utilityvm.machine.processes import values_of
 from utilityvm.machine.threads import in_thread
 from utilityvm.store import Store, StoredVM, recover
@@ -101,6 +101,8 @@ async def remove_leftovers(leftovers: Iterable[Leftover]) -> list[bool | Utility
                         results[number] = await remove(one, store)
                 except UtilityVMError as error:
                     results[number] = error
+                except OSError as error:
+                    results[number] = as_ours(error, f"removing the {one.kind} {one.name}")
 
         vms = iter([item for item in ordered if item[1].kind is LeftoverKind.VM])
         async with asyncio.TaskGroup() as group:
