@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -65,8 +66,8 @@ def _honest(asked: Frame) -> bytes:
 
 def _answer(chance: random.Random, asked: Frame) -> bytes:
     """Frames, or none, or what is no frame."""
-    if asked.kind == messages.NEGOTIATE and chance.random() < 0.97:
-        return _honest(asked)
+    if asked.kind in (messages.NEGOTIATE, messages.PING) and chance.random() < 0.97:
+        return _honest(asked)  # or it would be hung up on before it is asked anything else
     with suppress(ValueError):
         body: Any = {chance.choice(_MEMBERS): _anything(chance) for _ in range(chance.randrange(6))}
         body.setdefault("Result", chance.choice([0, 0, 0, -2147467259]))
@@ -209,6 +210,17 @@ async def _measure(folder: Path, minutes: float) -> dict[str, Any]:
     }
 
 
+class _Said(logging.Handler):
+    """What asyncio complains of: nothing of a guest's may make it."""
+
+    lines = 0
+    first = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines += 1
+        self.first = self.first or record.getMessage()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("minutes", nargs="?", type=float, default=10.0)
@@ -220,13 +232,16 @@ def main() -> int:
         agent.start()
         while not Path(folder, "liar").exists():
             time.sleep(0.05)
+        said = _Said(logging.WARNING)
+        logging.getLogger("asyncio").addHandler(said)
         try:
             found = asyncio.run(_measure(Path(folder), minutes))
         finally:
             agent.kill()
             agent.join()
-    print(json.dumps(found, indent=1))
-    return 0 if found["grown_kib"] < MAY_GROW_KIB and found["questions"] and found["rounds_beside"] else 1
+    print(json.dumps({**found, "said_by_asyncio": said.lines, "first": said.first}, indent=1))
+    is_right = found["grown_kib"] < MAY_GROW_KIB and found["outcomes"].get("taken") and found["rounds_beside"]
+    return 0 if is_right and not said.lines else 1
 
 
 if __name__ == "__main__":

@@ -439,3 +439,16 @@ async def test_our_agent_is_given_a_little_less_time_than_the_caller_has(connect
         assert await guest.probe_device(SLOT, timeout_s=seconds)
     assert 100 < given_ms[0] <= 950
     assert 90_000 < given_ms[1] <= 99_750
+
+
+async def test_a_guest_that_hangs_up_amid_its_output_floods_no_log(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it sent is still being read, and each piece that is taken is answered."""
+    guest, _ = await connect({})
+    client = guest._client
+    assert client is not None
+    client._writer.transport.abort()
+    for _ in range(20):
+        client.notify(messages.RUN_CREDIT, {"Process": 1, "Bytes": 1})
+    assert "socket.send() raised exception" not in caplog.text

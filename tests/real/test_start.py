@@ -108,3 +108,23 @@ async def test_whatever_fails_in_a_start_nothing_is_left_and_the_error_is_told(
     with pytest.raises((DeadlineExceeded, StartFailed), match="the test broke it"):
         await UtilityVM.start(VMConfig(name="failing"), image=guest_image)
     await until_no_process_of("failing")
+
+
+async def test_the_guest_runs_only_when_its_process_is_written_down(
+    guest_image: GuestImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then QEMU is known by its command line, which a QEMU that its guest took over could change."""
+    written: list[object] = []
+
+    async def watched(host: QemuHost, *, timeout_s: float = 5.0) -> None:
+        assert await host.status() == "prelaunch"
+        with Store.open() as store:
+            written.append((store.get("failing").process or {}).get("pid"))
+        raise SetupError("far enough")
+
+    monkeypatch.setattr(QemuHost, "resume", watched)
+    with pytest.raises(SetupError, match="far enough"):
+        await UtilityVM.start(VMConfig(name="failing"), image=guest_image)
+    (pid,) = written
+    assert isinstance(pid, int)
+    await until_no_process_of("failing")

@@ -10,6 +10,7 @@ import pytest
 
 from scsi_bench import Bench
 from utilityvm.errors import GuestRefused, NotSupported, OutcomeUnknown
+from utilityvm.scsi.ports import ReservationRecord
 from utilityvm.testing import Break
 
 
@@ -153,4 +154,62 @@ async def test_a_disk_without_any_reservation_can_be_taken_out(bench: Bench) -> 
             await bench.manager.remove("a", force=force)
         assert not bench.manager.reservations()
     assert await bench.manager.remove("a", force="host") is not None
+    bench.check_empty()
+
+
+@pytest.mark.parametrize("at", ["/1", None])
+@pytest.mark.parametrize("step", ["unmount", "eject", "detach"])
+async def test_the_next_owner_goes_on_overruling(bench: Bench, at: str | None, step: str) -> None:
+    """The owner is killed while the guest is asked, or the host: nobody gets a disk that the guest still uses."""
+    if at is None and step == "unmount":
+        return
+    held = await mounted(bench, at)
+    reached = asyncio.Event()
+
+    async def gate(call: str) -> None:
+        if call.startswith(step):
+            reached.set()
+            await asyncio.Event().wait()
+
+    bench.world.gate = gate
+    releasing = asyncio.create_task(bench.manager.release(held, force="host"))
+    await reached.wait()
+    killed_at = dict(bench.journal.records)
+    bench.kill_owner()
+    releasing.cancel()
+    await asyncio.gather(releasing, return_exceptions=True)
+    bench.journal.records = killed_at
+    findings = await bench.manager.restore(is_alive=lambda holder: True)
+    assert "a at 0:0 was being taken away whatever the guest says" in findings
+    bench.check_empty()
+
+
+async def test_that_the_host_may_overrule_is_journalled_before_the_guest_is_asked(bench: Bench) -> None:
+    held = await mounted(bench)
+    states: list[str] = []
+
+    async def gate(call: str) -> None:
+        records = bench.journal.records.values()
+        states.extend(record.state for record in records if isinstance(record, ReservationRecord))
+
+    bench.world.gate = gate
+    await bench.manager.release(held, force="host")
+    assert set(states) == {"overruling"}
+
+
+async def test_a_release_that_asks_for_more_the_second_time_is_journalled_too(bench: Bench) -> None:
+    held = await mounted(bench)
+    for step in ("unmount", "probe_mount"):
+        bench.world.fail_next(step, Break.LOSE_REQUEST)
+    with pytest.raises(OutcomeUnknown):
+        await bench.manager.release(held)
+    states: list[str] = []
+
+    async def gate(call: str) -> None:
+        records = bench.journal.records.values()
+        states.extend(record.state for record in records if isinstance(record, ReservationRecord))
+
+    bench.world.gate = gate
+    await bench.manager.release(held, force="host")
+    assert "overruling" in states
     bench.check_empty()

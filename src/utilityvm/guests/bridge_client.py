@@ -220,7 +220,9 @@ class BridgeClient:
             raise GuestRefused("the guest has stopped taking what is sent to it", vm=self._vm)
         if _log.is_enabled_for(logging.DEBUG):
             _log.debug("--> %#010x %d %s", kind, id, _shown(body), vm=self._vm)
-        self._writer.write(data)
+        # The guest may have hung up, and what it said before is still being read: asyncio would log each write.
+        if not self._writer.transport.is_closing():
+            self._writer.write(data)
 
     # The beginning.
 

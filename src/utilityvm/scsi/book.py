@@ -190,6 +190,7 @@ class Book:
         del disk.leaving[claim.id]
         if claim.holder is NOBODY:
             self.claims.pop(claim.id, None)
+            self._ledger.note([], [claim.record()])
             return
         claim.state, claim.force = ReservationState.HELD, Force.NO
         disk.claims[claim.id] = claim
@@ -202,6 +203,7 @@ class Book:
         disk, mount = claim.disk, claim.mount
         claim.force = force
         if claim.state is ReservationState.RELEASING:
+            self._ledger.note([claim.record()])
             return
         disk.claims.pop(claim.id, None)
         if mount is not None:
@@ -290,6 +292,19 @@ class Book:
         self.paths[mount.guest_path] = mount
         return mount
 
+    def _restore_overruling(
+        self, record: ReservationRecord, disk: Disk, mount: Mount | None, findings: list[str]
+    ) -> None:
+        """The owner before was taking the disk away from a guest that would not let go. That is gone on with.
+
+        The guest may use a mount that the journal does not know any more, so nobody else can have the disk.
+        """
+        state = ReservationState.RELEASING
+        claim = Claim(record.reservation, disk, mount, record.holder, record.since, state, was_held=True)
+        claim.force = Force.HOST
+        self.claims[claim.id] = disk.leaving[claim.id] = claim
+        findings.append(f"{disk.request.host_path} at {disk.slot} was being taken away whatever the guest says")
+
     def _restore_claim(
         self,
         record: ReservationRecord,
@@ -300,6 +315,9 @@ class Book:
     ) -> None:
         disk = disks.get(record.attachment)
         mount = mounts.get(record.mount) if record.mount else None
+        if disk is not None and record.state == ReservationState.OVERRULING:
+            self._restore_overruling(record, disk, mount, findings)
+            return
         whole = disk is not None and (record.mount is None or mount is not None)
         if not whole or record.state != ReservationState.HELD or not is_alive(record.holder):
             if record.state == ReservationState.HELD:

@@ -81,9 +81,14 @@ class Claim:
             attachment=self.disk.id,
             mount=self.mount.id if self.mount else None,
             holder=self.holder,
-            state=self.state,
+            state=ReservationState.OVERRULING if self.is_overruling else self.state,
             since=self.since,
         )
+
+    @property
+    def is_overruling(self) -> bool:
+        """Is its disk to leave whatever the guest says? The next owner must know: half of it may have been done."""
+        return self.state is ReservationState.RELEASING and self.force is Force.HOST
 
     def reservation(self) -> Reservation:
         return Reservation(

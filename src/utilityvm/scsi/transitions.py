@@ -56,6 +56,7 @@ class ReservationState(StrEnum):
     PENDING = "pending"  # its caller waits for it
     HELD = "held"  # its caller has it
     RELEASING = "releasing"  # its caller gave it back; what only it kept is being undone
+    OVERRULING = "overruling"  # so, whatever the guest says: only in the journal
 
 
 _D, _M, _E = DiskState, MountState, Event

@@ -86,9 +86,13 @@ class Claim:
     async def start_qemu(
         self, undo: Undo, config: QemuConfig, *, deadline: Deadline, saved: Incoming | None = None
     ) -> QemuHost:
-        """Start the VM's QEMU, and write down which process that is. `undo` ends it, before it forgets the VM."""
+        """Start the VM's QEMU, and write down which process that is. `undo` ends it, before it forgets the VM.
+
+        The guest runs only after that. So one whose owner died before it was written down is known by its command
+        line, which nothing in it can have changed.
+        """
         host = await QemuHost.start(
-            config,
+            replace(config, paused=True),
             folder=self.folder,
             saved=saved,
             who_uses=self.who_uses(),
@@ -101,6 +105,8 @@ class Claim:
         self.record = replace(self.record, process=process)
         await self.store.lane.run(self.store.set_process, self.record, process)
         await to_the_end(lifecycle.write_copy, self.folder, self.record, process)
+        if saved is None and not config.paused:
+            await host.resume(timeout_s=deadline.left())
         return host
 
     def who_uses(self) -> Callable[[str], str | None]:
