@@ -45,7 +45,7 @@ _FIRMWARE: Final = ("/usr/share/qemu", "/usr/share/seabios", "/usr/share/ipxe", 
 _FOLDERS: Final = ("/usr", "/usr/bin", "/usr/share", "/boot", "/dev")
 _LINKS: Final = {"lib": "usr/lib", "lib64": "usr/lib64", "lib32": "usr/lib32", "bin": "usr/bin", "sbin": "usr/sbin"}
 _FOR_SETPRIV: Final = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
-_LOOK_AGAIN_S: Final = 0.0005
+_LOOK_AGAIN_S: Final = 0.0002
 _TRIAL_S: Final = 10.0
 _TURNED_OFF: Final = "it was turned off"
 

@@ -85,7 +85,13 @@ def powerless() -> list[str]:
 def user_ids_of(process: str) -> set[int]:
     """The real, effective, saved and file system user ids of a process of /proc; none if it has ended."""
     try:
-        text = Path(process, "status").read_text()
+        status = os.open(f"{process}/status", os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, ProcessLookupError):
         return set()
-    return {int(uid) for line in text.splitlines() if line.startswith("Uid:") for uid in line.split()[1:]}
+    try:
+        text = os.read(status, 4096)  # of each process of the machine at each start: so no more is read, nor cut up
+    except ProcessLookupError:
+        return set()
+    finally:
+        os.close(status)
+    return set(map(int, text.partition(b"\nUid:")[2].partition(b"\n")[0].split()))

@@ -64,7 +64,7 @@ def _claim() -> tuple[int, int]:
     try:
         _FOLDER.mkdir(mode=0o700, exist_ok=True)
         for uid, last_use in _in_order(_usable(taken)):
-            if (lock := _try_lock(uid, last_use)) is not None:
+            if not _has_account(uid) and (lock := _try_lock(uid, last_use)) is not None:
                 return uid, lock
     except OSError as error:
         raise SetupError(f"cannot choose a user id for the VM: {error}", remedy=f"look at {_FOLDER}") from error
@@ -94,10 +94,10 @@ def _try_lock(uid: int, last_use: float | None) -> int | None:
 
 def _in_order(uids: Iterable[int]) -> Iterator[tuple[int, float | None]]:
     """The ids and when each was used last: those that have rested, the lowest first; then the others, longest first."""
-    last_uses = {entry.name: entry.stat().st_mtime for entry in os.scandir(_FOLDER)}
+    last_uses = {int(entry.name): entry.stat().st_mtime for entry in os.scandir(_FOLDER) if entry.name.isdecimal()}
     now, tired = time.time(), list[tuple[float, int]]()
     for uid in uids:
-        last_use = last_uses.get(str(uid))
+        last_use = last_uses.get(uid)
         if last_use is None or not 0 <= now - last_use < REST_S:
             yield uid, last_use
         else:
@@ -109,7 +109,7 @@ def _usable(taken: set[int]) -> Iterator[int]:
     of_this_system = _mapped_uids()
     for candidates in _ranges():
         for uid in candidates:
-            if uid not in taken and any(uid in one for one in of_this_system) and not _has_account(uid):
+            if uid not in taken and any(uid in one for one in of_this_system):
                 yield uid
 
 
