@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import time
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any, Final
+
+import msgspec
 
 from utilityvm.errors import InvalidRequest, StoreError
 from utilityvm.scsi import mount_config
@@ -27,9 +28,68 @@ from utilityvm.scsi.transitions import DiskState, MountState, ReservationState
 from utilityvm.store import database
 from utilityvm.store.catalog import Store, StoredVM
 
-_PUT_DISK: Final = f"INSERT OR REPLACE INTO disks VALUES ({','.join('?' * 14)})"
-_PUT_MOUNT: Final = f"INSERT OR REPLACE INTO mounts VALUES ({','.join('?' * 8)})"
-_PUT_RESERVATION: Final = f"INSERT OR REPLACE INTO reservations VALUES ({','.join('?' * 9)})"
+
+class DiskRow(msgspec.Struct, array_like=True, frozen=True):
+    """A row of `disks`, column by column. Enum members are kept by value, and flags as numbers."""
+
+    vm: int
+    attachment: str
+    controller: int
+    lun: int
+    host_path: str
+    identity: str
+    kind: AttachmentType
+    format: DiskFormat
+    access: VMAccess
+    read_only: int
+    size_bytes: int
+    state: DiskState
+    since: float
+    sector_size_bytes: int | None
+
+
+class MountRow(msgspec.Struct, array_like=True, frozen=True):
+    """A row of `mounts`."""
+
+    vm: int
+    mount: str
+    attachment: str
+    guest_path: str
+    config: str  # see `mount_config.to_json`
+    state: MountState
+    since: float
+    notes: str  # a list of texts, as JSON
+
+
+class ReservationRow(msgspec.Struct, array_like=True, frozen=True):
+    """A row of `reservations`. `holder` is the name."""
+
+    vm: int
+    reservation: str
+    attachment: str
+    mount: str | None
+    holder: str
+    pid: int | None
+    started: str | None
+    state: ReservationState
+    since: float
+
+
+def _put_into(table: str, row: type[msgspec.Struct]) -> str:
+    columns = row.__struct_fields__
+    return f"INSERT OR REPLACE INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' for _ in columns)})"
+
+
+def _read_from(table: str, row: type[msgspec.Struct]) -> str:
+    return f"SELECT {', '.join(row.__struct_fields__)} FROM {table} WHERE vm = ? ORDER BY since, 2"
+
+
+_PUT_DISK: Final = _put_into("disks", DiskRow)
+_PUT_MOUNT: Final = _put_into("mounts", MountRow)
+_PUT_RESERVATION: Final = _put_into("reservations", ReservationRow)
+_READ_DISKS: Final = _read_from("disks", DiskRow)
+_READ_MOUNTS: Final = _read_from("mounts", MountRow)
+_READ_RESERVATIONS: Final = _read_from("reservations", ReservationRow)
 _DROP_DISK: Final = "DELETE FROM disks WHERE vm = ? AND attachment = ?"
 _DROP_MOUNT: Final = "DELETE FROM mounts WHERE vm = ? AND mount = ?"
 _DROP_RESERVATION: Final = "DELETE FROM reservations WHERE vm = ? AND reservation = ?"
@@ -136,8 +196,8 @@ class SqliteJournal:
         try:
             db = database.patient(self._store.db)
             disks, mounts, reservations = (
-                db.execute(f"SELECT * FROM {table} WHERE vm = ? ORDER BY since, 2", (self._vm.id,)).fetchall()
-                for table in ("disks", "mounts", "reservations")
+                db.execute(reading, (self._vm.id,)).fetchall()
+                for reading in (_READ_DISKS, _READ_MOUNTS, _READ_RESERVATIONS)
             )
         except sqlite3.Error as error:
             raise database.failure(error, self._store.path) from error
@@ -158,7 +218,7 @@ def records(
     """
     try:
         return [*map(_disk, disks), *map(_mount, mounts), *map(_reservation, reservations)]
-    except (ValueError, KeyError, TypeError, AttributeError, InvalidRequest, RecursionError) as error:
+    except (ValueError, InvalidRequest, RecursionError) as error:
         raise StoreError(
             f"the journal of VM {vm} holds what no utilityvm wrote: {error}",
             vm=vm,
@@ -199,7 +259,7 @@ def _put(vm: int, record: Record) -> tuple[str, tuple[Any, ...]]:
             mount_config.to_json(record.config),
             str(record.state),
             record.since,
-            json.dumps(record.notes),
+            msgspec.json.encode(record.notes).decode(),
         )
     holder = record.holder
     return _PUT_RESERVATION, (
@@ -223,59 +283,44 @@ def _drop(vm: int, record: Record) -> tuple[str, tuple[int, str]]:
     return _DROP_RESERVATION, (vm, record.reservation)
 
 
-def _disk(row: tuple[Any, ...]) -> DiskRecord:
-    (
-        _,
-        attachment,
-        controller,
-        lun,
-        host_path,
-        identity,
-        kind,
-        format_,
-        access,
-        read_only,
-        size,
-        state,
-        since,
-        sector,
-    ) = row
+def _disk(values: tuple[Any, ...]) -> DiskRecord:
+    row = msgspec.convert(values, DiskRow)
     return DiskRecord(
-        attachment=attachment,
-        slot=Slot.checked(controller, lun),
-        host_path=host_path,
-        identity=identity,
-        kind=AttachmentType(kind),
-        format=DiskFormat(format_),
-        access=VMAccess(access),
-        read_only=bool(read_only),
-        size_bytes=size,
-        state=DiskState(state).value,
-        since=since,
-        sector_size_bytes=sector,
+        attachment=row.attachment,
+        slot=Slot.checked(row.controller, row.lun),
+        host_path=row.host_path,
+        identity=row.identity,
+        kind=row.kind,
+        format=row.format,
+        access=row.access,
+        read_only=bool(row.read_only),
+        size_bytes=row.size_bytes,
+        state=row.state.value,
+        since=row.since,
+        sector_size_bytes=row.sector_size_bytes,
     )
 
 
-def _mount(row: tuple[Any, ...]) -> MountRecord:
-    _, mount, attachment, guest_path, config, state, since, notes = row
+def _mount(values: tuple[Any, ...]) -> MountRecord:
+    row = msgspec.convert(values, MountRow)
     return MountRecord(
-        mount=mount,
-        attachment=attachment,
-        guest_path=PurePosixPath(guest_path),
-        config=mount_config.from_json(config),
-        state=MountState(state).value,
-        since=since,
-        notes=tuple(map(str, json.loads(notes))),
+        mount=row.mount,
+        attachment=row.attachment,
+        guest_path=PurePosixPath(row.guest_path),
+        config=mount_config.from_json(row.config),
+        state=row.state.value,
+        since=row.since,
+        notes=msgspec.json.decode(row.notes, type=tuple[str, ...]),
     )
 
 
-def _reservation(row: tuple[Any, ...]) -> ReservationRecord:
-    _, reservation, attachment, mount, holder, pid, started, state, since = row
+def _reservation(values: tuple[Any, ...]) -> ReservationRecord:
+    row = msgspec.convert(values, ReservationRow)
     return ReservationRecord(
-        reservation=reservation,
-        attachment=attachment,
-        mount=mount,
-        holder=Holder(name=holder, pid=pid, started=started),
-        state=ReservationState(state).value,
-        since=since,
+        reservation=row.reservation,
+        attachment=row.attachment,
+        mount=row.mount,
+        holder=Holder(name=row.holder, pid=row.pid, started=row.started),
+        state=row.state.value,
+        since=row.since,
     )
