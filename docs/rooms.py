@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import html
 from pathlib import Path
 
@@ -36,21 +37,29 @@ def imports() -> dict[str, set[str]]:
 def below(room: str, arrows: dict[str, set[str]]) -> set[str]:
     """Every room that is imported by the room, and by those that it imports."""
     found: set[str] = set()
-    for other in arrows[room]:
-        found |= {other} | below(other, arrows)
+    todo = [*arrows[room]]
+    while todo:
+        other = todo.pop()
+        if other not in found:
+            found.add(other)
+            todo += arrows[other]
     return found
 
 
 def rows(arrows: dict[str, set[str]]) -> list[list[str]]:
-    """The rooms by height: each above all that it imports."""
+    """The rooms by height: each above all that it imports.
+
+    Raises:
+        SystemExit: rooms import one another in a circle; names them.
+    """
+    try:
+        upwards = [*graphlib.TopologicalSorter(arrows).static_order()]
+    except graphlib.CycleError as error:
+        raise SystemExit(f"rooms import one another in a circle: {' <- '.join(error.args[1])}") from None
     height: dict[str, int] = {}
-
-    def height_of(room: str) -> int:
-        if room not in height:
-            height[room] = 1 + max((height_of(other) for other in arrows[room]), default=-1)
-        return height[room]
-
-    highest = max(map(height_of, arrows))
+    for room in upwards:
+        height[room] = 1 + max((height[other] for other in arrows[room]), default=-1)
+    highest = max(height.values())
     return [sorted(room for room in arrows if height[room] == level) for level in range(highest, -1, -1)]
 
 

@@ -101,11 +101,11 @@ if TYPE_CHECKING:
     from utilityvm.upkeep.leftovers import Leftover, LeftoverKind, find_leftovers, remove_leftover, remove_leftovers
     from utilityvm.upkeep.repair import Difference, examine_vm, repair_vm
     from utilityvm.vm.acquiring import Acquiring
-    from utilityvm.vm.config import DiskSettings, GuestPath, SomeGuestPath
+    from utilityvm.vm.config import GENERATED, DiskSettings, DiskSpec, GuestPath, SomeGuestPath, VMConfig
     from utilityvm.vm.listing import VMInfo, get_disk, get_vm, list_disks, list_vms, read_console
-    from utilityvm.vm.mount import OnBusy
+    from utilityvm.vm.mount import MountedDisk, OnBusy, SCSIMount
     from utilityvm.vm.pool import ClonePool
-    from utilityvm.vm.utility_vm import GENERATED, DiskSpec, MountedDisk, SCSIMount, UtilityVM, VMConfig
+    from utilityvm.vm.utility_vm import UtilityVM
 
 __all__ = [
     "GENERATED",
@@ -260,7 +260,7 @@ _MODULES = {
     "utilityvm.hosts.qemu": ("QemuProcess",),
     "utilityvm.machine.hostpath": ("HostPath",),
     "utilityvm.scsi.reservation": ("ForceArgument", "Reservation"),
-    "utilityvm.vm.config": ("DiskSettings", "GuestPath", "SomeGuestPath"),
+    "utilityvm.vm.config": ("GENERATED", "DiskSettings", "DiskSpec", "GuestPath", "SomeGuestPath", "VMConfig"),
     "utilityvm.scsi.mount_config": (
         "CallerKey",
         "Encryption",
@@ -269,7 +269,7 @@ _MODULES = {
         "ScratchKey",
         "Verity",
     ),
-    "utilityvm.vm.mount": ("OnBusy",),
+    "utilityvm.vm.mount": ("MountedDisk", "OnBusy", "SCSIMount"),
     "utilityvm.scsi.events": ("ScsiEvent", "ScsiEvents"),
     "utilityvm.scsi.document": ("SavedDisk", "ScsiState"),
     "utilityvm.scsi.views": ("MountView", "SlotView"),
@@ -285,7 +285,7 @@ _MODULES = {
     "utilityvm.templates.catalog": ("Template", "TemplateDisk"),
     "utilityvm.guestimage.build": ("GuestImage",),
     "utilityvm.guestimage.custom": ("GuestRecipe",),
-    "utilityvm.vm.utility_vm": ("GENERATED", "DiskSpec", "MountedDisk", "SCSIMount", "UtilityVM", "VMConfig"),
+    "utilityvm.vm.utility_vm": ("UtilityVM",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
