@@ -49,11 +49,15 @@
         └── StoreDamaged         the store was not whole and was moved aside; .kept says where
 
 A kind is something that a caller does differently; all else is a field. A traceback shows the remedy as well.
+
+Where it happened (`.vm`, `.slot`, `.host_path`) is told once, by whoever knows it: what the raising line did not say is
+filled in on the way out, by `bound`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +84,26 @@ class UtilityVMError(Exception):
         self.remedy = remedy
         if remedy:
             self.add_note(f"hint: {remedy}")  # for whoever reads the traceback
+
+    def fill(
+        self, *, vm: str | None = None, slot: Slot | None = None, host_path: Path | str | None = None
+    ) -> UtilityVMError:
+        """Say where it happened, as far as that is not said yet. Gives the error."""
+        self.vm = self.vm or vm
+        if not isinstance(self, (VMGone, VMNotRunning)):  # they are of no disk, and one may be told to many callers
+            self.slot = self.slot if self.slot is not None else slot
+            self.host_path = self.host_path or (None if host_path is None else Path(host_path))
+        return self
+
+
+@contextmanager
+def bound(*, vm: str | None = None, slot: Slot | None = None, host_path: Path | str | None = None) -> Iterator[None]:
+    """Errors that leave the block say where they happened. See `UtilityVMError.fill`."""
+    try:
+        yield
+    except UtilityVMError as error:
+        error.fill(vm=vm, slot=slot, host_path=host_path)
+        raise
 
 
 class RequestError(UtilityVMError):

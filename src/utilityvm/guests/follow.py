@@ -164,6 +164,11 @@ class ProgramPieces(AsyncIterator[ProgramPiece]):
         self._lost: UtilityVMError | None = None  # how a START was left without an answer
 
     @property
+    def _where(self) -> dict[str, object]:
+        """For the errors of its calls."""
+        return {"vm": self._guest._vm}
+
+    @property
     def stdout_offset(self) -> int:
         """The offset of the next byte of its standard output."""
         return self._offsets["out"]
@@ -234,7 +239,7 @@ class ProgramPieces(AsyncIterator[ProgramPiece]):
                     kind, body = messages.START, {**start, "Follow": follow}
                 body[messages.EXTENSION] = {"TimeoutMs": int(left * 1000)}
                 answer = self._guest._checked(await client.request(kind, body, timeout_s=left + 0.4), None)
-                started = answers.read(answers.Started, answer, vm=self._guest._vm)
+                started = answers.read(answers.Started, answer)
             except NotNegotiated:  # it was not looked at: a new agent does not know us yet
                 self._leave()
                 if attempt == _MAX_ROUNDS:
@@ -254,7 +259,7 @@ class ProgramPieces(AsyncIterator[ProgramPiece]):
                 self._leave()
                 if error.kind == "no_program" and self._lost is not None:
                     text = f"the agent was started again while the program was being started: {self._lost}"
-                    raise OutcomeUnknown(text, vm=self._guest._vm) from error
+                    raise OutcomeUnknown(text) from error
                 raise typed(error) from error
             except BaseException:
                 self._leave()

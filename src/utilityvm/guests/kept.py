@@ -64,6 +64,11 @@ class Program:
             self._pump.add_done_callback(_look_at)
 
     @property
+    def _where(self) -> dict[str, object]:
+        """For the errors of its calls."""
+        return {"vm": self._programs.vm}
+
+    @property
     def pid(self) -> int | None:
         """Its process number in the guest."""
         return self.info.pid
@@ -88,7 +93,7 @@ class Program:
             done, _ = await asyncio.wait([self._ending], timeout=timeout_s)
             if not done:
                 text = f"program {self.number} did not end within {timeout_s:g} s"
-                raise DeadlineExceeded(text, vm=self._programs.vm)
+                raise DeadlineExceeded(text)
             self._ending.result()
         assert self._exit_code is not None
         return self._exit_code
@@ -102,7 +107,7 @@ class Program:
             others: as `wait`.
         """
         if self._pieces is None:
-            raise WrongState(f"program {self.number} is not followed", vm=self._programs.vm)
+            raise WrongState(f"program {self.number} is not followed")
         if input is not None:
             if self.stdin is None:
                 raise InvalidRequest(f"program {self.number} takes no input", remedy="start it with stdin=True")
@@ -115,7 +120,7 @@ class Program:
                 await self.wait()
         except TimeoutError:
             text = f"program {self.number} did not end within {timeout_s} s"
-            raise DeadlineExceeded(text, vm=self._programs.vm) from None
+            raise DeadlineExceeded(text) from None
         out, err = (_whole(read) for read in reads)
         return out, err
 
@@ -233,10 +238,10 @@ class KeptPrograms:
         timeout_s: float,
     ) -> Program:
         """See `UtilityVM.start_program`."""
-        body = run_request(command, env=env, cwd=cwd, takes_input=stdin, user=user, limits=limits, vm=self.vm)
+        body = run_request(command, env=env, cwd=cwd, takes_input=stdin, user=user, limits=limits)
         if not messages.MIN_RING_BYTES <= ring_bytes <= messages.MAX_RING_BYTES:
             text = f"ring_bytes {ring_bytes} is not from {messages.MIN_RING_BYTES} to {messages.MAX_RING_BYTES}"
-            raise InvalidRequest(text, vm=self.vm)
+            raise InvalidRequest(text)
         body["Id"] = os.urandom(8).hex() if id is None else id
         body["RingBytes"] = ring_bytes
         if name is not None:
@@ -280,7 +285,7 @@ class KeptPrograms:
         for info in await self.list(timeout_s=timeout_s):
             if which in ((info.number,) if isinstance(which, int) else (info.name, info.id)):
                 return info
-        raise ProgramNotFound(f"the guest keeps no program {which!r}", vm=self.vm, remedy=list_them(self.vm))
+        raise ProgramNotFound(f"the guest keeps no program {which!r}", remedy=list_them(self.vm))
 
     async def list(self, *, timeout_s: float = ASK_S) -> list[ProgramInfo]:
         """See `UtilityVM.programs`."""
@@ -291,18 +296,18 @@ class KeptPrograms:
             after = found[-1].number if found else 0
             left = max(deadline - time.monotonic(), 0.0)
             answer = await self._guest._ask(messages.PROGRAMS, messages.request(After=after), left)
-            page = answers.read(answers.Programs, answer, what="list of programs", vm=self.vm)
+            page = answers.read(answers.Programs, answer, what="list of programs")
             if page.programs and page.programs[0].number <= after:
-                raise ProtocolError(f"the guest's list of programs does not go on after {after}", vm=self.vm)
+                raise ProtocolError(f"the guest's list of programs does not go on after {after}")
             found += [info_of(program) for program in page.programs]
             if not page.more or not page.programs:
                 return found
-        raise ProtocolError(f"the guest's list of programs has no end: {len(found)} so far", vm=self.vm)
+        raise ProtocolError(f"the guest's list of programs has no end: {len(found)} so far")
 
     async def send_signal(self, number: int, signal: int, *, id: str | None = None, timeout_s: float) -> None:
         """See `Program.send_signal`."""
         if isinstance(signal, bool) or not isinstance(signal, int) or not 0 < signal <= _MAX_SIGNAL:
-            raise InvalidRequest(f"{signal!r} is no signal: they are 1 to {_MAX_SIGNAL}", vm=self.vm)
+            raise InvalidRequest(f"{signal!r} is no signal: they are 1 to {_MAX_SIGNAL}")
         await self._ask(messages.SIGNAL, number, id, timeout_s, Signal=int(signal))
 
     async def kill(self, number: int, *, id: str | None = None, timeout_s: float) -> None:

@@ -46,11 +46,11 @@ class ProgramInfo:
 def typed(error: GuestRefused) -> UtilityVMError:
     match error.kind:
         case "no_program":
-            return ProgramNotFound(str(error), vm=error.vm, remedy=list_them(error.vm))
+            return ProgramNotFound(str(error), remedy=list_them(error.vm))
         case "ended":
-            return WrongState(str(error), vm=error.vm)
+            return WrongState(str(error))
         case "running":
-            return WrongState(str(error), vm=error.vm, remedy="kill it first")
+            return WrongState(str(error), remedy="kill it first")
     return error
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
-from utilityvm.errors import SetupError
+from utilityvm.errors import SetupError, UtilityVMError
 
 T = TypeVar("T")
 
@@ -58,6 +58,8 @@ def typed_errors(cls: type[T]) -> type[T]:
 
     Methods that call back into the caller's code (`run_streaming`, whose sinks may raise what they like) are marked
     with `raises_callers_errors` and left alone.
+
+    Errors of ours leave them filled in with what the object knows of where it is: its `_where`, if it has one.
     """
     for name, thing in list(vars(cls).items()):
         if name.startswith("_") and name not in ("__aenter__", "__aexit__"):
@@ -91,10 +93,13 @@ def typed(function: F) -> F:
         async def waits(*args: Any, **named: Any) -> Any:
             try:
                 return await coroutine(*args, **named)
+            except UtilityVMError as error:
+                error.fill(**_where(args))
+                raise
             except (OSError, RuntimeError) as error:
                 if (ours := _translated(error, doing)) is None:
                     raise
-                raise ours from error
+                raise ours.fill(**_where(args)) from error
 
         waits.__dict__["is_typed"] = True
         return cast(F, waits)
@@ -103,13 +108,22 @@ def typed(function: F) -> F:
     def calls(*args: Any, **named: Any) -> Any:
         try:
             return function(*args, **named)
+        except UtilityVMError as error:
+            error.fill(**_where(args))
+            raise
         except (OSError, RuntimeError) as error:
             if (ours := _translated(error, doing)) is None:
                 raise
-            raise ours from error
+            raise ours.fill(**_where(args)) from error
 
     calls.__dict__["is_typed"] = True
     return cast(F, calls)
+
+
+def _where(args: tuple[Any, ...]) -> dict[str, Any]:
+    """Where the object is whose method was called: of which VM, and of which disk of it."""
+    found = getattr(args[0], "_where", None) if args else None
+    return found if isinstance(found, dict) else {}
 
 
 def is_typed(function: object) -> bool:

@@ -50,7 +50,7 @@ class Book:
         self._checked_path = checked_path
         self._new_id = new_id
         self._clock = clock
-        self._vm = vm
+        self.vm = vm
         self.free = FreeSlots(controllers, reserved=self._reserved)
         self.disks: dict[str, Disk] = {}  # by identity
         self.paths: dict[PurePosixPath, Mount] = {}
@@ -75,7 +75,7 @@ class Book:
         for disk in self.disks.values():
             if disk.request.host_path == host_path:
                 return disk
-        raise NotAttached(f"{host_path} is not attached", vm=self._vm, host_path=host_path)
+        raise NotAttached(f"{host_path} is not attached", vm=self.vm, host_path=host_path)
 
     def claim(
         self,
@@ -94,7 +94,7 @@ class Book:
         """
         now, id = self._clock(), id or self._new_id()
         if id in self.claims:
-            raise AlreadyAttached(f"there is a reservation {id} already", vm=self._vm, host_path=request.host_path)
+            raise AlreadyAttached(f"there is a reservation {id} already", vm=self.vm, host_path=request.host_path)
         disk = self.disks.get(opened.identity)
         if disk is not None:
             disk.check_same(request, opened)
@@ -140,7 +140,7 @@ class Book:
         return NoFreeSlot(
             f"attach {request.host_path}: no free slot ({capacity} of {capacity} used)",
             holders=lines,
-            vm=self._vm,
+            vm=self.vm,
             host_path=request.host_path,
             remedy="release a disk that is not needed any more; the error's holders say who has what",
         )
@@ -159,7 +159,7 @@ class Book:
             )
             raise GuestPathInUse(
                 f"guest path {path} is in use by {taken.disk.request.host_path} at {taken.disk.slot}{differing}",
-                vm=self._vm,
+                vm=self.vm,
                 slot=taken.disk.slot,
                 remedy="choose another, or release that one first",
             )

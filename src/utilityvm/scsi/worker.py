@@ -132,6 +132,7 @@ class Workers:
     def _leave_nobody_waiting(self, disk: Disk, run: _Run) -> None:
         """Nobody may wait for a worker that has ended."""
         error = run.last or OutcomeUnknown(f"{disk.request.host_path} at {disk.slot} is left {disk.state}")
+        error.fill(vm=self._book.vm, slot=disk.slot, host_path=disk.request.host_path)
         for claim in (*disk.claims.values(), *disk.leaving.values()):
             if claim.is_awaited and not any(claim.waiter is waiter for waiter, _ in run.told):
                 if _is_whole(claim):
@@ -143,6 +144,7 @@ class Workers:
         """A step failed. Adds that need it fail, once they are undone; of releases, those that changed nothing are as
         if they had never been asked for, and the others stay to be retried."""
         mount, error = failure.mount, failure.error
+        error.fill(vm=self._book.vm, slot=disk.slot, host_path=disk.request.host_path)
         run.last = error
         self._events.emit(disk, mount, "failed", error=str(error))
         if failure.of_resize:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import Literal, Unpack, overload
 
-from utilityvm.errors import UtilityVMError
+from utilityvm.errors import UtilityVMError, bound
 from utilityvm.machine.hostpath import HostPath, identity_of, identity_within
 from utilityvm.machine.oserrors import typed_errors
 from utilityvm.scsi.events import ScsiEvents
@@ -151,9 +151,10 @@ class VMDisks(Face):
         """`add_scsi` and `add_scsi_physical_disk` in one, for a disk that is described by a value."""
         self._vm.check()
         item = disk.request()
-        reservation = await self._vm.scsi.add(
-            item.disk, mount=item.mount, guest_path=item.guest_path, holder=holder_of(holder), timeout_s=timeout_s
-        )
+        with bound(host_path=item.disk.host_path):
+            reservation = await self._vm.scsi.add(
+                item.disk, mount=item.mount, guest_path=item.guest_path, holder=holder_of(holder), timeout_s=timeout_s
+            )
         return mounted(self, reservation, on_busy=on_busy)
 
     @acquires
@@ -263,14 +264,15 @@ class VMDisks(Face):
         self._vm.check()
         disk, guest_path = self._named(host_path, await identity_within(host_path, timeout_s))
         try:
-            return await self._vm.scsi.remove(
-                disk.host_path,
-                identity=disk.identity,
-                guest_path=guest_path,
-                holder=holder,
-                force=force,
-                timeout_s=timeout_s,
-            )
+            with bound(slot=disk.slot, host_path=disk.host_path):
+                return await self._vm.scsi.remove(
+                    disk.host_path,
+                    identity=disk.identity,
+                    guest_path=guest_path,
+                    holder=holder,
+                    force=force,
+                    timeout_s=timeout_s,
+                )
         finally:
             await scratch.tidy(self._vm)
 
@@ -321,7 +323,8 @@ class VMDisks(Face):
         """
         self._vm.check()
         disk, _ = self._named(host_path, await identity_within(host_path, timeout_s))
-        await self._vm.scsi.resize(disk.host_path, size_bytes, identity=disk.identity, timeout_s=timeout_s)
+        with bound(slot=disk.slot, host_path=disk.host_path):
+            await self._vm.scsi.resize(disk.host_path, size_bytes, identity=disk.identity, timeout_s=timeout_s)
 
     @timed
     async def find_scsi(self, host_path: HostPath, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> SlotView:

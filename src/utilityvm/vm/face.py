@@ -19,6 +19,11 @@ class Face:
         return self._vm.name
 
     @property
+    def _where(self) -> dict[str, object]:
+        """For the errors of its calls."""
+        return {"vm": self._vm.name}
+
+    @property
     def _scsi(self) -> ScsiManager:
         """Its calls ask nothing of the VM's state."""
         return self._vm.scsi

@@ -77,6 +77,11 @@ class SCSIMount:
         return self._reservation.notes
 
     @property
+    def _where(self) -> dict[str, object]:
+        """For the errors of its calls."""
+        return {"slot": self.slot, "host_path": self.host_path}
+
+    @property
     def ref_count(self) -> int:
         """How many reservations there are on the disk now; 0 when this one was given back."""
         return self._vm._scsi.references(self._reservation)

@@ -19,10 +19,10 @@ from utilityvm.vm.state import Event
 async def open_running(name: str, *, wait_s: float, timeout_s: float, needs_guest: bool) -> OwnedVM:
     """See `UtilityVM.open`."""
     whole = Deadline(wait_s + timeout_s)
-    async with whole.limit(f"VM {name} was not taken over", vm=name), Undo(whole) as waiting:
+    async with whole.limit(f"VM {name} was not taken over"), Undo(whole) as waiting:
         claim = await Claim.existing(waiting, name, wait_s=wait_s, must_run=True)
         deadline = Deadline(min(timeout_s, whole.left()))  # the time in the queue is not its
-        async with deadline.limit(f"VM {name} was not taken over", vm=name), Undo(deadline) as undo:
+        async with deadline.limit(f"VM {name} was not taken over"), Undo(deadline) as undo:
             vm = await _take_over(undo, claim, deadline, needs_guest=needs_guest)
     for finding in vm.findings:
         vm.log.warning("%s", finding)

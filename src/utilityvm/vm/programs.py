@@ -100,7 +100,7 @@ class VMPrograms(Face):
                 timeout_s=timeout_s,
                 max_output_bytes=max_output_bytes,
             )
-        return finished(result, command, check=check, text=text, vm=self.name)
+        return finished(result, command, check=check, text=text)
 
     @timed
     @raises_callers_errors
@@ -258,7 +258,7 @@ class VMPrograms(Face):
 
 
 def finished(
-    result: CommandResult[bytes], command: Sequence[str], *, check: bool, text: bool, vm: str
+    result: CommandResult[bytes], command: Sequence[str], *, check: bool, text: bool
 ) -> CommandResult[bytes] | CommandResult[str]:
     """The result of a program, as text if that is wanted.
 
@@ -272,7 +272,6 @@ def finished(
             exit_code=result.exit_code,
             stdout=shown.stdout,
             stderr=shown.stderr,
-            vm=vm,
         )
     return shown
 

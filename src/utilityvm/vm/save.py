@@ -30,7 +30,7 @@ async def save(vm: OwnedVM, name: str, *, timeout_s: float) -> Template:
     await in_thread(catalog.refuse_taken, name)
     draft = Draft(name)
     failure: BaseException | None = None
-    limit = deadline.limit(f"VM {vm.name} was not saved as template {name}", vm=vm.name)
+    limit = deadline.limit(f"VM {vm.name} was not saved as template {name}")
     async with limit, vm.ending:
         await vm.ready(deadline)
         with vm.scsi.held_still(f"VM {vm.name} is being saved as template {name}"):

@@ -47,7 +47,7 @@ class Making:
         self._vm.has_scratch = True
         self._vm.making.add(str(self._path))
         try:
-            await in_thread(_make, self._path, self._size_bytes, self._vm.name, late=Path.unlink)
+            await in_thread(_make, self._path, self._size_bytes, late=Path.unlink)
         except BaseException:
             await self.__aexit__()
             raise
@@ -58,7 +58,7 @@ class Making:
         await tidy(self._vm)
 
 
-def _make(path: Path, size_bytes: int, vm: str) -> Path:
+def _make(path: Path, size_bytes: int) -> Path:
     try:
         paths.make_folder(path.parent)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -68,7 +68,7 @@ def _make(path: Path, size_bytes: int, vm: str) -> Path:
             os.close(fd)
     except OSError as error:
         path.unlink(missing_ok=True)
-        raise oserrors.as_ours(error, f"cannot make a scratch disk of {size_bytes} bytes", vm=vm) from error
+        raise oserrors.as_ours(error, f"cannot make a scratch disk of {size_bytes} bytes") from error
     return path
 
 

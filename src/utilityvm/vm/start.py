@@ -22,7 +22,7 @@ async def start(config: VMConfig, *, image: GuestImage | None, timeout_s: float)
     config.check()
     image = image or await in_thread(find_image)
     if image is None:
-        raise SetupError("there is no guest image", vm=config.name, remedy="build it: uvm image build")
+        raise SetupError("there is no guest image", remedy="build it: uvm image build")
     vm_uuid = str(uuid.uuid4())
     async with lifecycle.coming_up(config.name, deadline), Undo(deadline) as undo:
         document = {**config.to_json(), "root": str(image.root)}

@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Final, Self
 
-from utilityvm.errors import InvalidRequest, UtilityVMError
+from utilityvm.errors import InvalidRequest, UtilityVMError, bound
 from utilityvm.guestimage.build import GuestImage
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.hosts.qemu import QemuHost, QemuProcess
@@ -29,11 +29,10 @@ from utilityvm.vm import save as saving
 from utilityvm.vm import start as starting
 from utilityvm.vm.acquiring import acquires
 from utilityvm.vm.arguments import checked
-from utilityvm.vm.config import GENERATED, DiskSpec, VMConfig
+from utilityvm.vm.config import DiskSpec, VMConfig
 from utilityvm.vm.disks import VMDisks
 from utilityvm.vm.files import VMFiles
 from utilityvm.vm.lifecycle import BOOT_S, SHUTDOWN_S
-from utilityvm.vm.mount import MountedDisk, SCSIMount
 from utilityvm.vm.owned import OwnedVM
 from utilityvm.vm.programs import VMPrograms
 
@@ -71,7 +70,8 @@ class UtilityVM(VMDisks, VMPrograms, VMFiles):
             StartFailed: it did not come up within `timeout_s` seconds, or died; the message has its last words.
         """
         config = VMConfig(name=config) if isinstance(config, str) else config
-        return cls(await starting.start(config, image=image, timeout_s=timeout_s))
+        with bound(vm=config.name):
+            return cls(await starting.start(config, image=image, timeout_s=timeout_s))
 
     @classmethod
     @acquires
@@ -100,7 +100,8 @@ class UtilityVM(VMDisks, VMPrograms, VMFiles):
             TemplateDamaged: one of its files, or a disk under it, is not what was saved.
             others: as `start`.
         """
-        return cls(await cloning.clone(template, name, keep=keep, replace=replace, timeout_s=timeout_s))
+        with bound(vm=name):
+            return cls(await cloning.clone(template, name, keep=keep, replace=replace, timeout_s=timeout_s))
 
     @classmethod
     @acquires
@@ -122,7 +123,8 @@ class UtilityVM(VMDisks, VMPrograms, VMFiles):
             VMOwned: another process owns it, also after waiting in the queue for `wait_s` seconds.
             DeadlineExceeded: QEMU or the agent does not answer within `timeout_s` seconds.
         """
-        return cls(await opening.open_running(name, wait_s=wait_s, timeout_s=timeout_s, needs_guest=needs_guest))
+        with bound(vm=name):
+            return cls(await opening.open_running(name, wait_s=wait_s, timeout_s=timeout_s, needs_guest=needs_guest))
 
     @classmethod
     @checked
@@ -143,9 +145,10 @@ class UtilityVM(VMDisks, VMPrograms, VMFiles):
             VMOwned: another process owns it, also after waiting in the queue for `wait_s` seconds. Not with `force`.
             OutcomeUnknown: the kernel does not let QEMU go; call again.
         """
-        if not isinstance(force, bool):
-            raise InvalidRequest(f"force {force!r} is for disks", vm=name, remedy="give True to kill the VM")
-        return await end.remove(name, wait_s=wait_s, force=force, timeout_s=timeout_s)
+        with bound(vm=name):
+            if not isinstance(force, bool):
+                raise InvalidRequest(f"force {force!r} is for disks", remedy="give True to kill the VM")
+            return await end.remove(name, wait_s=wait_s, force=force, timeout_s=timeout_s)
 
     # What it is.
 
@@ -223,7 +226,7 @@ class UtilityVM(VMDisks, VMPrograms, VMFiles):
             DeadlineExceeded: it did not end within `timeout_s` seconds (None: wait for ever).
         """
         self._vm.check_here()
-        async with Deadline(timeout_s).limit(f"VM {self.name} did not end", vm=self.name):
+        async with Deadline(timeout_s).limit(f"VM {self.name} did not end"):
             reason = await asyncio.shield(self._host.gone)
         await self._host.logged()
         return reason
@@ -260,6 +263,3 @@ class UtilityVM(VMDisks, VMPrograms, VMFiles):
 
     def __repr__(self) -> str:
         return f"<UtilityVM {self.name}: {'running' if self.is_running else 'ended'}>"
-
-
-__all__ = ["GENERATED", "DiskSpec", "MountedDisk", "SCSIMount", "UtilityVM", "VMConfig"]
