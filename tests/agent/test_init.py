@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -142,3 +143,41 @@ def test_loopback_is_raised_by_two_calls(monkeypatch: pytest.MonkeyPatch) -> Non
     init._raise_loopback()
     name = b"lo".ljust(16, b"\0")
     assert asked == [(0x8913, name + bytes(16)), (0x8914, name + (0x49).to_bytes(2, "little") + bytes(14))]
+
+
+def test_what_the_kernel_says_of_a_mount_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    init._mount("none", str(tmp_path), "nosuchfs", 0, "")
+    told = capsys.readouterr().err
+    assert "No such device" in told or "Operation not permitted" in told
+
+
+def test_an_agent_that_ends_is_started_again_after_what_it_had_started_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And so often at the most that a guest in trouble can still be looked at."""
+    did: list[object] = []
+
+    class EndOfTest(Exception):
+        pass
+
+    def sleep(seconds: float) -> None:
+        did.append("sleep")
+        assert 0 < seconds <= init._RESTART_S
+        if did.count("sleep") == 2:
+            raise EndOfTest
+
+    def start() -> int:
+        did.append("start")
+        return 77
+
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    monkeypatch.setattr(init, "_prepare", lambda: did.append("prepare"))
+    monkeypatch.setattr("signal.signal", lambda number, _: did.append(signal.Signals(number).name))
+    monkeypatch.setattr(init, "_start_agent", start)
+    monkeypatch.setattr(init, "_reap_until_end_of", did.append)
+    monkeypatch.setattr(init.power, "end_programs", lambda: did.append("end programs"))  # type: ignore[attr-defined]
+    monkeypatch.setattr("time.sleep", sleep)
+    with pytest.raises(EndOfTest):
+        init.main()
+    once = ["start", 77, "end programs", "sleep"]
+    assert did == ["prepare", "SIGTERM", "SIGINT", "SIGPWR", *once, *once]

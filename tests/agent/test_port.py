@@ -142,3 +142,22 @@ def test_an_end_is_seen_once_and_not_again_and_again() -> None:
         assert len(ends) <= 1  # one more, for the edge that was there already
         ours.close()
         reading.join()
+
+
+def test_after_an_end_the_next_read_waits_for_a_change(
+    ends: tuple[socket.socket, Port], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A port without a host can be read at once, again and again, of nothing."""
+    peer, port = ends
+    waits: list[object] = []
+
+    class Edges:
+        def poll(self) -> None:
+            waits.append("a change")
+
+    peer.shutdown(socket.SHUT_WR)
+    monkeypatch.setattr(port, "_edges", Edges())
+    assert port.read() == b""
+    assert waits == []
+    assert port.read() == b""
+    assert waits == ["a change"]

@@ -124,3 +124,12 @@ def test_the_power_goes_off_whatever_happens(kernel: FakeMounts, monkeypatch: py
     with pytest.raises(OSError, match="no"):
         power.off()
     assert kernel.asked[-1] == "off"
+
+
+def test_a_device_that_is_let_go_lets_its_mount_go(kernel: FakeMounts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a loop device on a file of it."""
+    kernel.busy["/b"] = -1
+    monkeypatch.setattr(power, "_PASSING_S", 20)
+    monkeypatch.setattr(power, "_let_go_of_devices", lambda: kernel.busy.pop("/b", None))
+    assert power.prepare(soon()) == []
+    assert "/b" not in left(kernel)

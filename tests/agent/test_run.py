@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from descriptors import open_files
 from guest_end import AgentThread
 from raw_host import RawHost
 from utilityvm.agent import cgroups, launch, processes, run
+from utilityvm.agent.faults import Fault
 from utilityvm.bridge import messages
 
 WINDOW = messages.OUTPUT_WINDOW_BYTES
@@ -107,6 +109,24 @@ def test_a_program_that_closes_its_input_frees_what_was_sent(host: RawHost) -> N
     frame = host.notification()
     assert (frame.kind, frame.body()["Bytes"]) == (messages.RUN_CREDIT, messages.CHUNK_BYTES)
     host.send(messages.RUN_CANCEL, {"Process": 1}, id=0)
+
+
+def test_a_program_that_reads_no_input_is_heard_all_the_same(host: RawHost) -> None:
+    """Its pipe is full, and smaller than what a host may send."""
+    script = """
+import fcntl, signal, sys
+fcntl.fcntl(0, fcntl.F_SETPIPE_SZ, 4096)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+print("ready", flush=True)
+signal.sigwait([signal.SIGUSR1])
+print("heard", flush=True)
+"""
+    host.run(sys.executable, "-c", script, Stdin=True)
+    assert first_line(host) == "ready"
+    for _ in range(messages.INPUT_WINDOW_BYTES // messages.CHUNK_BYTES):
+        host.feed(bytes(messages.CHUNK_BYTES))
+    host.send(messages.RUN_SIGNAL, {"Process": 1, "Signal": signal.SIGUSR1}, id=0)
+    assert host.outcome() == (b"heard\n", b"", 0)
 
 
 def test_a_program_may_close_its_output_and_read_on(host: RawHost, tmp_path: Path) -> None:
@@ -380,3 +400,20 @@ def test_a_thread_that_fails_ends_its_program_and_says_so(host: RawHost, monkeyp
     for thread in threading.enumerate():  # it tells the outcome first, and raises then: the hook is ours until it has
         if thread.name.endswith("(_live)"):
             thread.join(20)
+
+
+@pytest.mark.parametrize(("name", "lowest", "highest"), [
+    ("MemoryBytes", 1 << 20, 1 << 50), ("Pids", 1, 1 << 22), ("MilliCpus", 10, 1 << 20),
+])  # fmt: skip
+def test_each_limit_has_its_bounds(name: str, lowest: int, highest: int) -> None:
+    for value in (lowest, highest):
+        assert value in vars_of(run._limits({name: value}))
+    wrong: list[object] = [lowest - 1, highest + 1, True, "1"]
+    for one in wrong:
+        with pytest.raises(Fault, match=name):
+            run._limits({name: one})
+    assert run._limits({name: None}) == run._limits(None) == cgroups.Limits()
+
+
+def vars_of(limits: cgroups.Limits) -> list[int | None]:
+    return [limits.memory_bytes, limits.pids, limits.milli_cpus]

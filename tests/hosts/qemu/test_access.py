@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from utilityvm.errors import DiskInUse
-from utilityvm.hosts.qemu.access import Access, Taken
+from utilityvm.errors import AccessDenied, DiskInUse
+from utilityvm.hosts.qemu.access import Access, Taken, _check_own_right
 from utilityvm.hosts.qemu.disk import QemuDisk
 from utilityvm.machine.threads import in_thread, lent
 from utilityvm.scsi.ports import DiskFormat, DiskRequest
@@ -78,3 +79,21 @@ async def test_a_disk_that_was_taken_for_a_caller_who_has_gone_is_free(tmp_path:
                 await asyncio.sleep(0.01)
     taken.give_back()
     disk.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+@pytest.mark.parametrize(
+    ("mode", "read_only", "is_allowed"),
+    [(0o600, True, False), (0o644, True, True), (0o644, False, False), (0o646, False, True), (0o602, False, False)],
+)
+def test_a_vm_that_is_to_open_a_disk_by_its_own_right_must_have_it(
+    tmp_path: Path, mode: int, read_only: bool, is_allowed: bool
+) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(folder.stat().st_mode | 0o011)
+    disk = tmp_path / "disk"
+    disk.touch()
+    disk.chmod(mode)
+    request = DiskRequest(host_path=str(disk), read_only=read_only, format=DiskFormat.RAW)
+    with nullcontext() if is_allowed else pytest.raises(AccessDenied, match="user 65432"):
+        _check_own_right(request, 65432)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from utilityvm.errors import (
 from utilityvm.hosts.qemu import host as hosts
 from utilityvm.hosts.qemu.host import QemuHost
 from utilityvm.hosts.qemu.lifetime import Watch
-from utilityvm.hosts.qemu.qmp import QmpRefused
+from utilityvm.hosts.qemu.qmp import Event, QmpRefused
 from utilityvm.scsi.ports import DiskFormat, DiskRequest, OpenDisk
 from utilityvm.scsi.slot import Slot
 
@@ -82,6 +83,8 @@ class Monitor:
         self.on_event: Any = None
         self.asked: list[str] = []
         self.refuses: set[str] = set()
+        self.kind = "GenericError"  # of what it refuses
+        self.event = "DEVICE_DELETED"  # what it says when it has taken a command to remove a device
         self.dies_at: str | None = None
         self.answers: dict[str, Any] = {"query-fdsets": [], "qom-list": [], "query-status": {"status": "running"}}
 
@@ -98,8 +101,16 @@ class Monitor:
         if command == self.dies_at:
             raise VMGone("the test ended it")
         if command in self.refuses:
-            return QmpRefused(command, "GenericError", "the test says no")
+            return QmpRefused(command, self.kind, "the test says no")
         return self.answers.get(command, {})
+
+    @contextmanager
+    def expecting(self, *names: str, **data: object) -> Iterator[asyncio.Future[Event]]:
+        event: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
+        assert self.event in names
+        if "device_del" not in self.refuses:
+            event.set_result(Event(self.event, dict(data)))
+        yield event
 
     def close(self) -> None:
         if not self.gone.done():
@@ -231,3 +242,71 @@ async def test_a_paused_vm_keeps_its_disks(host: QemuHost, image: Path) -> None:
         await host.detach(SLOT, attachment="a", timeout_s=T)
     assert caught.value.remedy == "resume the VM first"
     disk.close()
+
+
+async def attached(host: QemuHost, image: Path) -> Monitor:
+    disk = await opened(host, image)
+    await host.attach(SLOT, disk, attachment="a", timeout_s=T)
+    disk.close()
+    monitor = monitor_of(host)
+    monitor.asked.clear()
+    return monitor
+
+
+async def test_a_detach_takes_apart_what_an_attach_has_made(host: QemuHost, image: Path) -> None:
+    monitor = await attached(host, image)
+    await host.detach(SLOT, attachment="a", timeout_s=T)
+    assert monitor.asked == ["device_del", "blockdev-del", "remove-fd"]
+    await host.detach(SLOT, attachment="a", timeout_s=T)
+    assert monitor.asked == ["device_del", "blockdev-del", "remove-fd"], "twice is once"
+
+
+async def test_a_device_that_is_gone_already_is_no_error(host: QemuHost, image: Path) -> None:
+    monitor = await attached(host, image)
+    monitor.refuses, monitor.kind = {"device_del"}, "DeviceNotFound"
+    await host.detach(SLOT, attachment="a", timeout_s=T)
+    assert monitor.asked == ["device_del", "blockdev-del", "remove-fd"]
+    assert not await host.probe(SLOT, attachment="a", timeout_s=T)
+
+
+async def test_a_device_that_qemu_does_not_let_go_of_stays_known(host: QemuHost, image: Path) -> None:
+    monitor = await attached(host, image)
+    monitor.refuses = {"device_del"}
+    with pytest.raises(HostRefused, match="the test says no"):
+        await host.detach(SLOT, attachment="a", timeout_s=T)
+    monitor.refuses, monitor.event = set(), "DEVICE_UNPLUG_GUEST_ERROR"
+    with pytest.raises(HostRefused):
+        await host.detach(SLOT, attachment="a", timeout_s=T)
+    assert monitor.asked == ["device_del", "device_del"]
+    monitor.event = "DEVICE_DELETED"
+    await host.detach(SLOT, attachment="a", timeout_s=T)
+    assert monitor.asked[2:] == ["device_del", "blockdev-del", "remove-fd"]
+
+
+async def test_a_file_that_qemu_keeps_is_unknown_until_it_lets_go(host: QemuHost, image: Path) -> None:
+    """As while the VM is paused."""
+    monitor = await attached(host, image)
+    (number,) = host._numbers.values()
+    monitor.refuses = {"remove-fd"}
+    monitor.answers["query-fdsets"] = [{"fdset-id": number, "fds": []}]
+    with pytest.raises(OutcomeUnknown, match="keeps its file open"):
+        await host.detach(SLOT, attachment="a", timeout_s=T)
+    assert host._lingering == {number}
+    monitor.refuses = set()
+    await host.detach(SLOT, attachment="a", timeout_s=T)
+    assert host._lingering == set()
+    assert not await host.probe(SLOT, attachment="a", timeout_s=T)
+
+
+async def test_a_node_that_is_still_freed_is_asked_for_again(host: QemuHost, image: Path) -> None:
+    monitor = await attached(host, image)
+    (number,) = host._numbers.values()
+    monitor.refuses = {"blockdev-del"}
+    monitor.answers["query-named-block-nodes"] = [{"node-name": f"n{number}"}]
+    detaching = asyncio.create_task(host.detach(SLOT, attachment="a", timeout_s=T))
+    while monitor.asked.count("blockdev-del") < 3:
+        await asyncio.sleep(0)
+    assert not detaching.done()
+    monitor.refuses = set()
+    await detaching
+    assert not await host.probe(SLOT, attachment="a", timeout_s=T)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack, chdir
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from utilityvm.hosts.qemu.accelerator import Accelerator
 from utilityvm.hosts.qemu.confinement import Inside
 from utilityvm.hosts.qemu.emulator import Emulator
 from utilityvm.hosts.qemu.launch import Descriptors, QemuConfig, QemuProcess
+from utilityvm.hosts.qemu.lifetime import Watch
 from utilityvm.machine.processes import started_at
 
 EMULATOR = Emulator(Path("/usr/bin/qemu-system-x86_64"), "7.2.22", "pc-q35-7.2")
@@ -173,3 +176,29 @@ def test_ports_that_nobody_came_for_leave_no_writer_that_makes_a_file_later(
         os.kill(ports.log_pid, 0)
     launch.clean(folder)
     assert not folder.exists()
+
+
+def test_a_port_listens_in_place_of_an_older_one(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 40)  # longer than the path of a socket may be
+    folder.mkdir(mode=0o700)
+    (folder / "qmp0.sock").write_text("of a VM before")
+    with ExitStack() as opened:
+        listening = launch._listen(folder / "qmp0.sock", opened)
+        assert (folder / "qmp0.sock").stat().st_mode & 0o777 == 0o600
+        with chdir(folder), socket.socket(socket.AF_UNIX) as peer:
+            peer.settimeout(20)
+            peer.connect("qmp0.sock")  # before QEMU takes connections
+            with socket.socket(fileno=os.dup(listening)) as server:
+                server.settimeout(20)
+                server.accept()[0].close()
+    with chdir(folder), socket.socket(socket.AF_UNIX) as peer, pytest.raises(ConnectionRefusedError):
+        peer.connect("qmp0.sock")
+
+
+async def test_the_children_of_a_start_that_failed_are_ended() -> None:
+    children = launch._Children()
+    await children.end()
+    with subprocess.Popen(["sleep", "1000"]) as qemu:
+        children.qemu = Watch.child(qemu.pid)
+        await children.end()
+        assert qemu.wait(20) == -signal.SIGKILL
