@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from utilityvm import errors as errors
-    from utilityvm.client.remote import Adding, Client, RemoteMount, RemoteVM, connect
+    from utilityvm.client.remote import Adding, Client, RemoteMount, RemotePieces, RemoteProgram, RemoteVM, connect
     from utilityvm.errors import (
         AccessDenied,
         AlreadyAttached,
@@ -173,6 +173,8 @@ __all__ = [
     "ProtocolError",
     "QemuProcess",
     "RemoteMount",
+    "RemotePieces",
+    "RemoteProgram",
     "RemoteVM",
     "RequestError",
     "Reservation",
@@ -256,7 +258,15 @@ _MODULES = {
     "utilityvm.guests.copying": ("CopyResult", "EscapingLinks"),
     "utilityvm.guests.program": ("CommandResult", "Limits", "OutputSink"),
     "utilityvm.guests.streams": ("ProgramInput", "ProgramOutput"),
-    "utilityvm.client.remote": ("Adding", "Client", "RemoteMount", "RemoteVM", "connect"),
+    "utilityvm.client.remote": (
+        "Adding",
+        "Client",
+        "RemoteMount",
+        "RemotePieces",
+        "RemoteProgram",
+        "RemoteVM",
+        "connect",
+    ),
     "utilityvm.hosts.qemu": ("QemuProcess",),
     "utilityvm.machine.hostpath": ("HostPath",),
     "utilityvm.scsi.reservation": ("ForceArgument", "Reservation"),

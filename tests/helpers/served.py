@@ -12,7 +12,8 @@ from typing import Any
 
 from utilityvm import UtilityVM, VMConfig
 from utilityvm.client.api import Api
-from utilityvm.client.wire import Transport, Waiting, Wire
+from utilityvm.client.waiting import Waiting
+from utilityvm.client.wire import Transport, Wire
 from utilityvm.errors import GuestRefused, UtilityVMError, VMGone, VMNotFound
 from utilityvm.scsi.manager import ScsiManager
 from utilityvm.server import listening
@@ -107,7 +108,7 @@ class World:
         )
         self.vm: VM | None = None
 
-    async def open(self, name: str, *, wait_s: float = 0.0) -> VM:
+    async def open(self, name: str, *, wait_s: float = 0.0, needs_guest: bool = True) -> VM:
         if name != "worker" or not self.is_there:
             raise VMNotFound(f"no VM named {name!r}", vm=name, remedy="`uvm ps` lists them")
         self.opened += 1

@@ -147,7 +147,24 @@ def test_ctrl_c_ends_the_program_and_frees_the_vm(uvm: Uvm, worker: str) -> None
     assert uvm("exec", worker, "--wait", "0", "--", "sh", "-c", "ps -e -o args= | grep [s]leep").returncode == 1
 
 
-def test_a_command_that_is_killed_gives_the_vm_free(uvm: Uvm, worker: str) -> None:
+def test_while_one_runs_others_do_too_and_one_that_is_killed_takes_its_program_along(uvm: Uvm, worker: str) -> None:
+    command = [*COMMAND, "exec", worker, "--", "sh", "-c", "echo begun; exec sleep 1000"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        assert uvm("exec", worker, "--wait", "0", "--", "sh", "-c", "ps -e -o args= | grep [s]leep").returncode == 0
+    finally:
+        process.kill()
+        process.communicate()
+    gone = "while ps -e -o args= | grep '^[s]leep 1000'; do sleep 0.1; done"
+    assert uvm("exec", worker, "--timeout", "60", "--", "sh", "-c", gone).returncode == 0
+
+
+def test_without_the_server_a_command_that_is_killed_gives_the_vm_free(
+    uvm: Uvm, worker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UTILITYVM_SERVER", "off")
     command = [*COMMAND, "exec", worker, "--", "sh", "-c", "echo begun; exec sleep 1000"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

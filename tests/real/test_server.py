@@ -131,6 +131,43 @@ async def test_a_server_that_is_killed_is_replaced_and_nothing_is_lost(served: s
         assert await vm.scsi_slots() == []
 
 
+async def test_commands_use_a_vm_at_the_same_time(served: str, disk: Path, uvm: Uvm) -> None:
+    words = [sys.executable, "-c", "from utilityvm.cli import main; main()", "exec", served, "--", "cat"]
+    processes = [Popen(words, stdin=PIPE, stdout=PIPE) for _ in range(PROCESSES)]
+    try:
+        for process in processes:  # each has begun, and waits for input
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(b"asked\n")
+            process.stdin.flush()
+            assert await asyncio.to_thread(process.stdout.readline) == b"asked\n"
+
+        async def ok(*words: str | Path) -> str:
+            done = await asyncio.to_thread(uvm, *words)
+            assert (done.returncode, done.stderr) == (0, ""), words
+            return done.stdout
+
+        os.chdir(disk.parent)
+        await ok("attach", served, f"{disk.name}:/data")
+        assert await ok("exec", served, "-n", "cat", "/data/greeting") == "hello\n"
+        number = (await ok("exec", served, "--detach", "sh", "-c", "echo kept; exec sleep 1000")).strip()
+        assert (await ok("programs", served)).split("\t")[0] == number
+        await ok("kill", served, number)
+        assert await ok("logs", served, number) == "kept\n"
+        await ok("detach", served, disk)
+        for process in processes:
+            assert (await asyncio.to_thread(process.communicate, b"more\n"))[0] == b"more\n"
+            assert process.returncode == 0
+        server = server_pid()
+        assert server is not None
+        await ok("stop", served)
+        await ended(server)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
 async def test_a_process_with_the_library_gets_the_vm_from_an_idle_server(served: str) -> None:
     async with connect() as client:
         vm = await client.vm(served)

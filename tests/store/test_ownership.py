@@ -250,3 +250,15 @@ async def test_what_the_system_refuses_is_told_with_its_remedy(
             await Ownership.acquire(folder, vm="one")
     assert remedy in (caught.value.remedy or "")
     (await Ownership.acquire(folder, vm="one")).release()
+
+
+async def test_an_owner_that_shares_is_told_as_such_whatever_the_store_recorded_before(folder: Path) -> None:
+    ownership = await Ownership.acquire(folder, vm="one")
+    try:
+        recorded = ownership.owner.to_json()
+        ownership.share()
+        for told in (owner_of(folder), owner_of(folder, recorded)):
+            assert told is not None
+            assert told.shares
+    finally:
+        ownership.release()

@@ -25,7 +25,7 @@ from utilityvm.cli.options import (
     wait_option,
 )
 from utilityvm.cli.output import OutputFailed, age, print_fields, print_json, print_table, say
-from utilityvm.cli.owners import opened
+from utilityvm.cli.owners import opened, run_with, served, told
 from utilityvm.cli.values import SIZE, Place, place, scratch_size, without_mode
 from utilityvm.errors import UtilityVMError
 from utilityvm.text import count, size
@@ -33,7 +33,7 @@ from utilityvm.text import count, size
 if TYPE_CHECKING:
     from typing import Never
 
-    from utilityvm import CallerKey, DiskInfo, DiskSpec, ForceArgument, SCSIMount, UtilityVM, Verity
+    from utilityvm import CallerKey, DiskInfo, ForceArgument, SCSIMount, UtilityVM, Verity
 
 HOLDER = "cli"
 _KEY_BYTES = (32, 64)
@@ -114,7 +114,7 @@ def attach_command(
     A disk that is attached already is shared: each `uvm attach` takes one more reservation, and each `uvm detach` gives
     one back.
     """
-    from utilityvm import GENERATED, DiskSpec, ScratchKey, VMAccess
+    from utilityvm import ScratchKey
 
     where = place(disk) if guest_path is None else _placed_at(disk, guest_path)
     if where.mode == "rw" and read_only:
@@ -141,26 +141,55 @@ def attach_command(
         settings.pop("ensure_filesystem")
 
         def add(vm: UtilityVM) -> Awaitable[SCSIMount]:
-            at = where.guest_path or GENERATED
+            at = where.guest_path or _generated()
             return vm.add_scratch(size_bytes, at, encryption=encryption, holder=holder, timeout_s=timeout_s, **settings)
 
         run(_attach(name, add, holder=holder, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
         return
-    spec = DiskSpec(
-        host_path=where.disk,
-        guest_path=GENERATED if generated else where.guest_path,
-        read_only=read_only or where.mode == "ro",
-        access=VMAccess(access),
-        format=image_format,
-        sector_size_bytes=int(sector_size) if sector_size else None,
-        encryption=encryption or (_key_of(key_file) if key_file is not None else None),
-        verity=_verity(root_hash, verity_offset),
-        physical=physical,
+    disk_settings: dict[str, Any] = {
+        "host_path": where.disk,
+        "guest_path": where.guest_path,
+        "read_only": read_only or where.mode == "ro",
+        "access": access,
+        "format": image_format,
+        "sector_size_bytes": int(sector_size) if sector_size else None,
+        "encryption": encryption or (_key_of(key_file) if key_file is not None else None),
+        "verity": _verity(root_hash, verity_offset),
+        "physical": physical,
         **settings,
-    )
-    spec.check()  # what is wrong by itself is told before the VM is waited for
-    adding = partial(_add, spec=spec, holder=holder, timeout_s=timeout_s)
-    run(_attach(name, adding, holder=holder, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
+    }
+    how: dict[str, Any] = {"holder": holder, "timeout_s": timeout_s}
+    way = served(name, wait_s=wait_s)
+    adding: Callable[[UtilityVM], Awaitable[SCSIMount]]
+    if way is not None:
+        how["generated"] = generated
+        adding = partial(_add_there, settings={**disk_settings, **how})
+    else:
+        if generated:
+            disk_settings["guest_path"] = _generated()
+        adding = _adding(disk_settings, how)
+    run_with(way, _attach(name, adding, holder=holder, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
+
+
+def _generated() -> Any:
+    from utilityvm import GENERATED
+
+    return GENERATED
+
+
+def _add_there(vm: Any, settings: dict[str, Any]) -> Awaitable[SCSIMount]:
+    """For a VM that the server owns, which checks what is wrong by itself first."""
+    adding: Awaitable[SCSIMount] = vm.add_scsi(**settings)
+    return adding
+
+
+def _adding(settings: dict[str, Any], how: dict[str, Any]) -> Callable[[UtilityVM], Awaitable[SCSIMount]]:
+    """For a VM that this command owns. What is wrong by itself is told before the VM is waited for."""
+    from utilityvm import DiskSpec
+
+    spec = DiskSpec(**settings)
+    spec.check()
+    return lambda vm: vm.add(spec, **how)
 
 
 def _placed_at(disk: str, guest_path: str) -> Place:
@@ -205,10 +234,6 @@ def _verity(root_hash: str | None, offset: int | None) -> Verity | None:
         return Verity(root_hash=bytes.fromhex(root_hash), hash_offset_bytes=offset)
     except ValueError as error:
         raise click.UsageError(f"--verity {root_hash}: it is not written in hexadecimal digits") from error
-
-
-def _add(vm: UtilityVM, *, spec: DiskSpec, holder: str, timeout_s: float) -> Awaitable[SCSIMount]:
-    return vm.add(spec, holder=holder, timeout_s=timeout_s)
 
 
 async def _attach(
@@ -370,7 +395,8 @@ def resize_command(name: str, disk: str, size_bytes: int, timeout_s: float, wait
 
     SIZE is a number of bytes, or is written as 512M, 64MiB or 1.5G. A disk cannot shrink.
     """
-    run(_resize(name, disk, size_bytes, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
+    work = _resize(name, disk, size_bytes, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json)
+    run_with(served(name, wait_s=wait_s), work)
 
 
 async def _resize(name: str, disk: str, to_bytes: int, *, timeout_s: float, wait_s: float, as_json: bool) -> None:
@@ -402,7 +428,8 @@ def detach_command(
     DISK is any path of the image, its guest path, or in a clone the path that it has in the template. The last
     reservation of a disk unmounts it, removes it from the guest, and returns once QEMU has closed the file.
     """
-    run(_detach(name, disk, holder=holder, force=force, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json))
+    work = _detach(name, disk, holder=holder, force=force, timeout_s=timeout_s, wait_s=wait_s, as_json=as_json)
+    run_with(served(name, wait_s=wait_s), work)
 
 
 async def _detach(
@@ -411,15 +438,16 @@ async def _detach(
     how: ForceArgument = "host" if force else False  # asks the guest first, and says so if the host had to act
     async with opened(name, wait_s=wait_s, needs_guest=not force) as vm:
         begun = time.monotonic()
-        reservation = next((one for one in vm.scsi_reservations() if one.id == disk), None)
+        reservation = next((one for one in await told(vm.scsi_reservations()) if one.id == disk), None)
         if reservation is not None:
-            row = next(view for view in vm.scsi_slots() if view.slot == reservation.slot)
+            row = next(view for view in await told(vm.scsi_slots()) if view.slot == reservation.slot)
             overruled = await reservation.release(force=how, timeout_s=timeout_s)
         else:
             row = await vm.find_scsi(disk, timeout_s=timeout_s)
             overruled = await vm.remove_scsi(disk, holder=holder, force=how, timeout_s=timeout_s)
         seconds, path = time.monotonic() - begun, row.host_path
-        left = next((view.references for view in vm.scsi_slots() if view.attachment == row.attachment), 0)
+        now = await told(vm.scsi_slots())
+        left = next((view.references for view in now if view.attachment == row.attachment), 0)
         became = f"{count(left, 'reference')} left" if left else "detached"
         if overruled is not None:
             became = (
@@ -427,8 +455,8 @@ async def _detach(
             )
         output.done(f"{path}: {became} ({seconds * 1000:.0f} ms)")
         if as_json:
-            told = {"vm": name, "host_path": path, "references": left, "seconds": round(seconds, 4)}
-            print_json(told if overruled is None else {**told, "overruled": overruled})
+            document = {"vm": name, "host_path": path, "references": left, "seconds": round(seconds, 4)}
+            print_json(document if overruled is None else {**document, "overruled": overruled})
 
 
 def _file_completion() -> object:

@@ -9,9 +9,9 @@ import click
 
 from utilityvm.cli import output
 from utilityvm.cli.group import Command
-from utilityvm.cli.options import json_option, run, vm_argument, wait_option
+from utilityvm.cli.options import json_option, vm_argument, wait_option
 from utilityvm.cli.output import age, print_json, print_table
-from utilityvm.cli.owners import opened
+from utilityvm.cli.owners import opened, run_with, served
 from utilityvm.cli.values import signal_number
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def which(text: str) -> int | str:
 @json_option
 def programs_command(name: str, wait_s: float, as_json: bool) -> None:
     """List the programs that `uvm exec --detach` started in the VM, those that have ended among them."""
-    found = run(_programs(name, wait_s))
+    found = run_with(served(name, wait_s=wait_s), _programs(name, wait_s))
     if as_json:
         print_json([_document(info) for info in found])
         return
@@ -80,9 +80,10 @@ def logs_command(name: str, program: str, follow: bool, wait_s: float, as_json: 
     """Print the output of PROGRAM, a number or name of `uvm programs`: the last of it, which the guest has kept.
 
     Its error output goes to the standard error. A warning says how much the guest has dropped. The program is not held
-    back. While --follow waits for it, other commands that need the VM wait.
+    back.
     """
-    document = run(_logs(name, which(program), follow=follow, wait_s=wait_s, as_json=as_json))
+    work = _logs(name, which(program), follow=follow, wait_s=wait_s, as_json=as_json)
+    document = run_with(served(name, wait_s=wait_s), work)
     if as_json:
         print_json(document)
 
@@ -121,7 +122,7 @@ def kill_command(name: str, program: str, signal_name: str | None, wait_s: float
     With --signal send that signal to the program and its process group, and do not wait.
     """
     number = None if signal_name is None else signal_number(signal_name)
-    killed = run(_kill(name, which(program), number, wait_s))
+    killed = run_with(served(name, wait_s=wait_s), _kill(name, which(program), number, wait_s))
     output.done(f"program {killed} of {name} {'got the signal' if number else 'has ended'}")
     if as_json:
         print_json({"name": name, "number": killed, "signal": number or 9})

@@ -16,8 +16,8 @@ from utilityvm.cli.options import json_option
 def serve_command(as_json: bool) -> None:
     """Run the server in the foreground until Ctrl-C. The VMs run on then.
 
-    Its clients, as `utilityvm.connect` makes them, use a VM at the same time. A VM that is not in use is let go of as
-    soon as a process needs to own it.
+    Commands and other clients use a VM through it at the same time. The first command that needs a server starts one;
+    this one stays when no VM is left. A VM that is not in use is let go of as soon as a process needs to own it.
     """
     from utilityvm import VMOwned, serve
 

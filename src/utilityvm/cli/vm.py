@@ -19,7 +19,7 @@ from utilityvm.cli.options import (
     wait_option,
 )
 from utilityvm.cli.output import age, print_fields, print_json, print_table, say
-from utilityvm.cli.owners import opened, waiting_for
+from utilityvm.cli.owners import opened, run_with, served, stopped
 from utilityvm.cli.values import MEMORY, SECONDS, Count, limit
 from utilityvm.text import clean
 
@@ -187,7 +187,6 @@ async def _stop(names: tuple[str, ...], *, force: bool, wait_s: float) -> dict[s
     """What went wrong with each."""
     import asyncio
 
-    from utilityvm import UtilityVM
     from utilityvm.errors import UtilityVMError
 
     failed: dict[str, UtilityVMError] = {}
@@ -195,8 +194,7 @@ async def _stop(names: tuple[str, ...], *, force: bool, wait_s: float) -> dict[s
     async def stop(name: str) -> None:
         begun = time.monotonic()
         try:
-            async with waiting_for(name, wait_s=0 if force else wait_s):
-                lost = await UtilityVM.remove(name, wait_s=wait_s, force=force)
+            lost = await stopped(name, wait_s=wait_s, force=force)
         except UtilityVMError as error:
             failed[name] = error
             return
@@ -299,8 +297,9 @@ def exec_command(
 
     Options of uvm stand before PROGRAM. All that follows belongs to the program; a `--` before it is allowed.
 
-    uvm passes its standard input to the program, prints its output and errors, and ends with its exit code. While it
-    runs, other commands that need the VM wait. With --detach it goes on after uvm: see `uvm programs`.
+    uvm passes its standard input to the program, prints its output and errors, and ends with its exit code. Other
+    commands can use the VM meanwhile, if utilityvm[server] is installed; otherwise they wait. With --detach it goes on
+    after uvm: see `uvm programs`.
     """
     from utilityvm.errors import DeadlineExceeded, GuestRefused, UtilityVMError
 
@@ -316,7 +315,7 @@ def exec_command(
         else:
             times = timeout_s, wait_s
             work = _exec(name, list(program), begun, how, stdin=not no_stdin, times=times, as_json=as_json)
-        code = run(work)
+        code = run_with(served(name, wait_s=wait_s), work, loop=not detach)
     except UtilityVMError as error:
         code = exitcodes.EXEC_FAILED
         if isinstance(error, GuestRefused) and error.kind in _NOT_STARTED:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -29,7 +30,11 @@ T = TypeVar("T")
 _OCTETS: Final = "application/octet-stream"
 _FAILURE: Final = 400
 _HEADER: Final = 8  # bytes of a frame of output; see server/programs.py
-ENDED, FAILED = 3, 4
+_LOG_HEADER: Final = 16  # and of one of a log; see server/logs.py
+STDOUT, STDERR, ENDED, FAILED = 1, 2, 3, 4
+_FINDINGS: Final = b"utilityvm-findings"
+_UNDO_S: Final = 10.0
+_KEPT_S: Final = 60.0  # as `UtilityVM.start_program`
 DETACHED_S: Final = 15.0  # an end of a VM: the time that its guest has
 TRIES_OF_OUTPUT: Final = 3
 
@@ -37,8 +42,10 @@ TRIES_OF_OUTPUT: Final = 3
 class Api:
     """The server's calls. Each raises the error that the server has, and what `Wire.ask` raises."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: Wire, *, on_finding: Callable[[str], object] = lambda line: None) -> None:
+        """`on_finding` gets what the server found half done when it took a VM over for us, a line each."""
         self._wire = wire
+        self._on_finding = on_finding
 
     async def info(self) -> types.ServerInfo:
         return await self._get("/v1", types.ServerInfo)
@@ -46,18 +53,25 @@ class Api:
     async def vms(self) -> list[types.VM]:
         return await self._get("/v1/vms", list[types.VM])
 
-    async def vm(self, name: str, *, wait_s: float) -> types.VM:
+    async def vm(self, name: str, *, wait_s: float, needs_guest: bool = True) -> types.VM:
         """Have the server own the VM. See `UtilityVM.open` for the errors."""
-        return await self._get(_of(name), types.VM, wait_s=wait_s)
+        return await self._get(_of(name), types.VM, wait_s=wait_s, needs_guest=_flag(needs_guest))
 
-    async def disks(self, name: str, *, wait_s: float = 0.0) -> list[types.Disk]:
-        return await self._get(f"{_of(name)}/disks", list[types.Disk], wait_s=wait_s)
+    async def disks(self, name: str, *, wait_s: float = 0.0, needs_guest: bool = True) -> list[types.Disk]:
+        return await self._get(f"{_of(name)}/disks", list[types.Disk], wait_s=wait_s, needs_guest=_flag(needs_guest))
+
+    async def find(self, name: str, disk: str, *, wait_s: float = 0.0, needs_guest: bool = True) -> types.Found:
+        flag = _flag(needs_guest)
+        return await self._get(f"{_of(name)}/disk", types.Found, wait_s=wait_s, needs_guest=flag, name=disk)
 
     async def mounts(self, name: str, *, wait_s: float = 0.0) -> list[types.Mount]:
         return await self._get(f"{_of(name)}/mounts", list[types.Mount], wait_s=wait_s)
 
-    async def reservations(self, name: str, *, wait_s: float = 0.0) -> list[types.Reservation]:
-        return await self._get(f"{_of(name)}/reservations", list[types.Reservation], wait_s=wait_s)
+    async def reservations(
+        self, name: str, *, wait_s: float = 0.0, needs_guest: bool = True
+    ) -> list[types.Reservation]:
+        target = f"{_of(name)}/reservations"
+        return await self._get(target, list[types.Reservation], wait_s=wait_s, needs_guest=_flag(needs_guest))
 
     async def stop(
         self, name: str, *, wait_s: float = 0.0, force: bool = False, timeout_s: float = DETACHED_S
@@ -76,15 +90,25 @@ class Api:
     async def add(
         self, name: str, disk: types.AddDisk, *, id: str | None = None, wait_s: float = 0.0
     ) -> types.Reservation:
-        """Reserve a disk under an id; None: a new one."""
+        """Reserve a disk under an id; None: a new one. Interrupted or cancelled, it is undone before this returns."""
+        id = id or own_id()
         call = _call(
             "PUT",
-            f"{_of(name)}/reservations/{id or own_id()}",
+            f"{_of(name)}/reservations/{id}",
             body=msgspec.json.encode(disk),
             within_s=wait_s + disk.timeout_s,
             wait_s=wait_s,
         )
-        return await self._decoded(call, types.Reservation)
+        try:
+            return await self._decoded(call, types.Reservation)
+        except Exception:
+            raise
+        except BaseException:  # the server undoes it because we hang up
+            taking_back = _call("DELETE", f"{_of(name)}/reservations/{id}", timeout_s=_UNDO_S)
+            taking_back.timeout_s = _UNDO_S
+            with suppress(UtilityVMError, OSError, EOFError):
+                await self._done(taking_back)
+            raise
 
     async def release(
         self, name: str, reservation: str, *, force: ForceArgument = False, timeout_s: float = 60.0, wait_s: float = 0.0
@@ -94,6 +118,7 @@ class Api:
             f"{_of(name)}/reservations/{quote(reservation, safe='')}",
             within_s=wait_s + timeout_s,
             wait_s=wait_s,
+            needs_guest=_flag(not force),
             force=_force(force),
             timeout_s=timeout_s,
         )
@@ -123,12 +148,14 @@ class Api:
             NotAttached: the disk is not attached, or `holder` has no reservation on it.
             others: as `UtilityVM.remove_scsi`.
         """
+        found = await self.find(name, host_path, wait_s=wait_s, needs_guest=not force)
         while True:
-            slot = next((one.slot for one in await self.disks(name, wait_s=wait_s) if one.host_path == host_path), None)
             held = [
                 one
-                for one in await self.reservations(name, wait_s=wait_s)
-                if one.slot == slot and holder in (None, one.holder)
+                for one in await self.reservations(name, wait_s=wait_s, needs_guest=not force)
+                if one.slot == found.disk.slot
+                and holder in (None, one.holder)
+                and found.guest_path in (None, one.guest_path)
             ]
             chosen = reservation or (held[-1].id if held else None)
             if chosen is None:  # what is left is a release that failed half-way, which goes on; or there is nothing
@@ -150,6 +177,7 @@ class Api:
             body=msgspec.json.encode(body),
             within_s=wait_s + timeout_s,
             wait_s=wait_s,
+            needs_guest=_flag(not force),
         )
         try:
             return await self._decoded(call, types.Released)
@@ -203,8 +231,62 @@ class Api:
         call.content_type = _OCTETS
         await self._done(call)
 
-    async def kill(self, name: str, id: str) -> None:
-        await self._done(_call("DELETE", f"{_of(name)}/programs/{id}"))
+    async def keep_program(self, name: str, program: types.RunProgram, *, wait_s: float = 0.0) -> types.KeptProgram:
+        """Start a program that the guest keeps."""
+        call = _call(
+            "PUT",
+            f"{_of(name)}/programs/{own_id()}",
+            body=msgspec.json.encode(program),
+            within_s=wait_s + _KEPT_S,
+            wait_s=wait_s,
+        )
+        return _kept(await self._decoded(call, types.Program))
+
+    async def kept_programs(self, name: str, *, wait_s: float = 0.0) -> list[types.KeptProgram]:
+        return await self._get(f"{_of(name)}/programs", list[types.KeptProgram], wait_s=wait_s)
+
+    async def kept_program(self, name: str, which: int | str, *, wait_s: float = 0.0) -> types.KeptProgram:
+        return _kept(await self._get(_program(name, which), types.Program, wait_s=wait_s))
+
+    async def signal(self, name: str, which: int | str, number: int, *, wait_s: float = 0.0) -> None:
+        """Send a signal to a program that the guest keeps. If the answer is lost it is not sent again."""
+        body = msgspec.json.encode(types.Signal(signal=number))
+        call = _call("POST", f"{_program(name, which)}/signal", body=body, within_s=wait_s + _KEPT_S, wait_s=wait_s)
+        call.once = True
+        await self._done(call)
+
+    async def kill(self, name: str, which: int | str, *, wait_s: float = 0.0) -> None:
+        await self._done(_call("DELETE", _program(name, which), within_s=wait_s + _KEPT_S, wait_s=wait_s))
+
+    async def log(
+        self, name: str, which: int | str, *, stdout: int = 0, stderr: int = 0, live: bool = True, wait_s: float = 0.0
+    ) -> AsyncIterator[tuple[int, int, bytes]]:
+        """What a program that the guest keeps has written, as frames: the stream, the place in it, the bytes.
+
+        The last one is of ENDED. A connection that breaks is made again, from where it was.
+        """
+        at = {STDOUT: stdout, STDERR: stderr}
+        for _ in range(TRIES_OF_OUTPUT):
+            target, flag = f"{_program(name, which)}/log", _flag(live)
+            call = _call("GET", target, within_s=None, stdout=at[STDOUT], stderr=at[STDERR], live=flag, wait_s=wait_s)
+            answer = await self._wire.ask(call)
+            if answer.status >= _FAILURE:
+                await _refuse(answer)
+            self._tell_findings(answer)
+            try:
+                async for head, payload in _frames(answer.pieces, _LOG_HEADER):
+                    stream, place = head[0], int.from_bytes(head[8:], "big")
+                    if stream == FAILED:
+                        raise problems.error_of(msgspec.json.decode(payload, type=types.Problem))
+                    at[stream] = place + len(payload)
+                    yield stream, place, payload
+                    if stream == ENDED:
+                        return
+            except (OSError, EOFError):
+                continue
+            finally:
+                await answer.pieces.aclose()  # type: ignore[attr-defined]
+        raise OutcomeUnknown(f"following program {which} broke off", vm=name, remedy="call again: the program goes on")
 
     async def output(self, name: str, id: str) -> AsyncIterator[tuple[int, bytes]]:
         """The program's output as it comes: the stream, and a piece of it. The last piece is of ENDED or FAILED.
@@ -214,7 +296,7 @@ class Api:
         Raises:
             OutcomeUnknown: the server ended, and the program with it.
         """
-        at, rest = 0, bytearray()
+        at, rest = 0, bytearray()  # a frame that is not whole yet
         for _ in range(TRIES_OF_OUTPUT):
             call = _call("GET", f"{_of(name)}/programs/{id}/output", within_s=None, at=str(at))
             try:
@@ -242,8 +324,8 @@ class Api:
                 await answer.pieces.aclose()  # type: ignore[attr-defined]
         raise _killed(name)
 
-    async def _get(self, target: str, kind: type[T], *, wait_s: float | None = None) -> T:
-        query: dict[str, Any] = {} if wait_s is None else {"wait_s": wait_s}
+    async def _get(self, target: str, kind: type[T], *, wait_s: float | None = None, **more: str) -> T:
+        query: dict[str, Any] = {**more} if wait_s is None else {"wait_s": wait_s, **more}
         # A VM that is taken over: the server looks through its disks first.
         return await self._decoded(_call("GET", target, within_s=(wait_s or 0.0) + 60.0, **query), kind)
 
@@ -260,6 +342,7 @@ class Api:
                 answer = await self._wire.ask(call)
                 if answer.status >= _FAILURE:
                     await _refuse(answer)
+                self._tell_findings(answer)
                 return await answer.content()
             except (OSError, EOFError):
                 call.is_retry = True  # the answer broke off
@@ -267,8 +350,36 @@ class Api:
                     break
         raise OutcomeUnknown("the server ended before its answer was whole")
 
+    def _tell_findings(self, answer: Answer) -> None:
+        for line in msgspec.json.decode(answer.headers.get(_FINDINGS, b"[]"), type=list[str]):
+            self._on_finding(line)
+
     def close(self) -> None:
         self._wire.close()
+
+
+async def _frames(pieces: AsyncIterator[bytes], header: int) -> AsyncIterator[tuple[bytes, bytes]]:
+    """The header and the payload of each frame."""
+    rest = bytearray()
+    async for piece in pieces:
+        rest += piece
+        while len(rest) >= header:
+            end = header + int.from_bytes(rest[4:8], "big")
+            if len(rest) < end:
+                break
+            frame = bytes(rest[:end])
+            del rest[:end]
+            yield frame[:header], frame[header:]
+
+
+def _kept(program: types.Program) -> types.KeptProgram:
+    if program.kept is None:
+        raise ProtocolError("the server's answer says nothing of the program")
+    return program.kept
+
+
+def _program(name: str, which: int | str) -> str:
+    return f"{_of(name)}/programs/{quote(str(which), safe='')}"
 
 
 def _call(method: str, target: str, *, body: bytes = b"", within_s: float | None = 0.0, **query: object) -> Call:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import suppress
+from inspect import isawaitable
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import msgspec
 
 from utilityvm.client.api import ENDED, FAILED, Api
 from utilityvm.client.starting import Starting
-from utilityvm.client.values import encryption_of, verity_of
+from utilityvm.client.values import disk_of, encryption_of, info_of, limits_of, slot_view_of, verity_of
 from utilityvm.client.wire import Wire, own_id
 from utilityvm.errors import AlreadyReleased, NotAttached, UtilityVMError, VMGone, VMNotRunning
 from utilityvm.machine.hostpath import HostPath, absolute
@@ -22,10 +22,13 @@ from utilityvm.scsi.slot import Slot
 from utilityvm.server import problems, types
 
 if TYPE_CHECKING:
-    from utilityvm.guests.program import CommandResult, OutputSink
+    from utilityvm.guests.follow import ProgramPiece
+    from utilityvm.guests.program import CommandResult, Limits, OutputSink
+    from utilityvm.guests.programinfo import ProgramInfo
     from utilityvm.scsi.ports import CallerKey, ScratchKey, Verity
     from utilityvm.scsi.reservation import ForceArgument
     from utilityvm.scsi.views import SlotView
+    from utilityvm.vm.config import DiskSpec
 
 DEFAULT_TIMEOUT_S: Final = 60.0
 SHUTDOWN_S: Final = 15.0
@@ -67,6 +70,14 @@ class Client:
         found = await self._api.vm(name, wait_s=wait_s)
         return RemoteVM(self._api, found.name, found.uuid, findings=tuple(found.findings))
 
+    def at(self, name: str, *, wait_s: float = 0.0, needs_guest: bool = True) -> RemoteVM:
+        """As `vm`, without asking: each call of the VM has the server take it over if need be, and raises as `vm`.
+
+        Each waits for up to `wait_s` seconds while another process owns the VM. Without `needs_guest` the VM is taken
+        over also if its guest does not answer: for what needs no guest.
+        """
+        return RemoteVM(self._api, name, "", wait_s=wait_s, needs_guest=needs_guest)
+
     async def stop(
         self, name: str, *, wait_s: float = 0.0, force: bool = False, timeout_s: float = SHUTDOWN_S
     ) -> list[str]:
@@ -94,11 +105,22 @@ class RemoteVM:
     A call whose answer is lost is made again, to the next server if need be, and does nothing twice.
     """
 
-    def __init__(self, api: Api, name: str, uuid: str, *, findings: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        api: Api,
+        name: str,
+        uuid: str,
+        *,
+        findings: tuple[str, ...] = (),
+        wait_s: float = 0.0,
+        needs_guest: bool = True,
+    ) -> None:
         """Use `Client.vm`."""
         self._api = api
         self.name = name
         self.uuid = uuid
+        self._wait_s = wait_s
+        self._needs_guest = needs_guest
         self.findings = findings  # what was found half done, if this call made the server take the VM over
 
     def add_scsi(
@@ -120,6 +142,7 @@ class RemoteVM:
         block_device: bool = False,
         encryption: ScratchKey | CallerKey | None = None,
         verity: Verity | None = None,
+        untrusted: bool = False,
         physical: bool = False,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Adding:
@@ -145,10 +168,15 @@ class RemoteVM:
             block_device=block_device,
             encryption=encryption_of(encryption),
             verity=verity_of(verity),
+            untrusted=untrusted,
             physical=physical,
             timeout_s=timeout_s,
         )
         return Adding(self, body)
+
+    def add(self, disk: DiskSpec, *, holder: str = "client", timeout_s: float = DEFAULT_TIMEOUT_S) -> Adding:
+        """`add_scsi` for a disk that is described by a value."""
+        return Adding(self, disk_of(disk, holder=holder, timeout_s=timeout_s))
 
     async def remove_scsi(
         self,
@@ -165,7 +193,12 @@ class RemoteVM:
             others: as `RemoteMount.release`.
         """
         gone = await self._api.remove(
-            self.name, host_path=absolute(host_path), holder=holder, force=force, timeout_s=timeout_s
+            self.name,
+            host_path=absolute(host_path),
+            holder=holder,
+            force=force,
+            timeout_s=timeout_s,
+            wait_s=self._wait_s,
         )
         return gone.overruled
 
@@ -173,20 +206,30 @@ class RemoteVM:
         self, reservation: str, *, force: ForceArgument = False, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> str | None:
         """Give back a reservation by its id. See `RemoteMount.release`."""
-        return (await self._api.release(self.name, reservation, force=force, timeout_s=timeout_s)).overruled
+        released = await self._api.release(
+            self.name, reservation, force=force, timeout_s=timeout_s, wait_s=self._wait_s
+        )
+        return released.overruled
 
     async def resize_scsi(self, host_path: HostPath, size_bytes: int, *, timeout_s: float | None = None) -> None:
         """Grow the disk, its image and the file systems on it: as `UtilityVM.resize_scsi`."""
         body = types.Resize(host_path=absolute(host_path), size_bytes=size_bytes, timeout_s=timeout_s)
-        await self._api.resize(self.name, body)
+        await self._api.resize(self.name, body, wait_s=self._wait_s)
+
+    async def find_scsi(self, host_path: HostPath, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> SlotView:
+        """The disk, by any of its names: as `UtilityVM.find_scsi`."""
+        found = await self._api.find(self.name, absolute(host_path), wait_s=self._wait_s, needs_guest=self._needs_guest)
+        return slot_view_of(found.disk)
 
     async def scsi_slots(self) -> list[SlotView]:
         """Every slot that a disk has, in order."""
-        return [slot_view_of(disk) for disk in await self._api.disks(self.name)]
+        disks = await self._api.disks(self.name, wait_s=self._wait_s, needs_guest=self._needs_guest)
+        return [slot_view_of(disk) for disk in disks]
 
     async def scsi_reservations(self) -> list[RemoteMount]:
         """Every reservation that is held, whoever made it; the oldest first."""
-        return [RemoteMount(self, one) for one in await self._api.reservations(self.name)]
+        held = await self._api.reservations(self.name, wait_s=self._wait_s, needs_guest=self._needs_guest)
+        return [RemoteMount(self, one) for one in held]
 
     async def run(
         self,
@@ -195,6 +238,8 @@ class RemoteVM:
         stdin: bytes | None = None,
         env: Mapping[str, str] | None = None,
         cwd: PurePosixPath | str | None = None,
+        user: str | int | None = None,
+        limits: Limits | None = None,
         timeout_s: float | None = None,
     ) -> CommandResult[bytes]:
         """Run a program in the guest to its end: as `UtilityVM.run`, with fewer settings.
@@ -218,6 +263,8 @@ class RemoteVM:
             stdin=None if stdin is None else given(),
             env=env,
             cwd=cwd,
+            user=user,
+            limits=limits,
             timeout_s=timeout_s,
         )
         return CommandResult(exit_code=code, stdout=bytes(out), stderr=bytes(err))
@@ -232,6 +279,8 @@ class RemoteVM:
         stdin: AsyncIterator[bytes] | None = None,
         env: Mapping[str, str] | None = None,
         cwd: PurePosixPath | str | None = None,
+        user: str | int | None = None,
+        limits: Limits | None = None,
         timeout_s: float | None = None,
     ) -> int:
         """Like `run`, with input and output as they come; gives the exit code. Cancelled, it kills the program."""
@@ -240,9 +289,61 @@ class RemoteVM:
             stdin=stdin is not None,
             env=dict(env or {}),
             cwd=None if cwd is None else str(cwd),
+            user=user,
+            limits=limits_of(limits),
             timeout_s=timeout_s,
         )
-        return await run_program(self._api, self.name, program, stdin=stdin, stdout=stdout, stderr=stderr)
+        return await run_program(
+            self._api, self.name, program, stdin=stdin, stdout=stdout, stderr=stderr, wait_s=self._wait_s
+        )
+
+    async def start_program(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: PurePosixPath | str | None = None,
+        user: str | int | None = None,
+        limits: Limits | None = None,
+        name: str | None = None,
+        follow: Literal[False] = False,
+    ) -> RemoteProgram:
+        """Start a program that belongs to the guest: as `UtilityVM.start_program`, without input, and not followed."""
+        program = types.RunProgram(
+            command=[str(word) for word in command],
+            env=dict(env or {}),
+            cwd=None if cwd is None else str(cwd),
+            user=user,
+            limits=limits_of(limits),
+            keep=True,
+            name=name,
+        )
+        return RemoteProgram(self, await self._api.keep_program(self.name, program, wait_s=self._wait_s))
+
+    async def program(self, number: int | str, *, follow: Literal[False] = False) -> RemoteProgram:
+        """A program that the guest keeps, by its number, name or id.
+
+        Raises:
+            ProgramNotFound: there is no such program.
+        """
+        return RemoteProgram(self, await self._api.kept_program(self.name, number, wait_s=self._wait_s))
+
+    async def programs(self) -> list[ProgramInfo]:
+        """The programs that the guest keeps: as `UtilityVM.programs`."""
+        return [info_of(one) for one in await self._api.kept_programs(self.name, wait_s=self._wait_s)]
+
+    async def follow_program(
+        self, number: int | str, *, stdout_offset: int = 0, stderr_offset: int = 0, live: bool = True
+    ) -> RemotePieces:
+        """The output of a program that the guest keeps: as `UtilityVM.follow_program`. It is not held back.
+
+        A server that ends meanwhile is replaced, and the output goes on at the byte at which it stopped.
+        """
+        await self._api.kept_program(self.name, number, wait_s=self._wait_s)
+        frames = self._api.log(
+            self.name, number, stdout=stdout_offset, stderr=stderr_offset, live=live, wait_s=self._wait_s
+        )
+        return RemotePieces(frames)
 
     async def stop(self, *, timeout_s: float = SHUTDOWN_S) -> None:
         """End the VM: as `UtilityVM.stop`. Programs and calls of other clients end with `VMNotRunning`."""
@@ -250,6 +351,63 @@ class RemoteVM:
 
     def __repr__(self) -> str:
         return f"<RemoteVM {self.name}>"
+
+
+@typed_errors
+class RemoteProgram:
+    """A program that the guest keeps. It goes on whatever becomes of this process and the server."""
+
+    def __init__(self, vm: RemoteVM, kept: types.KeptProgram) -> None:
+        """Use `RemoteVM.start_program` or `program`."""
+        self._vm = vm
+        self._kept = kept
+
+    @property
+    def number(self) -> int:
+        return self._kept.number
+
+    @property
+    def id(self) -> str:
+        return self._kept.id
+
+    @property
+    def pid(self) -> int | None:
+        """Its process number in the guest."""
+        return self._kept.pid
+
+    async def send_signal(self, signal: int) -> None:
+        """Send it a signal, and what it started in its process group: as `Program.send_signal`."""
+        await self._vm._api.signal(self._vm.name, self.id, signal, wait_s=self._vm._wait_s)
+
+    async def kill(self) -> None:
+        """Kill it with all that it started: as `Program.kill`."""
+        await self._vm._api.kill(self._vm.name, self.id, wait_s=self._vm._wait_s)
+
+    def __repr__(self) -> str:
+        return f"<RemoteProgram {self.number}>"
+
+
+class RemotePieces(AsyncIterator["ProgramPiece"]):
+    """What a program writes, as `ProgramPieces`. `exit_code` is known when the iteration has ended."""
+
+    def __init__(self, frames: AsyncIterator[tuple[int, int, bytes]]) -> None:
+        """Use `RemoteVM.follow_program`."""
+        self.exit_code: int | None = None
+        self._frames = frames
+
+    async def __anext__(self) -> ProgramPiece:
+        from utilityvm.guests.follow import ProgramPiece
+
+        stream, at, data = await anext(self._frames)
+        if stream == ENDED:
+            self.exit_code = msgspec.json.decode(data, type=int | None)
+            await self.aclose()
+            raise StopAsyncIteration
+        return ProgramPiece("stdout" if stream == _STDOUT else "stderr", at, data)
+
+    async def aclose(self) -> None:
+        """Follow it no more. The program goes on."""
+        await self._frames.aclose()  # type: ignore[attr-defined]
 
 
 @typed_errors
@@ -287,6 +445,11 @@ class RemoteMount:
     @property
     def holder(self) -> str:
         return self._reservation.holder
+
+    @property
+    def ref_count(self) -> int:
+        """The references on its disk, this one among them, as of when it was asked for."""
+        return self._reservation.references
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -328,7 +491,7 @@ class Adding:
         self._made: RemoteMount | None = None
 
     async def _add(self) -> RemoteMount:
-        return RemoteMount(self._vm, await self._vm._api.add(self._vm.name, self._body))
+        return RemoteMount(self._vm, await self._vm._api.add(self._vm.name, self._body, wait_s=self._vm._wait_s))
 
     def __await__(self) -> Generator[Any, None, RemoteMount]:
         return self._add().__await__()
@@ -356,6 +519,8 @@ async def run_program(
     begun: Callable[[], object] = lambda: None,
 ) -> int:
     """Run a program to its end; gives its exit code. `begun` is called once the VM has it."""
+    import asyncio  # late: see client/blocking.py
+
     id = own_id()
     await api.start_program(vm, id, program, wait_s=wait_s)
     begun()
@@ -381,7 +546,7 @@ async def _deliver(output: AsyncIterator[tuple[int, bytes]], stdout: OutputSink,
             if stream == ENDED:
                 return msgspec.json.decode(payload, type=types.Program).exit_code or 0
             taken = (stdout if stream == _STDOUT else stderr)(payload)
-            if asyncio.iscoroutine(taken) or asyncio.isfuture(taken):
+            if isawaitable(taken):
                 await taken
     finally:
         await output.aclose()  # type: ignore[attr-defined]
@@ -395,23 +560,3 @@ async def _feed(api: Api, vm: str, id: str, stdin: AsyncIterator[bytes]) -> None
             await api.feed(vm, id, data, at=at)
             at += len(data)
         await api.feed(vm, id, b"", at=at, last=True)
-
-
-def slot_view_of(disk: types.Disk) -> SlotView:
-    from utilityvm.scsi.views import SlotView
-
-    return SlotView(
-        slot=Slot.parse(disk.slot),
-        attachment=disk.attachment,
-        host_path=disk.host_path,
-        identity=disk.identity,
-        format=disk.format,
-        read_only=disk.read_only,
-        size_bytes=disk.size_bytes,
-        state=disk.state,
-        guest_paths=tuple(map(PurePosixPath, disk.guest_paths)),
-        references=disk.references,
-        holders=tuple(disk.holders),
-        since=disk.since,
-        phases={},
-    )

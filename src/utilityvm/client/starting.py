@@ -6,7 +6,6 @@ socket's place. Several clients may start one at the same time: a lock decides w
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import os
 import sys
@@ -16,11 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from utilityvm.client.wire import Transport, Waiting
+from utilityvm.client.blocking import Blocking, OnQuiet
+from utilityvm.client.wire import Transport
 from utilityvm.errors import SetupError
 from utilityvm.log import logger
 from utilityvm.machine import oserrors, paths, runtime, sockets
-from utilityvm.machine.threads import in_thread
 
 START_S: Final = 30.0
 CONNECT_S: Final = 5.0
@@ -47,20 +46,62 @@ class Starting:
                 Or its socket, or the folder of it, is another user's.
             DeadlineExceeded: it takes no connection: it stands still.
         """
+        import asyncio  # late: see client/blocking.py
+
+        from utilityvm.client.waiting import Waiting
+        from utilityvm.machine.threads import in_thread
+
         until = time.monotonic() + START_S
         while True:
-            try:
+            with suppress(*_NOBODY):
                 return Waiting(await sockets.connect(paths.server_dir() / paths.SERVER_SOCKET, timeout_s=CONNECT_S))
-            except _NOBODY:
-                pass
-            if not self._start:
-                raise SetupError("no server runs", remedy="start one: uvm serve")
-            if time.monotonic() > until:
-                raise SetupError(
-                    f"the server did not come up within {START_S:g} s", remedy=f"see {paths.server_dir() / LOG_FILE}"
-                )
+            self._check(until)
             await in_thread(_spawn_in_turn, until)
             await asyncio.sleep(_LOOK_AGAIN_S)
+
+    def _check(self, until: float) -> None:
+        """There is no server: may one be started?"""
+        if not self._start:
+            raise SetupError("no server runs", remedy="start one: uvm serve")
+        if time.monotonic() > until:
+            raise SetupError(
+                f"the server did not come up within {START_S:g} s", remedy=f"see {paths.server_dir() / LOG_FILE}"
+            )
+
+
+class StartingNow(Starting):
+    """As `Starting`, for a thread that may block."""
+
+    def __init__(self, *, start: bool = True, on_quiet: OnQuiet = lambda: None) -> None:
+        super().__init__(start=start)
+        self._on_quiet = on_quiet
+        self._ready: Transport | None = None
+
+    def answers(self) -> bool:
+        """Does a server take connections? The first call uses this one.
+
+        Raises:
+            SetupError, DeadlineExceeded: as `dial`.
+        """
+        with suppress(*_NOBODY):
+            self._ready = self._connect()
+        return self._ready is not None
+
+    async def dial(self) -> Transport:
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            return ready
+        until = time.monotonic() + START_S
+        while True:
+            with suppress(*_NOBODY):
+                return self._connect()
+            self._check(until)
+            _spawn_in_turn(until)
+            time.sleep(_LOOK_AGAIN_S)  # noqa: ASYNC251 there is no loop
+
+    def _connect(self) -> Transport:
+        path = paths.server_dir() / paths.SERVER_SOCKET
+        return Blocking(sockets.connect_now(path, timeout_s=CONNECT_S), self._on_quiet)
 
 
 def _spawn_in_turn(until: float) -> None:

@@ -9,20 +9,21 @@ byte is sent (machine/sockets.py).
 
 from __future__ import annotations
 
-import asyncio
 import os
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from utilityvm.errors import DeadlineExceeded, OutcomeUnknown, ProtocolError, SetupError
+from utilityvm.log import logger
 
 ANSWER_S: Final = 10.0  # beyond the time that a call itself may take
 TRIES: Final = 4
-_PIECE: Final = 65536
+PIECE_BYTES: Final = 65536
 _HOST: Final = "utilityvm"
+
+_log = logger(__name__)
 
 
 class Transport(Protocol):
@@ -37,25 +38,6 @@ class Dialler(Protocol):
     """Makes connections to the server, and starts it if none answers."""
 
     async def dial(self) -> Transport: ...
-
-
-class Waiting:
-    """A connected socket, in an event loop."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
-        self._connection = connection
-
-    async def send(self, data: bytes, *, timeout_s: float | None) -> None:
-        async with asyncio.timeout(timeout_s):
-            await asyncio.get_running_loop().sock_sendall(self._connection, data)
-
-    async def receive(self, *, timeout_s: float | None) -> bytes:
-        async with asyncio.timeout(timeout_s):
-            return await asyncio.get_running_loop().sock_recv(self._connection, _PIECE)
-
-    def close(self) -> None:
-        self._connection.close()
 
 
 @dataclass(slots=True)
@@ -85,6 +67,9 @@ class Call:
     once: bool = False
     is_retry: bool = False  # it was sent before, and what came of that is not known
 
+    def __str__(self) -> str:
+        return f"{self.method} {self.target}"
+
 
 class Wire:
     """The connections of one client. They are kept for the next call; a fork of this process has no part in them."""
@@ -104,10 +89,13 @@ class Wire:
         if call.once:
             self._close_idle()  # one of them may have been closed by the server, which is no answer
         for _ in range(1 if call.once else TRIES):
+            _log.debug("--> %s", call)
             is_fresh = not self._idle
             connection = self._idle.pop() if self._idle else _Connection(await self._dialler.dial())
             try:
-                return await connection.ask(call, then=self._idle.append)
+                answer = await connection.ask(call, then=self._idle.append)
+                _log.debug("<-- %d", answer.status)
+                return answer
             except TimeoutError:
                 connection.close()
                 raise no_answer(call) from None

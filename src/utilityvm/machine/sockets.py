@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import struct
@@ -13,7 +12,6 @@ from typing import Final
 
 from utilityvm.errors import DeadlineExceeded, SetupError
 from utilityvm.machine import forks, runtime
-from utilityvm.machine.threads import in_thread
 
 _LOOK_AGAIN_S: Final = 0.02
 _PEER: Final = struct.Struct("3i")  # pid, uid, gid
@@ -45,34 +43,70 @@ async def connect(listener: Listener | Path, *, timeout_s: float, vm: str | None
 
     Source: unix(7); connect(2), EAGAIN; linux/net/unix/af_unix.c, unix_stream_connect.
     """
-    until = time.monotonic() + timeout_s
+    import asyncio  # late: commands that block do without it
+
+    from utilityvm.machine.threads import in_thread
+
     listener = Listener(listener) if isinstance(listener, Path) else listener
-    path = listener.path
-    folder = await in_thread(runtime.pin_folder_of, path, late=os.close)
-    here = f"/proc/self/fd/{folder}/{path.name}"
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    folder = await in_thread(runtime.pin_folder_of, listener.path, late=os.close)
+    connecting = _Connecting(listener, folder, timeout_s=timeout_s, vm=vm)
     try:
-        forks.keep_from(connection.fileno())
-        connection.setblocking(False)
-        while True:
-            try:
-                connection.connect(here)
-            except BlockingIOError:
-                if (left := until - time.monotonic()) <= 0:
-                    raise DeadlineExceeded(
-                        f"{path} took no connection within {timeout_s:g} s: whoever listens there does not answer",
-                        vm=vm,
-                        remedy="wait until it answers again; if it never does, end it",
-                    ) from None
-                await asyncio.sleep(min(left, _LOOK_AGAIN_S))
-            else:
-                _check_peer(connection, listener, vm=vm)
-                return connection
-    except BaseException:
-        connection.close()
-        raise
+        while (connection := connecting.attempt()) is None:  # noqa: ASYNC110 the kernel tells nobody
+            await asyncio.sleep(_LOOK_AGAIN_S)
+        return connection
     finally:
-        os.close(folder)
+        connecting.close()
+
+
+def connect_now(path: Path, *, timeout_s: float) -> socket.socket:
+    """As `connect`, for a thread that may block."""
+    listener = Listener(path)
+    connecting = _Connecting(listener, runtime.pin_folder_of(path), timeout_s=timeout_s, vm=None)
+    try:
+        while (connection := connecting.attempt()) is None:
+            time.sleep(_LOOK_AGAIN_S)
+        return connection
+    finally:
+        connecting.close()
+
+
+class _Connecting:
+    """A connection on its way, by the folder that was pinned."""
+
+    def __init__(self, listener: Listener, folder: int, *, timeout_s: float, vm: str | None) -> None:
+        self._listener = listener
+        self._folder = folder
+        self._timeout_s = timeout_s
+        self._until = time.monotonic() + timeout_s
+        self._vm = vm
+        self._connection: socket.socket | None = None
+
+    def attempt(self) -> socket.socket | None:
+        """Try once; None: the queue is full. Errors as `connect`."""
+        if self._connection is None:
+            self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            forks.keep_from(self._connection.fileno())
+            self._connection.setblocking(False)
+        path = self._listener.path
+        try:
+            self._connection.connect(f"/proc/self/fd/{self._folder}/{path.name}")
+        except BlockingIOError:
+            if time.monotonic() < self._until:
+                return None
+            raise DeadlineExceeded(
+                f"{path} took no connection within {self._timeout_s:g} s: whoever listens there does not answer",
+                vm=self._vm,
+                remedy="wait until it answers again; if it never does, end it",
+            ) from None
+        _check_peer(self._connection, self._listener, vm=self._vm)
+        connection, self._connection = self._connection, None
+        return connection
+
+    def close(self) -> None:
+        """The connection goes, unless it was given away; and the folder's descriptor."""
+        os.close(self._folder)
+        if self._connection is not None:
+            self._connection.close()
 
 
 def _check_peer(connection: socket.socket, listener: Listener, *, vm: str | None) -> None:

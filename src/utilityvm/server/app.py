@@ -10,6 +10,7 @@ called the server; both are refused.
 from __future__ import annotations
 
 import asyncio
+import json
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import suppress
@@ -30,6 +31,8 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 HOSTS: Final = frozenset({b"utilityvm", b"localhost"})
+FINDINGS: Final = b"utilityvm-findings"
+_MOST_FINDINGS, _LONGEST_FINDING = 20, 300  # a client takes 16 KiB of headers
 DOCUMENT: Final = "/v1/openapi.json"
 BODY_S: Final = 15.0  # for all of a body to come
 _JSON: Final = "application/json"
@@ -78,12 +81,13 @@ class App:
                 return
             route, request = await _read(scope, receive)
             answer = await _unless_gone(route.call(self._service, request), receive)
+            headers = _findings(self._service, request)
             if route.answer is bytes:
-                await _stream(answer, route, receive, send)
+                await _stream(answer, route, receive, send, headers)
             elif route.answer is None:
-                await _send(send, route.status, b"", None)
+                await _send(send, route.status, b"", None, headers)
             else:
-                await _send(send, route.status, msgspec.json.encode(answer), route.media_type)
+                await _send(send, route.status, msgspec.json.encode(answer), route.media_type, headers)
         except _Gone:
             return
         except _Refused as refused:
@@ -201,18 +205,27 @@ async def _hang_up(receive: Receive) -> None:
         pass
 
 
-async def _stream(pieces: AsyncIterator[bytes], route: Route, receive: Receive, send: Send) -> None:
+def _findings(service: Service, request: Request) -> Headers:
+    """What was found half done when the VM was taken over: once, with the first answer about it."""
+    if not (told := service.keeper.told(request.path.get("vm", ""))):
+        return ()
+    text = json.dumps([line[:_LONGEST_FINDING] for line in told[:_MOST_FINDINGS]])
+    return ((FINDINGS, text.encode()),)
+
+
+async def _stream(pieces: AsyncIterator[bytes], route: Route, receive: Receive, send: Send, headers: Headers) -> None:
     first = True
+    headers = (*headers, (b"content-type", route.media_type.encode()))
 
     async def pump() -> None:
         nonlocal first
         async for piece in pieces:
             if first:
-                await _start(send, route.status, ((b"content-type", route.media_type.encode()),))
+                await _start(send, route.status, headers)
                 first = False
             await send({"type": "http.response.body", "body": piece, "more_body": True})
         if first:
-            await _start(send, route.status, ((b"content-type", route.media_type.encode()),))
+            await _start(send, route.status, headers)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     try:

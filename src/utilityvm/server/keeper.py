@@ -37,6 +37,7 @@ class Held:
 
     def __init__(self, vm: UtilityVM) -> None:
         self.vm = vm
+        self.untold = list(vm.findings)  # what was found half done when it was taken over, and no client knows yet
         self.uses: set[asyncio.Task[object]] = set()
         self.stopped: UtilityVMError | None = None  # why its uses are ended
         self.watch: asyncio.Task[None] | None = None
@@ -55,9 +56,17 @@ class Keeper:
         """The VMs that are owned at the moment."""
         return sorted(self._held)
 
+    def told(self, name: str) -> list[str]:
+        """What was found half done when the VM was taken over, for the first who asks."""
+        held = self._held.get(name)
+        if held is None:
+            return []
+        told, held.untold = held.untold, []
+        return told
+
     @asynccontextmanager
-    async def use(self, name: str, *, wait_s: float, findings: list[str] | None = None) -> AsyncIterator[UtilityVM]:
-        """Have the VM for as long as the block lasts. `findings` gets what was found half done, if it was taken over.
+    async def use(self, name: str, *, wait_s: float, needs_guest: bool = True) -> AsyncIterator[UtilityVM]:
+        """Have the VM for as long as the block lasts. See `UtilityVM.open` for `needs_guest`.
 
         Raises:
             VMNotFound, VMNotRunning, VMOwned, DeadlineExceeded: as `UtilityVM.open`.
@@ -67,7 +76,7 @@ class Keeper:
         assert task is not None
         held = self._held.get(name)
         if held is None or not held.vm.is_running:
-            held = await self._take(name, wait_s, task, findings)
+            held = await self._take(name, wait_s, task, needs_guest=needs_guest)
         held.uses.add(task)
         try:
             yield held.vm
@@ -78,7 +87,7 @@ class Keeper:
         finally:
             held.uses.discard(task)
 
-    async def _take(self, name: str, wait_s: float, task: asyncio.Task[object], findings: list[str] | None) -> Held:
+    async def _take(self, name: str, wait_s: float, task: asyncio.Task[object], *, needs_guest: bool) -> Held:
         until = time.monotonic() + wait_s
         async with self._gate(name, wait_s):
             held = self._held.get(name)
@@ -86,12 +95,10 @@ class Keeper:
                 await self._let_go(name, held)
                 held = None
             if held is None:
-                vm = await UtilityVM.open(name, wait_s=max(until - time.monotonic(), 0.0))
+                vm = await UtilityVM.open(name, wait_s=max(until - time.monotonic(), 0.0), needs_guest=needs_guest)
                 vm._vm.ownership.share()
                 held = self._held[name] = Held(vm)
                 held.watch = asyncio.create_task(self._watch(name, held), name=f"watch {name}")
-                if findings is not None:
-                    findings += vm.findings
             held.uses.add(task)  # while nobody else decides about it
             return held
 

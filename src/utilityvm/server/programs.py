@@ -24,10 +24,11 @@ from typing import Final
 import msgspec
 
 from utilityvm.errors import InvalidRequest, NotAttached, UtilityVMError, WrongState
+from utilityvm.guests.program import Limits
 from utilityvm.log import logger
 from utilityvm.server.keeper import Keeper
 from utilityvm.server.problems import problem_of
-from utilityvm.server.types import Program, RunProgram
+from utilityvm.server.types import Program, RunProgram, kept_of
 
 HEADER: Final = struct.Struct(">B3xI")
 STDOUT, STDERR, ENDED, FAILED = 1, 2, 3, 4
@@ -156,6 +157,10 @@ class Programs:
         Raises:
             VMNotFound, VMNotRunning, VMOwned: as `Keeper.use`. Nothing was started.
         """
+        if what.keep:
+            return await self._keep(vm, id, what, wait_s=wait_s)
+        if what.name is not None:
+            raise InvalidRequest("only a program that is kept has a name", vm=vm)
         run = self._runs.get((vm, id))
         if run is None:
             if len(self._runs) >= MOST:
@@ -166,6 +171,22 @@ class Programs:
             self._expect_reader(run, NEVER_READ_S)
             await begun
         return run.answer
+
+    async def _keep(self, vm: str, id: str, what: RunProgram, *, wait_s: float) -> Program:
+        if what.stdin or what.timeout_s is not None:
+            raise InvalidRequest("a program that is kept has no input and no time here", vm=vm)
+        async with self._keeper.use(vm, wait_s=wait_s) as owned:
+            kept = await owned.start_program(
+                what.command,
+                env=what.env,
+                cwd=what.cwd,
+                user=what.user,
+                limits=_limits(what),
+                name=what.name,
+                id=id,
+                follow=False,
+            )
+            return Program(id=id, state="running", kept=kept_of(kept.info))
 
     async def _run(self, run: _Run, what: RunProgram, wait_s: float, begun: asyncio.Future[None]) -> None:
         loop = asyncio.get_running_loop()
@@ -180,6 +201,8 @@ class Programs:
                     stderr=lambda data: run.output.put(STDERR, data),
                     env=what.env,
                     cwd=what.cwd,
+                    user=what.user,
+                    limits=_limits(what),
                     timeout_s=what.timeout_s,
                 )
             run.answer = Program(id=run.id, state="ended", exit_code=code)
@@ -233,9 +256,17 @@ class Programs:
     async def feed(self, vm: str, id: str, data: bytes, *, at: int, last: bool) -> None:
         await self._find(vm, id).feed(data, at=at, last=last)
 
+    def has(self, vm: str, which: str) -> bool:
+        """Is that one of these? Otherwise the guest may keep it."""
+        return (vm, which) in self._runs
+
     async def kill(self, vm: str, id: str) -> None:
         """Kill it with all that it started. Ended before is done."""
         run = self._find(vm, id)
         assert run.task is not None
         run.task.cancel()
         await asyncio.wait([run.task])
+
+
+def _limits(what: RunProgram) -> Limits | None:
+    return None if what.limits is None else Limits(**msgspec.structs.asdict(what.limits))

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 if TYPE_CHECKING:
+    from utilityvm.guests.programinfo import ProgramInfo
     from utilityvm.scsi.views import MountView, SlotView
     from utilityvm.store import StoredVM
     from utilityvm.vm.config import DiskSpec
@@ -30,6 +31,7 @@ Force: TypeAlias = Literal["false", "true", "host"]
 PathText: TypeAlias = Annotated[str, Meta(min_length=1, max_length=4096)]
 Text: TypeAlias = Annotated[str, Meta(max_length=255)]
 Word: TypeAlias = Annotated[str, Meta(max_length=131_072)]
+Which: TypeAlias = Annotated[str, Meta(min_length=1, max_length=64, description="A program: its number, name or id.")]
 
 
 class _Wire(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -82,6 +84,13 @@ class Disk(_Answer, frozen=True, kw_only=True):
     since: float
 
 
+class Found(_Answer, frozen=True, kw_only=True):
+    """A disk that was found by a name. `guest_path`: the name, if that was a guest path of it."""
+
+    disk: Disk
+    guest_path: str | None
+
+
 class Mount(_Answer, frozen=True, kw_only=True):
     """A mount in the guest, as `UtilityVM.scsi_mounts` has it."""
 
@@ -107,7 +116,7 @@ class Reservation(_Answer, frozen=True, kw_only=True):
     guest_path: str | None
     read_only: bool
     holder: str
-    references: int  # on its disk, this one among them
+    references: int  # on its disk up to this one, if it is just made; otherwise all
     notes: list[str] = []  # what there is to know of its mount
 
 
@@ -151,6 +160,7 @@ class AddDisk(_Wire, frozen=True, kw_only=True):
     block_device: bool = False
     encryption: ScratchKey | CallerKey | None = None
     verity: Verity | None = None
+    untrusted: bool = False
     physical: bool = False
     timeout_s: Seconds = 60.0
 
@@ -189,6 +199,14 @@ class Stopped(_Answer, frozen=True, kw_only=True):
     lost: list[str]
 
 
+class Limits(_Wire, frozen=True, kw_only=True):
+    """What a program and all that it starts may use together."""
+
+    memory_bytes: int | None = None
+    pids: int | None = None
+    cpus: float | None = None
+
+
 class RunProgram(_Wire, frozen=True, kw_only=True):
     """A program to run in the guest."""
 
@@ -196,18 +214,51 @@ class RunProgram(_Wire, frozen=True, kw_only=True):
     stdin: bool = False  # input will be sent; else it has none
     env: dict[Word, Word] = {}
     cwd: PathText | None = None
+    user: int | Text | None = None
+    limits: Limits | None = None
     timeout_s: Seconds | None = None
+    keep: bool = False  # it belongs to the guest, goes on without a client, and takes no input
+    name: Text | None = None  # of one that is kept
 
     def __repr__(self) -> str:
         return "<RunProgram>"  # its words may be secrets
 
 
 class Program(_Answer, frozen=True, kw_only=True):
-    """A program that a client started. It is killed when its client goes away, or the server."""
+    """A program that a client started. One that is not kept is killed when its client goes away, or the server."""
 
     id: str
     state: Literal["running", "ended", "failed"]
     exit_code: int | None = None  # negative for the signal that killed it
+    kept: KeptProgram | None = None
+
+
+class KeptProgram(_Answer, frozen=True, kw_only=True):
+    """A program that the guest keeps, as `UtilityVM.programs` has it."""
+
+    number: int
+    id: str
+    name: str | None
+    command: list[str]
+    user: str | None
+    pid: int | None
+    started: float
+    ended: float | None
+    exit_code: int | None
+    out_of_memory: bool
+    takes_input: bool
+    ring_bytes: int
+    stdout_begin: int
+    stdout_end: int
+    stderr_begin: int
+    stderr_end: int
+    followers: int
+
+
+class Signal(_Wire, frozen=True, kw_only=True):
+    """A signal for a program that the guest keeps."""
+
+    signal: Annotated[int, Meta(ge=1, le=64)]
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -268,6 +319,7 @@ def spec_of(body: AddDisk) -> DiskSpec:
         block_device=body.block_device,
         encryption=encryption,
         verity=None if body.verity is None else ports.Verity(**msgspec.structs.asdict(body.verity)),
+        untrusted=body.untrusted,
         physical=body.physical,
     )
 
@@ -287,6 +339,13 @@ def vm_of(vm: StoredVM, findings: list[str] | None = None) -> VM:
         accelerator=vm.process.get("accelerator") if vm.process else None,
         created=vm.created,
         findings=findings or [],
+    )
+
+
+def kept_of(info: ProgramInfo) -> KeptProgram:
+    return KeptProgram(
+        command=list(info.command),
+        **{name: getattr(info, name) for name in KeptProgram.__struct_fields__ if name != "command"},
     )
 
 

@@ -221,7 +221,8 @@ def owner_of(folder: Path, recorded: Mapping[str, Any] | None = None) -> Owner |
         return named if named and not _has_ended(named) else None
     try:
         if _highest(fd, _OWNER, before=_OWNER + 1) is not None:
-            return named if named and named.lock == _identity(fd) else _read(fd)
+            told = _read(fd)
+            return replace(named, shares=told.shares) if named and named.lock == _identity(fd) else told
         if named and named.lock != _identity(fd) and not _has_ended(named):
             return named
         return None
