@@ -63,7 +63,8 @@ async def worker(store: Store) -> None:
     """A VM whose QEMU is this process, with one disk that two callers hold; and one that died."""
     vm = store.add("worker", uuid="u-1", config={"memory_mib": 256, "cpus": 2, "keep": True})
     store.set_state(vm, VMState.RUNNING)
-    store.set_process(vm, {"pid": os.getpid(), "started": own_start(), "accelerator": "tcg"})
+    walls = {"walls": ["no network"], "without": {"no core dumps": "it was turned off"}}
+    store.set_process(vm, {"pid": os.getpid(), "started": own_start(), "accelerator": "tcg", **walls})
     disk = DiskRecord(
         attachment="a-1",
         slot=Slot(0, 1),
@@ -102,6 +103,8 @@ async def test_vms_are_values() -> None:
     dead, vm = list_vms()
     assert (vm.name, vm.state, vm.pid, vm.memory_mib, vm.cpus) == ("worker", VMState.RUNNING, os.getpid(), 256, 2)
     assert (vm.keep, vm.accelerator, vm.template, vm.owner) == (True, "tcg", None, None)
+    assert (vm.walls, vm.without) == (("no network",), {"no core dumps": "it was turned off"})
+    assert (dead.walls, dead.without) == ((), {})
     assert (dead.name, dead.state, dead.pid, dead.template, dead.disks) == ("dead", VMState.DEAD, None, "warm", ())
     assert get_vm("worker") == vm
 

@@ -114,6 +114,8 @@ def _description(vm: UtilityVM) -> dict[str, object]:
         "controllers": vm.config.controllers,
         "accelerator": process.accelerator,
         "accelerator_reason": process.accelerator_reason,
+        "walls": process.walls,
+        "without": process.without,
     }
 
 
@@ -140,6 +142,8 @@ def ps_command(as_json: bool) -> None:
                     "owner": vm.owner.to_json() if vm.owner else None,
                     "created": vm.created,
                     "age_s": round(now - vm.created, 1),
+                    "walls": vm.walls,
+                    "without": vm.without,
                 }
                 for vm in vms
             ]

@@ -5,7 +5,8 @@ These functions read files and block for some milliseconds. In an event loop, ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from utilityvm.errors import NotAttached, StoreError, VMNotRunning
 from utilityvm.machine import paths
@@ -35,6 +36,8 @@ class VMInfo:
     disks: tuple[DiskInfo, ...] | None  # None: its journal cannot be read
     owner: Owner | None
     created: float  # seconds since the epoch
+    walls: tuple[str, ...] = ()  # the layers between its QEMU and this machine
+    without: Mapping[str, str] = field(default_factory=dict, hash=False)  # those that it has not, and why
 
 
 @typed
@@ -146,6 +149,8 @@ def _info(store: Store, vm: StoredVM) -> VMInfo:
         disks=disks,
         owner=owner,
         created=vm.created,
+        walls=tuple((vm.process or {}).get("walls", ())),
+        without=dict((vm.process or {}).get("without", {})),
     )
 
 
