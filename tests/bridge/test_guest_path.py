@@ -32,7 +32,21 @@ SYSTEM = [
     "/usr/local/data",
     "//usr///lib/",
 ]
-ODD = ["data", "", "/mnt/../usr", "/mnt/..", "/a\0b", "/a\nb", "/\udcff", "/" + "x" * 256, "/x" * 2048]
+ODD = [
+    "data",
+    "",
+    "/mnt/../usr",
+    "/mnt/..",
+    "/a\0b",
+    "/a\nb",
+    "/\udcff",
+    "/a\x1b[2J",
+    "/a\x7f",
+    "/a\x9b",
+    "/a\u202eb",
+    "/" + "x" * 256,
+    "/x" * 2048,
+]
 FREE = ["/mnt/data", "/data", "/run/mounts/scsi/m0", "/run/utilityvm2", "/usrx", "/home/usr", "/mnt/usr", "/var/lib/x"]
 
 

@@ -178,6 +178,8 @@ async def test_an_answer_of_the_wrong_shape_is_a_broken_protocol(connect: Connec
         (messages.MOUNTS, {"Mounts": [1, 2], "More": True}),
         (messages.MOUNTS, {"Mounts": [{}], "More": False}),
         (messages.MOUNTS, {"Mounts": [{"MountPath": "/a", "Lun": 256}], "More": False}),
+        (messages.MOUNTS, {"Mounts": [{"MountPath": "/a\x1b]0;x\x07"}], "More": False}),
+        (messages.PROBE, {"MountPaths": ["/a\u202eb"]}),
         (messages.MOUNTS, {"Mounts": [{"MountPath": "/a", "Controller": -1}], "More": False}),
         (messages.QUIESCE, {"Flushed": 5}),
         (messages.QUIESCE, {"Flushed": [5]}),

@@ -6,6 +6,7 @@ mounts lead past the words of.
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePosixPath
 from typing import Final
 
@@ -25,6 +26,8 @@ SYSTEM_FOLDERS: Final = (
     "/sys",
     "/usr",
 )
+# What a terminal obeys, and signs that change the direction of what follows: the path is in errors, logs and tables.
+_OBEYED: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _MAX_PATH_BYTES: Final = 4095  # linux/limits.h, PATH_MAX with its NUL
 _MAX_NAME_BYTES: Final = 255  # linux/limits.h, NAME_MAX
 
@@ -46,6 +49,8 @@ def spelled(text: str) -> PurePosixPath:
         raise ValueError("is not valid text") from None
     if "\0" in text or "\n" in text:
         raise ValueError("has a line break or a NUL in it")
+    if _OBEYED.search(text):
+        raise ValueError("has a control character in it")
     if len(str(path).encode()) > _MAX_PATH_BYTES or any(len(name) > _MAX_NAME_BYTES for name in names):
         raise ValueError(f"is too long: {_MAX_PATH_BYTES} bytes, and {_MAX_NAME_BYTES} for each name, are possible")
     return path
