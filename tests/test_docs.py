@@ -50,7 +50,7 @@ def test_python_in_pages_uses_names_that_exist(page: Path) -> None:
 
 def test_the_tests_that_pages_name_exist() -> None:
     for page in PAGES:
-        for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text()):
+        for path, name in re.findall(r"`((?:tests|src)/[\w/]+\.py)::(\w+)`", page.read_text()):
             assert f"def {name}(" in (ROOT / path).read_text(), f"{page.name}: {path}::{name}"
 
 

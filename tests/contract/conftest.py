@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from contract_vms import ContractVM, FakeVM, HcsVM, QemuVM
+from contract_vms import FakeVM, HcsVM, QemuVM
 from utilityvm import UtilityVM
+from utilityvm.testing.contract import ContractVM
 
 
 @pytest.fixture(params=["fake", "hcs", pytest.param("qemu", marks=pytest.mark.real)])

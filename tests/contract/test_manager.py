@@ -8,7 +8,6 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from contract_vms import ContractVM, T
 from utilityvm.errors import (
     AlreadyReleased,
     ConfigDiffers,
@@ -24,6 +23,8 @@ from utilityvm.scsi.ports import DiskRequest, Holder, MountConfig
 from utilityvm.scsi.reservation import Reservation
 from utilityvm.scsi.slot import Slot
 from utilityvm.testing import MemoryJournal
+from utilityvm.testing.contract import ContractVM
+from utilityvm.testing.contract.vm import T
 
 ME = Holder(name="me")
 PATH, OTHER = PurePosixPath("/run/mounts/one"), PurePosixPath("/run/mounts/two")
