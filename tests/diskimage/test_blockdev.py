@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from loops import Loops, loop_devices
+from unused_disk import open_unused
 from utilityvm.diskimage import blockdev, headers
 from utilityvm.errors import DiskInUse, InvalidRequest, NotSupported, SetupError
 from utilityvm.scsi.ports import DiskFormat
@@ -172,7 +173,7 @@ def loops(tmp_path: Path) -> Iterator[Loops]:
 
 
 def open_and_close(device: str, *, read_only: bool) -> None:
-    os.close(blockdev.open_unused(device, read_only=read_only))
+    os.close(open_unused(device, read_only=read_only))
 
 
 def test_sizes_of_a_device(loops: Loops) -> None:
@@ -193,7 +194,7 @@ def test_sizes_of_a_device(loops: Loops) -> None:
 def test_an_unused_device_is_opened_with_just_those_rights(loops: Loops, read_only: bool) -> None:
     link = loops.folder / "by-id"
     link.symlink_to(loops.attach(loops.file()))
-    fd = blockdev.open_unused(str(link), read_only=read_only)
+    fd = open_unused(str(link), read_only=read_only)
     try:
         assert os.get_inheritable(fd) is False
         if read_only:
@@ -208,7 +209,7 @@ def test_an_unused_device_is_opened_with_just_those_rights(loops: Loops, read_on
 def test_a_writable_attachment_keeps_host_and_other_vms_out(loops: Loops) -> None:
     device = loops.attach(loops.file())
     loops.run("mkfs.ext4", "-q", device)
-    fd = blockdev.open_unused(device, read_only=False)
+    fd = open_unused(device, read_only=False)
     copy = os.dup(fd)  # as QEMU has it
     os.close(fd)
     try:
@@ -224,8 +225,8 @@ def test_a_writable_attachment_keeps_host_and_other_vms_out(loops: Loops) -> Non
 
 def test_vms_share_a_read_only_device(loops: Loops) -> None:
     device = loops.attach(loops.file())
-    first = blockdev.open_unused(device, read_only=True)
-    second = blockdev.open_unused(device, read_only=True)
+    first = open_unused(device, read_only=True)
+    second = open_unused(device, read_only=True)
     os.close(first)
     os.close(second)
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from utilityvm.diskimage import blockdev, headers
+from unused_disk import open_unused
+from utilityvm.diskimage import headers
 from utilityvm.scsi.ports import DiskFormat
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def test_the_exclusive_claim_of_a_device_lives_on_in_qemu(start: Callable[..., Q
     path.write_bytes(bytes(1 << 20))
     device = subprocess.check_output(["losetup", "--find", "--show", path], text=True).strip()
     try:
-        fd = blockdev.open_unused(device, read_only=False)
+        fd = open_unused(device, read_only=False)
         qemu = start("-add-fd", f"fd={fd},set=1", pass_fds=(fd,))
         os.close(fd)
         try:
@@ -168,6 +169,6 @@ def test_the_exclusive_claim_of_a_device_lives_on_in_qemu(start: Callable[..., Q
                 os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
         finally:
             qemu.close()
-        os.close(blockdev.open_unused(device, read_only=False))
+        os.close(open_unused(device, read_only=False))
     finally:
         subprocess.run(["losetup", "--detach", device], check=True)

@@ -10,6 +10,7 @@ folders are of the session's own, and after it every VM in them is ended, whatev
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,15 +21,19 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+import evidence
 from utilityvm import SCSIMount, UtilityVM, VMConfig
 from utilityvm.errors import SetupError
 from utilityvm.guestimage import build
 from utilityvm.guestimage.build import GuestImage
+from utilityvm.machine import paths
 from utilityvm.testing.images import ext4_image
 
 Uvm = Callable[..., "subprocess.CompletedProcess[str]"]
 
 _CONSOLE_CHARACTERS = 8000
+_NAME_CHARACTERS = 100
+_transcripts = evidence.Transcripts()
 
 
 # Ends every VM of the session, whoever owns it, and the server, and removes the folder, once its standard input is
@@ -66,7 +71,8 @@ def own_folders() -> Iterator[Path]:
         patch.setenv("UTILITYVM_STATE_DIR", f"{folder}/state")
         patch.setenv("UTILITYVM_RUNTIME_DIR", f"{folder}/run")
         with subprocess.Popen([sys.executable, "-c", GUARD, folder], stdin=subprocess.PIPE) as guard:
-            yield Path(folder)
+            with _transcripts:
+                yield Path(folder)
             assert guard.stdin is not None
             guard.stdin.close()
             assert guard.wait() == 0
@@ -183,10 +189,23 @@ def uvm() -> Uvm:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None]:
-    """Keep the console with a failure."""
+    """Keep what there is of the VMs with a failure: in files, and the end of the console in the report."""
     outcome = yield
     report: pytest.TestReport = outcome.get_result()  # type: ignore[attr-defined]
-    arguments = getattr(item, "funcargs", {})
-    for name, thing in arguments.items():
-        if report.failed and isinstance(thing, UtilityVM):
+    if not report.failed:
+        return
+    for name, thing in getattr(item, "funcargs", {}).items():
+        if isinstance(thing, UtilityVM):
             report.sections.append((f"console of {name}", thing.console()[-_CONSOLE_CHARACTERS:]))
+    store = _own_store()
+    if store is not None and item.config.cache is not None:
+        test = re.sub(r"[^\w.-]", "_", item.nodeid)[-_NAME_CHARACTERS:]
+        kept = evidence.keep(Path(item.config.cache.mkdir("vms-of-failures")) / test, store, _transcripts)
+        report.sections.append(("kept of its VMs", "\n".join(map(str, kept))))
+
+
+def _own_store() -> Path | None:
+    """The session's store; None: no VM was started, so that there is none but the user's."""
+    state = os.environ.get("UTILITYVM_STATE_DIR")
+    path = Path(state) / paths.STORE_FILE if state else None
+    return path if path is not None and path.exists() else None

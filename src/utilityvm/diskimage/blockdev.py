@@ -19,12 +19,11 @@ import re
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from utilityvm.errors import DiskInUse, InvalidRequest, NotSupported, SetupError
+from utilityvm.errors import DiskInUse, InvalidRequest, SetupError
 
 # linux/fs.h
 BLKROGET: Final = 0x125E
@@ -77,45 +76,6 @@ def open_flags(*, read_only: bool) -> int:
     `check_unused` looks once, at the start.
     """
     return os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR | os.O_EXCL)
-
-
-def open_unused(host_path: str, *, read_only: bool, sysfs: Path = Path("/sys"), proc: Path = Path("/proc")) -> int:
-    """Open a physical disk that the host does not use, with `open_flags`; the caller closes the fd.
-
-    A symbolic link such as /dev/disk/by-id/… is followed once, and what it led to is what is checked and opened.
-
-    Raises:
-        DiskInUse: names each use.
-        InvalidRequest: the path is no block device, or may not be opened.
-        NotSupported: writable was asked for, and the kernel has the device read-only.
-        SetupError: sysfs does not know the device, so that its use cannot be told.
-    """
-    with ExitStack() as opened:
-        try:
-            node = os.open(host_path, os.O_PATH | os.O_CLOEXEC)
-        except OSError as error:
-            raise _cannot_open(host_path, error) from error
-        opened.callback(os.close, node)
-        status = os.fstat(node)
-        if not stat.S_ISBLK(status.st_mode):
-            raise _no_block_device(host_path)
-        try:
-            fd = os.open(f"/proc/self/fd/{node}", open_flags(read_only=read_only))
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                raise in_use(host_path, host_users(status.st_rdev, sysfs=sysfs, proc=proc)) from error
-            raise _cannot_open(host_path, error) from error
-        with ExitStack() as undo:
-            undo.callback(os.close, fd)
-            if not read_only and is_read_only(fd):
-                raise NotSupported(
-                    f"{host_path}: the kernel has this device read-only",
-                    host_path=host_path,
-                    remedy="attach it read-only, or: blockdev --setrw",
-                )
-            check_unused(fd, host_path=host_path, exclusive=not read_only, sysfs=sysfs, proc=proc)
-            undo.pop_all()
-            return fd
 
 
 def check_unused(
