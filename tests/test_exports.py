@@ -129,3 +129,10 @@ def test_every_type_in_a_public_signature_is_public(name: str) -> None:
         if unknown := words - STANDARD - set(utilityvm.__all__):
             hidden.setdefault(f"{name}.{member}", set()).update(unknown)
     assert hidden == {member: types for member, types in NOT_PUBLIC.items() if member.startswith(f"{name}.")}
+
+
+def test_the_synchronous_classes_are_made_from_the_asynchronous_ones() -> None:
+    from utilityvm.sync import generate
+
+    for path, text in generate.files().items():
+        assert path.read_text() == text, "the public API changed; run: python -m utilityvm.sync.generate"

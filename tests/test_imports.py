@@ -38,6 +38,7 @@ MAY: dict[str, set[str]] = {
     "server": {"vm", "store", "scsi", "machine", "guests"},
     "client": {"server", "vm", "store", "guests", "scsi", "machine"},  # of `server` what goes over the wire
     "cli": {"client", "machine", ""},
+    "sync": {""},  # the public names, without `async`
     "testing": {"scsi", "machine", "hosts", "bridge", "agent", "guests"},
     "": {
         "templates",
