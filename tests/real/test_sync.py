@@ -23,7 +23,8 @@ def test_a_vm_its_disks_and_programs_without_async(tmp_path: Path) -> None:
         with pytest.raises(AlreadyReleased):
             mount.release()
 
-        events, heard = vm.scsi_events(), []
+        events = vm.scsi_events()
+        heard: list[str] = []
         listener = threading.Thread(target=lambda: heard.extend(event.what for event in events), daemon=True)
         listener.start()
         said: list[bytes] = []
