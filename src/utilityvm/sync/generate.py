@@ -13,6 +13,7 @@ import inspect
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -348,7 +349,7 @@ def files() -> dict[Path, str]:
     own = sorted((*CLASSES, *FUNCTIONS))
     values = sorted(set(utilityvm.__all__) - set(own) - LEFT_OUT)
 
-    def listed(names: list[str], form: str, indent: str) -> str:
+    def listed(names: Sequence[str], form: str, indent: str) -> str:
         return "\n".join(f"{indent}{form.format(name)}," for name in names)
 
     head = _INIT.format(
