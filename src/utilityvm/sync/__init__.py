@@ -358,6 +358,12 @@ if TYPE_CHECKING:
         RemoteMount as RemoteMount,
     )
     from utilityvm.sync.classes import (
+        RemotePieces as RemotePieces,
+    )
+    from utilityvm.sync.classes import (
+        RemoteProgram as RemoteProgram,
+    )
+    from utilityvm.sync.classes import (
         RemoteVM as RemoteVM,
     )
     from utilityvm.sync.classes import (
@@ -451,6 +457,8 @@ __all__ = [
     "ProtocolError",
     "QemuProcess",
     "RemoteMount",
+    "RemotePieces",
+    "RemoteProgram",
     "RemoteVM",
     "RequestError",
     "Reservation",
@@ -524,6 +532,8 @@ _OWN = frozenset(
         "ProgramOutput",
         "ProgramPieces",
         "RemoteMount",
+        "RemotePieces",
+        "RemoteProgram",
         "RemoteVM",
         "SCSIMount",
         "ScsiEvents",

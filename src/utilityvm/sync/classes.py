@@ -48,169 +48,129 @@ if TYPE_CHECKING:
     )
 
 
-@stands_for(utilityvm.ProgramOutput)
-class ProgramOutput(Synchronous):
-    """One of a program's two streams, as it comes. One reader at a time; lines end with a newline, as the bytes do.
+@stands_for(utilityvm.Client)
+class Client(Synchronous):
+    """The server of this user and store. Made by `connect`; leaving `with` closes its connections."""
 
-    `offset` is that of the next byte that will be read, counted from the program's start. `lost` is how many bytes
-    were dropped by the guest before we could have them: only if nobody followed the program.
-    """
+    def vms(self) -> list[str]:
+        """The names of the VMs that there are, whatever state they are in."""
+        result: list[str] = call(self._async.vms)
+        return result
 
-    def read(self, n: int = -1) -> bytes:
-        """Up to `n` bytes, as soon as there are some; with -1 all until its end. Empty at its end.
+    def vm(self, name: str, *, wait_s: float = 0.0) -> RemoteVM:
+        """Use a VM that runs and outlives its owner. The server owns it from then on, and lets go when nobody uses it
+        and another process waits for it.
 
         Raises:
-            VMGone: the VM ended, or was let go of. What came before can be read first.
+            VMNotFound: there is no VM of that name.
+            VMNotRunning: its QEMU has ended.
+            VMOwned: another process owns it, also after waiting for `wait_s` seconds.
+            SetupError: there is no server, and none can be started.
         """
-        result: bytes = call(self._async.read, n)
+        result: RemoteVM = call(self._async.vm, name, wait_s=wait_s)
         return result
 
-    def readexactly(self, n: int) -> bytes:
-        """`n` bytes.
+    def at(self, name: str, *, wait_s: float = 0.0, needs_guest: bool = True) -> RemoteVM:
+        """As `vm`, without asking: each call of the VM has the server take it over if need be, and raises as `vm`.
 
-        Raises:
-            asyncio.IncompleteReadError: the stream ended before; it has what came.
-            VMGone: as `read`.
+        Each waits for up to `wait_s` seconds while another process owns the VM. Without `needs_guest` the VM is taken
+        over also if its guest does not answer: for what needs no guest.
         """
-        result: bytes = call(self._async.readexactly, n)
+        result: RemoteVM = call(self._async.at, name, wait_s=wait_s, needs_guest=needs_guest)
         return result
 
-    def readline(self) -> bytes:
-        """A line with its newline; the last may have none. Empty at its end.
+    def stop(self, name: str, *, wait_s: float = 0.0, force: bool = False, timeout_s: float = 15.0) -> list[str]:
+        """End a VM, whatever state it is in, and remove all that is left of it: as `UtilityVM.remove`.
 
-        A line of more than 64 KiB comes in pieces.
-
-        Raises:
-            VMGone: as `read`.
+        Programs and calls of other clients end with `VMNotRunning`.
         """
-        result: bytes = call(self._async.readline)
+        result: list[str] = call(self._async.stop, name, wait_s=wait_s, force=force, timeout_s=timeout_s)
         return result
-
-    def at_eof(self) -> bool:
-        """Has all of it been read?"""
-        result: bool = call(self._async.at_eof)
-        return result
-
-    def __next__(self) -> bytes:
-        try:
-            result: bytes = call(self._async.__anext__)
-        except StopAsyncIteration:
-            raise StopIteration from None
-        return result
-
-    @property
-    def lost(self) -> int:
-        result: int = self._get("lost")
-        return result
-
-    @property
-    def offset(self) -> int:
-        result: int = self._get("offset")
-        return result
-
-    def __iter__(self) -> Self:
-        return self
-
-
-@stands_for(utilityvm.ProgramInput)
-class ProgramInput(Synchronous):
-    """A program's input, as asyncio's StreamWriter. What is written is kept until the guest has it, also if the
-    connection to the guest ends meanwhile.
-    """
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Give it to the program. Call `drain` before there is too much that it has not taken.
-
-        Raises:
-            WrongState: it was closed.
-            GuestBusy: another handle writes the program's input.
-            NotSupported: the program was started without input.
-        """
-        call(self._async.write, data)
-
-    def writelines(self, data: Iterable[bytes]) -> None:
-        """`write` each."""
-        call(self._async.writelines, data)
-
-    def drain(self) -> None:
-        """Return when at most 64 KiB are left that the program has not taken; also if it takes no more.
-
-        Raises:
-            VMGone: the VM ended, or was let go of.
-        """
-        call(self._async.drain)
 
     def close(self) -> None:
-        """What was written is the last of it: the program reads its end then."""
+        """Close the connections. What was reserved stays."""
         call(self._async.close)
 
-    def write_eof(self) -> None:
-        """`close`."""
-        call(self._async.write_eof)
+    def __enter__(self) -> Self:
+        call(self._async.__aenter__)
+        return self
 
-    def is_closing(self) -> bool:
-        result: bool = call(self._async.is_closing)
-        return result
-
-    def wait_closed(self) -> None:
-        """Return when the program has taken all of it.
-
-        Raises:
-            VMGone: as `drain`.
-        """
-        call(self._async.wait_closed)
+    def __exit__(self, *_: object) -> None:
+        call(self._async.__aexit__, *_)
 
 
-@stands_for(utilityvm.ProgramPieces)
-class ProgramPieces(Synchronous):
-    """What a program writes, both streams in the order in which the guest read them. Made by `follow_program`.
+@stands_for(utilityvm.ClonePool)
+class ClonePool(Synchronous):
+    """Keeps `size` clones of a template waiting. They end with this process, however it ends.
 
-    The iteration ends when the program has, and all of its output was given; `exit_code` is known then. A piece counts
-    as taken when the next one is asked for; until then the guest keeps it. After a connection that broke it goes on by
-    itself; another process goes on by following from `stdout_offset` and `stderr_offset`. Close it with `close` if it
-    is not read to its end.
+    ::
+
+        with ClonePool("warm", size=4) as pool:
+            with pool.acquire() as vm:
+                vm.run(["make", "test"])
+
+    What was handed out is the caller's to close.
     """
 
-    @property
-    def stdout_offset(self) -> int:
-        """The offset of the next byte of its standard output."""
-        result: int = self._get("stdout_offset")
-        return result
+    def __init__(self, template: str, size: int, *, prefix: str | None = None) -> None:
+        """`prefix` begins the names of the VMs; by default it is made of the template's name and this process's id.
+
+        Raises:
+            InvalidRequest: the size, or a name, cannot be.
+        """
+        self._async = call(lambda: utilityvm.ClonePool(template, size, prefix=prefix))
 
     @property
-    def stderr_offset(self) -> int:
-        """The offset of the next byte of its error output."""
-        result: int = self._get("stderr_offset")
+    def ready(self) -> int:
+        """How many clones wait now."""
+        result: int = self._get("ready")
         return result
 
-    def __next__(self) -> ProgramPiece:
-        try:
-            result: ProgramPiece = call(self._async.__anext__)
-        except StopAsyncIteration:
-            raise StopIteration from None
-        return result
+    def __enter__(self) -> Self:
+        """The filling begins; nothing is waited for.
 
-    def close(self) -> None:
-        """Follow it no more. The program goes on."""
-        call(self._async.aclose)
-
-    @property
-    def info(self) -> ProgramInfo | None:
-        result: ProgramInfo | None = self._get("info")
-        return result
-
-    @property
-    def exit_code(self) -> int | None:
-        result: int | None = self._get("exit_code")
-        return result
-
-    @property
-    def out_of_memory(self) -> bool:
-        result: bool = self._get("out_of_memory")
-        return result
-
-    def __iter__(self) -> Self:
+        Raises:
+            TemplateNotFound, TemplateDamaged: there is no such template.
+        """
+        call(self._async.__aenter__)
         return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        call(self._async.__aexit__, kind, error, trace)
+
+    def acquire(self, *, timeout_s: float = 60.0) -> UtilityVM:
+        """A running clone, which is the caller's from now on. Waits for one if none is ready.
+
+        Raises:
+            DeadlineExceeded: none was ready, and answered, within `timeout_s` seconds.
+            VMNotRunning: the pool was closed.
+            others: what `UtilityVM.clone` raises, if that is why none is ready.
+        """
+        result: UtilityVM = call(self._async.acquire, timeout_s=timeout_s)
+        return result
+
+    def close(self, *, timeout_s: float = 60.0) -> None:
+        """End the filling and every clone that waits. Closed before is done.
+
+        Every clone is tried, also if one cannot be ended; call again for those that are left.
+
+        Raises:
+            OutcomeUnknown, StoreError: what the first that could not be ended said.
+            DeadlineExceeded: not done within `timeout_s` seconds; it goes on in the background.
+        """
+        call(self._async.close, timeout_s=timeout_s)
+
+    @property
+    def template(self) -> str:
+        result: str = self._get("template")
+        return result
+
+    @property
+    def size(self) -> int:
+        result: int = self._get("size")
+        return result
 
 
 @stands_for(utilityvm.Program)
@@ -333,26 +293,422 @@ class Program(Synchronous):
         return result
 
 
-@stands_for(utilityvm.ScsiEvents)
-class ScsiEvents(Synchronous):
-    """What happens to disks and mounts, from the call that made it on. The iteration ends with the VM, or `close`.
-
-    A listener that leaves too much unread loses what is new, and is told how much that was.
+@stands_for(utilityvm.ProgramInput)
+class ProgramInput(Synchronous):
+    """A program's input, as asyncio's StreamWriter. What is written is kept until the guest has it, also if the
+    connection to the guest ends meanwhile.
     """
 
-    def __next__(self) -> ScsiEvent:
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Give it to the program. Call `drain` before there is too much that it has not taken.
+
+        Raises:
+            WrongState: it was closed.
+            GuestBusy: another handle writes the program's input.
+            NotSupported: the program was started without input.
+        """
+        call(self._async.write, data)
+
+    def writelines(self, data: Iterable[bytes]) -> None:
+        """`write` each."""
+        call(self._async.writelines, data)
+
+    def drain(self) -> None:
+        """Return when at most 64 KiB are left that the program has not taken; also if it takes no more.
+
+        Raises:
+            VMGone: the VM ended, or was let go of.
+        """
+        call(self._async.drain)
+
+    def close(self) -> None:
+        """What was written is the last of it: the program reads its end then."""
+        call(self._async.close)
+
+    def write_eof(self) -> None:
+        """`close`."""
+        call(self._async.write_eof)
+
+    def is_closing(self) -> bool:
+        result: bool = call(self._async.is_closing)
+        return result
+
+    def wait_closed(self) -> None:
+        """Return when the program has taken all of it.
+
+        Raises:
+            VMGone: as `drain`.
+        """
+        call(self._async.wait_closed)
+
+
+@stands_for(utilityvm.ProgramOutput)
+class ProgramOutput(Synchronous):
+    """One of a program's two streams, as it comes. One reader at a time; lines end with a newline, as the bytes do.
+
+    `offset` is that of the next byte that will be read, counted from the program's start. `lost` is how many bytes
+    were dropped by the guest before we could have them: only if nobody followed the program.
+    """
+
+    def read(self, n: int = -1) -> bytes:
+        """Up to `n` bytes, as soon as there are some; with -1 all until its end. Empty at its end.
+
+        Raises:
+            VMGone: the VM ended, or was let go of. What came before can be read first.
+        """
+        result: bytes = call(self._async.read, n)
+        return result
+
+    def readexactly(self, n: int) -> bytes:
+        """`n` bytes.
+
+        Raises:
+            asyncio.IncompleteReadError: the stream ended before; it has what came.
+            VMGone: as `read`.
+        """
+        result: bytes = call(self._async.readexactly, n)
+        return result
+
+    def readline(self) -> bytes:
+        """A line with its newline; the last may have none. Empty at its end.
+
+        A line of more than 64 KiB comes in pieces.
+
+        Raises:
+            VMGone: as `read`.
+        """
+        result: bytes = call(self._async.readline)
+        return result
+
+    def at_eof(self) -> bool:
+        """Has all of it been read?"""
+        result: bool = call(self._async.at_eof)
+        return result
+
+    def __next__(self) -> bytes:
         try:
-            result: ScsiEvent = call(self._async.__anext__)
+            result: bytes = call(self._async.__anext__)
         except StopAsyncIteration:
             raise StopIteration from None
         return result
 
-    def close(self) -> None:
-        """Hear no more; an iteration that waits ends."""
-        call(self._async.aclose)
+    @property
+    def lost(self) -> int:
+        result: int = self._get("lost")
+        return result
+
+    @property
+    def offset(self) -> int:
+        result: int = self._get("offset")
+        return result
 
     def __iter__(self) -> Self:
         return self
+
+
+@stands_for(utilityvm.RemoteMount)
+class RemoteMount(Synchronous):
+    """One reservation of a disk, held by a name. Leaving `with` gives it back."""
+
+    @property
+    def id(self) -> str:
+        """The reservation's name, which `uvm detach` takes as well."""
+        result: str = self._get("id")
+        return result
+
+    @property
+    def host_path(self) -> Path:
+        result: Path = self._get("host_path")
+        return result
+
+    @property
+    def guest_path(self) -> PurePosixPath | None:
+        """Where it is mounted in the guest; None: it is attached only."""
+        result: PurePosixPath | None = self._get("guest_path")
+        return result
+
+    @property
+    def slot(self) -> Slot:
+        result: Slot = self._get("slot")
+        return result
+
+    @property
+    def read_only(self) -> bool:
+        result: bool = self._get("read_only")
+        return result
+
+    @property
+    def holder(self) -> str:
+        result: str = self._get("holder")
+        return result
+
+    @property
+    def ref_count(self) -> int:
+        """The references on its disk, this one among them, as of when it was asked for."""
+        result: int = self._get("ref_count")
+        return result
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to know of its mount: as `SCSIMount.notes`."""
+        result: tuple[str, ...] = self._get("notes")
+        return result
+
+    def release(self, *, force: ForceArgument = False, timeout_s: float = 60.0) -> str | None:
+        """Give it back: as `SCSIMount.release`."""
+        result: str | None = call(self._async.release, force=force, timeout_s=timeout_s)
+        return result
+
+    def __enter__(self) -> Self:
+        call(self._async.__aenter__)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        call(self._async.__aexit__, kind, error, trace)
+
+
+@stands_for(utilityvm.RemoteProgram)
+class RemoteProgram(Synchronous):
+    """A program that the guest keeps. It goes on whatever becomes of this process and the server."""
+
+    @property
+    def number(self) -> int:
+        result: int = self._get("number")
+        return result
+
+    @property
+    def id(self) -> str:
+        result: str = self._get("id")
+        return result
+
+    @property
+    def pid(self) -> int | None:
+        """Its process number in the guest."""
+        result: int | None = self._get("pid")
+        return result
+
+    def send_signal(self, signal: int) -> None:
+        """Send it a signal, and what it started in its process group: as `Program.send_signal`."""
+        call(self._async.send_signal, signal)
+
+    def kill(self) -> None:
+        """Kill it with all that it started: as `Program.kill`."""
+        call(self._async.kill)
+
+
+@stands_for(utilityvm.RemoteVM)
+class RemoteVM(Synchronous):
+    """A VM that the server owns. Its calls are those of `UtilityVM`, from any number of processes at the same time.
+
+    A call whose answer is lost is made again, to the next server if need be, and does nothing twice.
+    """
+
+    def add_scsi(
+        self,
+        host_path: HostPath,
+        guest_path: str | PurePosixPath | None = None,
+        *,
+        generated: bool = False,
+        holder: str = "client",
+        read_only: bool = False,
+        options: Sequence[str] = (),
+        access: str = "individual",
+        partition: int = 0,
+        format: str | None = None,
+        sector_size_bytes: int | None = None,
+        filesystem: str | None = None,
+        ensure_filesystem: bool = False,
+        reformat: bool = False,
+        block_device: bool = False,
+        encryption: ScratchKey | CallerKey | None = None,
+        verity: Verity | None = None,
+        untrusted: bool = False,
+        physical: bool = False,
+        timeout_s: float = 60.0,
+    ) -> RemoteMount:
+        """Reserve a disk: `UtilityVM.add_scsi` says what the arguments mean. Call it, or enter it with `with`.
+
+        `generated`: the server makes up the guest path. The reservation belongs to `holder`, and stays until it is
+        given back, also if this process ends.
+        """
+        result: RemoteMount = call(
+            self._async.add_scsi,
+            host_path,
+            guest_path,
+            generated=generated,
+            holder=holder,
+            read_only=read_only,
+            options=options,
+            access=access,
+            partition=partition,
+            format=format,
+            sector_size_bytes=sector_size_bytes,
+            filesystem=filesystem,
+            ensure_filesystem=ensure_filesystem,
+            reformat=reformat,
+            block_device=block_device,
+            encryption=encryption,
+            verity=verity,
+            untrusted=untrusted,
+            physical=physical,
+            timeout_s=timeout_s,
+        )
+        return result
+
+    def add(self, disk: DiskSpec, *, holder: str = "client", timeout_s: float = 60.0) -> RemoteMount:
+        """`add_scsi` for a disk that is described by a value."""
+        result: RemoteMount = call(self._async.add, disk, holder=holder, timeout_s=timeout_s)
+        return result
+
+    def remove_scsi(
+        self, host_path: HostPath, *, holder: str | None = None, force: ForceArgument = False, timeout_s: float = 60.0
+    ) -> str | None:
+        """Drop one reference to the disk: the newest, or the newest of `holder`. The last one detaches it.
+
+        Raises:
+            NotAttached: it is not attached, or `holder` has no reservation on it.
+            others: as `RemoteMount.release`.
+        """
+        result: str | None = call(self._async.remove_scsi, host_path, holder=holder, force=force, timeout_s=timeout_s)
+        return result
+
+    def release(self, reservation: str, *, force: ForceArgument = False, timeout_s: float = 60.0) -> str | None:
+        """Give back a reservation by its id. See `RemoteMount.release`."""
+        result: str | None = call(self._async.release, reservation, force=force, timeout_s=timeout_s)
+        return result
+
+    def resize_scsi(self, host_path: HostPath, size_bytes: int, *, timeout_s: float | None = None) -> None:
+        """Grow the disk, its image and the file systems on it: as `UtilityVM.resize_scsi`."""
+        call(self._async.resize_scsi, host_path, size_bytes, timeout_s=timeout_s)
+
+    def find_scsi(self, host_path: HostPath, *, timeout_s: float = 60.0) -> SlotView:
+        """The disk, by any of its names: as `UtilityVM.find_scsi`."""
+        result: SlotView = call(self._async.find_scsi, host_path, timeout_s=timeout_s)
+        return result
+
+    def scsi_slots(self) -> list[SlotView]:
+        """Every slot that a disk has, in order."""
+        result: list[SlotView] = call(self._async.scsi_slots)
+        return result
+
+    def scsi_reservations(self) -> list[RemoteMount]:
+        """Every reservation that is held, whoever made it; the oldest first."""
+        result: list[RemoteMount] = call(self._async.scsi_reservations)
+        return result
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: PurePosixPath | str | None = None,
+        user: str | int | None = None,
+        limits: Limits | None = None,
+        timeout_s: float | None = None,
+    ) -> CommandResult[bytes]:
+        """Run a program in the guest to its end: as `UtilityVM.run`, with fewer settings.
+
+        Raises:
+            OutcomeUnknown: the server ended meanwhile, and the program with it.
+            others: as `UtilityVM.run`.
+        """
+        result: CommandResult[bytes] = call(
+            self._async.run, command, stdin=stdin, env=env, cwd=cwd, user=user, limits=limits, timeout_s=timeout_s
+        )
+        return result
+
+    def run_streaming(
+        self,
+        command: Sequence[str],
+        *,
+        stdout: Callable[[bytes], object],
+        stderr: Callable[[bytes], object],
+        stdin: Iterable[bytes] | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: PurePosixPath | str | None = None,
+        user: str | int | None = None,
+        limits: Limits | None = None,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Like `run`, with input and output as they come; gives the exit code. Cancelled, it kills the program."""
+        result: int = call(
+            self._async.run_streaming,
+            command,
+            stdout=sink(stdout),
+            stderr=sink(stderr),
+            stdin=feed(stdin),
+            env=env,
+            cwd=cwd,
+            user=user,
+            limits=limits,
+            timeout_s=timeout_s,
+        )
+        return result
+
+    def start_program(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: PurePosixPath | str | None = None,
+        user: str | int | None = None,
+        limits: Limits | None = None,
+        name: str | None = None,
+        follow: Literal[False] = False,
+    ) -> RemoteProgram:
+        """Start a program that belongs to the guest: as `UtilityVM.start_program`, without input, and not followed."""
+        result: RemoteProgram = call(
+            self._async.start_program, command, env=env, cwd=cwd, user=user, limits=limits, name=name, follow=follow
+        )
+        return result
+
+    def program(self, number: int | str, *, follow: Literal[False] = False) -> RemoteProgram:
+        """A program that the guest keeps, by its number, name or id.
+
+        Raises:
+            ProgramNotFound: there is no such program.
+        """
+        result: RemoteProgram = call(self._async.program, number, follow=follow)
+        return result
+
+    def programs(self) -> list[ProgramInfo]:
+        """The programs that the guest keeps: as `UtilityVM.programs`."""
+        result: list[ProgramInfo] = call(self._async.programs)
+        return result
+
+    def follow_program(
+        self, number: int | str, *, stdout_offset: int = 0, stderr_offset: int = 0, live: bool = True
+    ) -> RemotePieces:
+        """The output of a program that the guest keeps: as `UtilityVM.follow_program`. It is not held back.
+
+        A server that ends meanwhile is replaced, and the output goes on at the byte at which it stopped.
+        """
+        result: RemotePieces = call(
+            self._async.follow_program, number, stdout_offset=stdout_offset, stderr_offset=stderr_offset, live=live
+        )
+        return result
+
+    def stop(self, *, timeout_s: float = 15.0) -> None:
+        """End the VM: as `UtilityVM.stop`. Programs and calls of other clients end with `VMNotRunning`."""
+        call(self._async.stop, timeout_s=timeout_s)
+
+    @property
+    def name(self) -> str:
+        result: str = self._get("name")
+        return result
+
+    @property
+    def uuid(self) -> str:
+        result: str = self._get("uuid")
+        return result
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        result: tuple[str, ...] = self._get("findings")
+        return result
 
 
 @stands_for(utilityvm.SCSIMount)
@@ -462,6 +818,104 @@ class MountedDisk(SCSIMount):
         """Where it is mounted in the guest."""
         result: PurePosixPath = self._get("guest_path")
         return result
+
+
+@stands_for(utilityvm.ProgramPieces)
+class ProgramPieces(Synchronous):
+    """What a program writes, both streams in the order in which the guest read them. Made by `follow_program`.
+
+    The iteration ends when the program has, and all of its output was given; `exit_code` is known then. A piece counts
+    as taken when the next one is asked for; until then the guest keeps it. After a connection that broke it goes on by
+    itself; another process goes on by following from `stdout_offset` and `stderr_offset`. Close it with `close` if it
+    is not read to its end.
+    """
+
+    @property
+    def stdout_offset(self) -> int:
+        """The offset of the next byte of its standard output."""
+        result: int = self._get("stdout_offset")
+        return result
+
+    @property
+    def stderr_offset(self) -> int:
+        """The offset of the next byte of its error output."""
+        result: int = self._get("stderr_offset")
+        return result
+
+    def __next__(self) -> ProgramPiece:
+        try:
+            result: ProgramPiece = call(self._async.__anext__)
+        except StopAsyncIteration:
+            raise StopIteration from None
+        return result
+
+    def close(self) -> None:
+        """Follow it no more. The program goes on."""
+        call(self._async.aclose)
+
+    @property
+    def info(self) -> ProgramInfo | None:
+        result: ProgramInfo | None = self._get("info")
+        return result
+
+    @property
+    def exit_code(self) -> int | None:
+        result: int | None = self._get("exit_code")
+        return result
+
+    @property
+    def out_of_memory(self) -> bool:
+        result: bool = self._get("out_of_memory")
+        return result
+
+    def __iter__(self) -> Self:
+        return self
+
+
+@stands_for(utilityvm.RemotePieces)
+class RemotePieces(Synchronous):
+    """What a program writes, as `ProgramPieces`. `exit_code` is known when the iteration has ended."""
+
+    def __next__(self) -> ProgramPiece:
+        try:
+            result: ProgramPiece = call(self._async.__anext__)
+        except StopAsyncIteration:
+            raise StopIteration from None
+        return result
+
+    def close(self) -> None:
+        """Follow it no more. The program goes on."""
+        call(self._async.aclose)
+
+    @property
+    def exit_code(self) -> int | None:
+        result: int | None = self._get("exit_code")
+        return result
+
+    def __iter__(self) -> Self:
+        return self
+
+
+@stands_for(utilityvm.ScsiEvents)
+class ScsiEvents(Synchronous):
+    """What happens to disks and mounts, from the call that made it on. The iteration ends with the VM, or `close`.
+
+    A listener that leaves too much unread loses what is new, and is told how much that was.
+    """
+
+    def __next__(self) -> ScsiEvent:
+        try:
+            result: ScsiEvent = call(self._async.__anext__)
+        except StopAsyncIteration:
+            raise StopIteration from None
+        return result
+
+    def close(self) -> None:
+        """Hear no more; an iteration that waits ends."""
+        call(self._async.aclose)
+
+    def __iter__(self) -> Self:
+        return self
 
 
 @stands_for(utilityvm.UtilityVM)
@@ -1307,331 +1761,6 @@ class UtilityVM(Synchronous):
         return result
 
 
-@stands_for(utilityvm.ClonePool)
-class ClonePool(Synchronous):
-    """Keeps `size` clones of a template waiting. They end with this process, however it ends.
-
-    ::
-
-        with ClonePool("warm", size=4) as pool:
-            with pool.acquire() as vm:
-                vm.run(["make", "test"])
-
-    What was handed out is the caller's to close.
-    """
-
-    def __init__(self, template: str, size: int, *, prefix: str | None = None) -> None:
-        """`prefix` begins the names of the VMs; by default it is made of the template's name and this process's id.
-
-        Raises:
-            InvalidRequest: the size, or a name, cannot be.
-        """
-        self._async = call(lambda: utilityvm.ClonePool(template, size, prefix=prefix))
-
-    @property
-    def ready(self) -> int:
-        """How many clones wait now."""
-        result: int = self._get("ready")
-        return result
-
-    def __enter__(self) -> Self:
-        """The filling begins; nothing is waited for.
-
-        Raises:
-            TemplateNotFound, TemplateDamaged: there is no such template.
-        """
-        call(self._async.__aenter__)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        call(self._async.__aexit__, kind, error, trace)
-
-    def acquire(self, *, timeout_s: float = 60.0) -> UtilityVM:
-        """A running clone, which is the caller's from now on. Waits for one if none is ready.
-
-        Raises:
-            DeadlineExceeded: none was ready, and answered, within `timeout_s` seconds.
-            VMNotRunning: the pool was closed.
-            others: what `UtilityVM.clone` raises, if that is why none is ready.
-        """
-        result: UtilityVM = call(self._async.acquire, timeout_s=timeout_s)
-        return result
-
-    def close(self, *, timeout_s: float = 60.0) -> None:
-        """End the filling and every clone that waits. Closed before is done.
-
-        Every clone is tried, also if one cannot be ended; call again for those that are left.
-
-        Raises:
-            OutcomeUnknown, StoreError: what the first that could not be ended said.
-            DeadlineExceeded: not done within `timeout_s` seconds; it goes on in the background.
-        """
-        call(self._async.close, timeout_s=timeout_s)
-
-    @property
-    def template(self) -> str:
-        result: str = self._get("template")
-        return result
-
-    @property
-    def size(self) -> int:
-        result: int = self._get("size")
-        return result
-
-
-@stands_for(utilityvm.RemoteMount)
-class RemoteMount(Synchronous):
-    """One reservation of a disk, held by a name. Leaving `with` gives it back."""
-
-    @property
-    def id(self) -> str:
-        """The reservation's name, which `uvm detach` takes as well."""
-        result: str = self._get("id")
-        return result
-
-    @property
-    def host_path(self) -> Path:
-        result: Path = self._get("host_path")
-        return result
-
-    @property
-    def guest_path(self) -> PurePosixPath | None:
-        """Where it is mounted in the guest; None: it is attached only."""
-        result: PurePosixPath | None = self._get("guest_path")
-        return result
-
-    @property
-    def slot(self) -> Slot:
-        result: Slot = self._get("slot")
-        return result
-
-    @property
-    def read_only(self) -> bool:
-        result: bool = self._get("read_only")
-        return result
-
-    @property
-    def holder(self) -> str:
-        result: str = self._get("holder")
-        return result
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What there is to know of its mount: as `SCSIMount.notes`."""
-        result: tuple[str, ...] = self._get("notes")
-        return result
-
-    def release(self, *, force: ForceArgument = False, timeout_s: float = 60.0) -> str | None:
-        """Give it back: as `SCSIMount.release`."""
-        result: str | None = call(self._async.release, force=force, timeout_s=timeout_s)
-        return result
-
-    def __enter__(self) -> Self:
-        call(self._async.__aenter__)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        call(self._async.__aexit__, kind, error, trace)
-
-
-@stands_for(utilityvm.RemoteVM)
-class RemoteVM(Synchronous):
-    """A VM that the server owns. Its calls are those of `UtilityVM`, from any number of processes at the same time.
-
-    A call whose answer is lost is made again, to the next server if need be, and does nothing twice.
-    """
-
-    def add_scsi(
-        self,
-        host_path: HostPath,
-        guest_path: str | PurePosixPath | None = None,
-        *,
-        generated: bool = False,
-        holder: str = "client",
-        read_only: bool = False,
-        options: Sequence[str] = (),
-        access: str = "individual",
-        partition: int = 0,
-        format: str | None = None,
-        sector_size_bytes: int | None = None,
-        filesystem: str | None = None,
-        ensure_filesystem: bool = False,
-        reformat: bool = False,
-        block_device: bool = False,
-        encryption: ScratchKey | CallerKey | None = None,
-        verity: Verity | None = None,
-        physical: bool = False,
-        timeout_s: float = 60.0,
-    ) -> RemoteMount:
-        """Reserve a disk: `UtilityVM.add_scsi` says what the arguments mean. Call it, or enter it with `with`.
-
-        `generated`: the server makes up the guest path. The reservation belongs to `holder`, and stays until it is
-        given back, also if this process ends.
-        """
-        result: RemoteMount = call(
-            self._async.add_scsi,
-            host_path,
-            guest_path,
-            generated=generated,
-            holder=holder,
-            read_only=read_only,
-            options=options,
-            access=access,
-            partition=partition,
-            format=format,
-            sector_size_bytes=sector_size_bytes,
-            filesystem=filesystem,
-            ensure_filesystem=ensure_filesystem,
-            reformat=reformat,
-            block_device=block_device,
-            encryption=encryption,
-            verity=verity,
-            physical=physical,
-            timeout_s=timeout_s,
-        )
-        return result
-
-    def remove_scsi(
-        self, host_path: HostPath, *, holder: str | None = None, force: ForceArgument = False, timeout_s: float = 60.0
-    ) -> str | None:
-        """Drop one reference to the disk: the newest, or the newest of `holder`. The last one detaches it.
-
-        Raises:
-            NotAttached: it is not attached, or `holder` has no reservation on it.
-            others: as `RemoteMount.release`.
-        """
-        result: str | None = call(self._async.remove_scsi, host_path, holder=holder, force=force, timeout_s=timeout_s)
-        return result
-
-    def release(self, reservation: str, *, force: ForceArgument = False, timeout_s: float = 60.0) -> str | None:
-        """Give back a reservation by its id. See `RemoteMount.release`."""
-        result: str | None = call(self._async.release, reservation, force=force, timeout_s=timeout_s)
-        return result
-
-    def resize_scsi(self, host_path: HostPath, size_bytes: int, *, timeout_s: float | None = None) -> None:
-        """Grow the disk, its image and the file systems on it: as `UtilityVM.resize_scsi`."""
-        call(self._async.resize_scsi, host_path, size_bytes, timeout_s=timeout_s)
-
-    def scsi_slots(self) -> list[SlotView]:
-        """Every slot that a disk has, in order."""
-        result: list[SlotView] = call(self._async.scsi_slots)
-        return result
-
-    def scsi_reservations(self) -> list[RemoteMount]:
-        """Every reservation that is held, whoever made it; the oldest first."""
-        result: list[RemoteMount] = call(self._async.scsi_reservations)
-        return result
-
-    def run(
-        self,
-        command: Sequence[str],
-        *,
-        stdin: bytes | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: PurePosixPath | str | None = None,
-        timeout_s: float | None = None,
-    ) -> CommandResult[bytes]:
-        """Run a program in the guest to its end: as `UtilityVM.run`, with fewer settings.
-
-        Raises:
-            OutcomeUnknown: the server ended meanwhile, and the program with it.
-            others: as `UtilityVM.run`.
-        """
-        result: CommandResult[bytes] = call(
-            self._async.run, command, stdin=stdin, env=env, cwd=cwd, timeout_s=timeout_s
-        )
-        return result
-
-    def run_streaming(
-        self,
-        command: Sequence[str],
-        *,
-        stdout: Callable[[bytes], object],
-        stderr: Callable[[bytes], object],
-        stdin: Iterable[bytes] | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: PurePosixPath | str | None = None,
-        timeout_s: float | None = None,
-    ) -> int:
-        """Like `run`, with input and output as they come; gives the exit code. Cancelled, it kills the program."""
-        result: int = call(
-            self._async.run_streaming,
-            command,
-            stdout=sink(stdout),
-            stderr=sink(stderr),
-            stdin=feed(stdin),
-            env=env,
-            cwd=cwd,
-            timeout_s=timeout_s,
-        )
-        return result
-
-    def stop(self, *, timeout_s: float = 15.0) -> None:
-        """End the VM: as `UtilityVM.stop`. Programs and calls of other clients end with `VMNotRunning`."""
-        call(self._async.stop, timeout_s=timeout_s)
-
-    @property
-    def name(self) -> str:
-        result: str = self._get("name")
-        return result
-
-    @property
-    def uuid(self) -> str:
-        result: str = self._get("uuid")
-        return result
-
-    @property
-    def findings(self) -> tuple[str, ...]:
-        result: tuple[str, ...] = self._get("findings")
-        return result
-
-
-@stands_for(utilityvm.Client)
-class Client(Synchronous):
-    """The server of this user and store. Made by `connect`; leaving `with` closes its connections."""
-
-    def vms(self) -> list[str]:
-        """The names of the VMs that there are, whatever state they are in."""
-        result: list[str] = call(self._async.vms)
-        return result
-
-    def vm(self, name: str, *, wait_s: float = 0.0) -> RemoteVM:
-        """Use a VM that runs and outlives its owner. The server owns it from then on, and lets go when nobody uses it
-        and another process waits for it.
-
-        Raises:
-            VMNotFound: there is no VM of that name.
-            VMNotRunning: its QEMU has ended.
-            VMOwned: another process owns it, also after waiting for `wait_s` seconds.
-            SetupError: there is no server, and none can be started.
-        """
-        result: RemoteVM = call(self._async.vm, name, wait_s=wait_s)
-        return result
-
-    def stop(self, name: str, *, wait_s: float = 0.0, force: bool = False, timeout_s: float = 15.0) -> list[str]:
-        """End a VM, whatever state it is in, and remove all that is left of it: as `UtilityVM.remove`.
-
-        Programs and calls of other clients end with `VMNotRunning`.
-        """
-        result: list[str] = call(self._async.stop, name, wait_s=wait_s, force=force, timeout_s=timeout_s)
-        return result
-
-    def close(self) -> None:
-        """Close the connections. What was reserved stays."""
-        call(self._async.close)
-
-    def __enter__(self) -> Self:
-        call(self._async.__aenter__)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        call(self._async.__aexit__, *_)
-
-
 def connect(*, start: bool = True) -> Client:
     """A client of this user's server, which is started if none runs and `start` is true.
 
@@ -1662,18 +1791,6 @@ def examine_vm(name: str, *, wait_s: float = 0.0, timeout_s: float = 60.0) -> li
     return result
 
 
-def repair_vm(name: str, *, wait_s: float = 0.0, timeout_s: float = 60.0) -> list[str]:
-    """Make the three agree within `timeout_s` seconds, and say what was done, a line each.
-
-    `wait_s` is for the queue, if another process uses the VM. Out of time, the rest is left for the next call.
-
-    Raises:
-        As `examine_vm`; and GuestBusy and others, if a disk that no journal knows cannot be taken out.
-    """
-    result: list[str] = call(utilityvm.repair_vm, name, wait_s=wait_s, timeout_s=timeout_s)
-    return result
-
-
 def remove_leftover(leftover: Leftover, *, timeout_s: float = 60.0) -> bool:
     """Remove it, if it is still one. False: another process took it up meanwhile, or it is gone.
 
@@ -1692,4 +1809,16 @@ def remove_leftovers(leftovers: Iterable[Leftover]) -> list[bool | UtilityVMErro
     removed are gone, and the others can be removed by another call.
     """
     result: list[bool | UtilityVMError] = call(utilityvm.remove_leftovers, leftovers)
+    return result
+
+
+def repair_vm(name: str, *, wait_s: float = 0.0, timeout_s: float = 60.0) -> list[str]:
+    """Make the three agree within `timeout_s` seconds, and say what was done, a line each.
+
+    `wait_s` is for the queue, if another process uses the VM. Out of time, the rest is left for the next call.
+
+    Raises:
+        As `examine_vm`; and GuestBusy and others, if a disk that no journal knows cannot be taken out.
+    """
+    result: list[str] = call(utilityvm.repair_vm, name, wait_s=wait_s, timeout_s=timeout_s)
     return result

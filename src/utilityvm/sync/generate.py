@@ -20,11 +20,6 @@ from typing import Any, Final
 import utilityvm
 
 HERE: Final = Path(__file__).parent
-FUNCTIONS: Final = ("connect", "doctor", "examine_vm", "repair_vm", "remove_leftover", "remove_leftovers")
-CLASSES: Final = (
-    "ProgramOutput", "ProgramInput", "ProgramPieces", "Program", "ScsiEvents", "SCSIMount", "MountedDisk", "UtilityVM",
-    "ClonePool", "RemoteMount", "RemoteVM", "Client",
-)  # fmt: skip
 LEFT_OUT: Final = {"Acquiring", "Adding", "OutputSink", "serve"}  # of no use here
 # Attributes that `__init__` sets: their types.
 ATTRIBUTES: Final[dict[str, dict[str, str]]] = {
@@ -41,10 +36,35 @@ ATTRIBUTES: Final[dict[str, dict[str, str]]] = {
     "ProgramPieces": {"info": "ProgramInfo | None", "exit_code": "int | None", "out_of_memory": "bool"},
     "UtilityVM": {"config": "VMConfig", "findings": "list[str]", "uuid": "str"},
     "ClonePool": {"template": "str", "size": "int"},
+    "RemotePieces": {"exit_code": "int | None"},
     "RemoteVM": {"name": "str", "uuid": "str", "findings": "tuple[str, ...]"},
 }
 DEPRECATED: Final = {("UtilityVM", "scsi")}
 OPERATORS: Final = {"__aenter__", "__aexit__", "__anext__"}
+
+
+def _has_async(kind: type) -> bool:
+    """Has it a public method that is to be awaited?"""
+    return any(
+        inspect.iscoroutinefunction(getattr(thing, "__func__", thing))
+        for name in dir(kind)
+        for thing in [inspect.getattr_static(kind, name)]
+        if not name.startswith("_") or name in OPERATORS
+    )
+
+
+def _classes() -> tuple[str, ...]:
+    """The asynchronous classes, each after those that it is made from."""
+    found = [getattr(utilityvm, name) for name in sorted(set(utilityvm.__all__) - LEFT_OUT)]
+    kinds = [kind for kind in found if inspect.isclass(kind) and _has_async(kind)]
+    return tuple(kind.__name__ for kind in sorted(kinds, key=lambda kind: (len(kind.__mro__), kind.__name__)))
+
+
+CLASSES: Final = _classes()
+FUNCTIONS: Final = (
+    "connect",
+    *(name for name in sorted(utilityvm.__all__) if inspect.iscoroutinefunction(getattr(utilityvm, name))),
+)
 _HEAD: Final = '''\
 """The asynchronous classes, synchronous. Do not edit: `generate.py` writes this file, which is why it is so long."""
 
