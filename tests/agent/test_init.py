@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import os
 import resource
 import signal
 import subprocess
@@ -181,3 +182,23 @@ def test_an_agent_that_ends_is_started_again_after_what_it_had_started_is_ended(
         init.main()
     once = ["start", 77, "end programs", "sleep"]
     assert did == ["prepare", "SIGTERM", "SIGINT", "SIGPWR", *once, *once]
+
+
+def test_the_system_is_prepared_beside_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    did: list[object] = []
+    monkeypatch.setattr("os.environ", {"LD_PRELOAD": "x"})
+    monkeypatch.setattr("os.umask", lambda mask: did.append(mask))
+    monkeypatch.setattr("os.chdir", lambda folder: did.append(folder))
+    monkeypatch.setattr("os.path.ismount", lambda path: path in ("/proc", "/run"))
+    monkeypatch.setattr("os.path.lexists", lambda path: path == "/dev/stdin")
+    monkeypatch.setattr("os.symlink", lambda link, path: did.append((path, link)))
+    monkeypatch.setattr("socket.sethostname", lambda name: did.append("name"))
+    monkeypatch.setattr(init, "_mount", lambda source, target, *_: did.append(f"mount {target}"))
+    monkeypatch.setattr(init, "_raise_loopback", lambda: did.append("loopback"))
+    monkeypatch.setattr(init, "_end_thrashing_early", lambda: did.append("memory"))
+    monkeypatch.setattr(init.power, "disable_reboot_key", lambda: did.append("key"))  # type: ignore[attr-defined]
+    init._prepare()
+    assert list(os.environ) == ["PATH"]
+    mounted = [f"mount {path}" for path in ("/sys", "/dev", "/dev/pts", "/dev/shm", "/tmp", "/sys/fs/cgroup", "/")]
+    links = [("/dev/fd", "/proc/self/fd"), ("/dev/stdout", "fd/1"), ("/dev/stderr", "fd/2")]
+    assert did == [0o022, "/", *mounted, *links, "name", "loopback", "memory", "key"]

@@ -133,3 +133,10 @@ def test_a_device_that_is_let_go_lets_its_mount_go(kernel: FakeMounts, monkeypat
     monkeypatch.setattr(power, "_let_go_of_devices", lambda: kernel.busy.pop("/b", None))
     assert power.prepare(soon()) == []
     assert "/b" not in left(kernel)
+
+
+def test_a_round_says_whether_anything_was_unmounted(kernel: FakeMounts) -> None:
+    """As long as anything is, the others are waited for: they may be held by what goes next."""
+    kernel.busy["/b"], kernel.busy["/c"] = -1, 1
+    assert [power._unmount_once() for _ in range(3)] == [False, True, False]
+    assert left(kernel) == ["/", "/proc", "/run", "/b"]

@@ -421,3 +421,15 @@ def test_whatever_is_wrong_with_what_is_told_the_agent_goes_on(host: RawHost, mo
     monkeypatch.setattr(run.Programs, "tell", fail)
     host.send(messages.RUN_CANCEL, {"Process": 1}, id=0)
     assert host.ask(messages.PING)["Result"] == 0
+
+
+def test_what_was_meant_for_a_host_that_sent_no_frames_is_not_sent_to_the_next(
+    ends: tuple[RawHost, AgentThread], host: RawHost
+) -> None:
+    """The next one may be on the same port before the answer is written."""
+    port = ends[1].serve._port
+    before = port.session
+    host.socket.sendall(bytes(16))
+    host.receive()
+    host.negotiate()
+    assert port.session >= before + 2, "one session ended with the frame that was none, and one began"

@@ -94,3 +94,13 @@ def test_a_new_verdict_of_a_kind_takes_the_old_ones_place(cache: Path) -> None:
     assert emulator.recall("accelerator old") is None
     assert (emulator.recall("emulator x"), emulator.recall("accelerator new")) == (2, 3)
     assert [file.name for file in cache.iterdir()] == ["qemu.json"]
+
+
+def test_a_boot_that_has_no_name_is_one_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(emulator.boot_id()) == 36
+
+    def hidden(_: object) -> str:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    assert emulator.boot_id() == "unknown boot"

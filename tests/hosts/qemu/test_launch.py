@@ -7,9 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, chdir
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -202,3 +205,38 @@ async def test_the_children_of_a_start_that_failed_are_ended() -> None:
         children.qemu = Watch.child(qemu.pid)
         await children.end()
         assert qemu.wait(20) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("paused", "saved", "asked"), [
+    (False, None, ["cont"]), (True, None, []), (False, "an incoming VM", []),
+])  # fmt: skip
+async def test_a_new_vm_runs_and_one_that_is_saved_or_to_be_paused_waits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, paused: bool, saved: Any, asked: list[str]
+) -> None:
+    did: list[str] = []
+
+    async def execute(command: str, **_: object) -> None:
+        did.append(command)
+
+    def gives(value: object) -> Callable[..., Awaitable[object]]:
+        async def give(*_: object, **__: object) -> object:
+            return value
+
+        return give
+
+    monkeypatch.setattr("utilityvm.hosts.qemu.emulator.find", gives(EMULATOR))
+    monkeypatch.setattr("utilityvm.hosts.qemu.accelerator.choose", gives(Accelerator("tcg", "")))
+    monkeypatch.setattr("utilityvm.hosts.qemu.confinement.survey", gives(SimpleNamespace(on=(), off={})))
+    monkeypatch.setattr(launch, "_spawn", gives(PROCESS))
+    monkeypatch.setattr(launch.Qmp, "connect", gives(SimpleNamespace(execute=execute, close=None, version="7")))  # type: ignore[attr-defined]
+    monkeypatch.setattr(launch, "_ram_of", lambda *_: None)
+    process, _ = await launch.start(replace(CONFIG, paused=paused), folder=tmp_path / "one", saved=saved)
+    assert process == PROCESS
+    assert did == asked
+
+
+@pytest.mark.parametrize("memory_mib", [16, 1 << 20])
+def test_the_bounds_of_memory_are_allowed(memory_mib: int) -> None:
+    replace(CONFIG, memory_mib=memory_mib).check()
+    with pytest.raises(InvalidRequest, match="MiB of memory"):
+        replace(CONFIG, memory_mib=15 if memory_mib == 16 else memory_mib + 1).check()

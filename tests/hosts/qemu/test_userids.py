@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from descriptors import open_files
 from utilityvm.errors import SetupError
 from utilityvm.hosts.qemu import privileges, userids
 from utilityvm.machine.programs import find_program, spawn
@@ -96,3 +98,31 @@ async def test_a_range_of_accounts_only_is_full(monkeypatch: pytest.MonkeyPatch)
     of_range(monkeypatch, "1-2")  # daemon and bin, on every Debian
     with pytest.raises(SetupError, match="no free user id for the VM in 1-2"):
         await choose()
+
+
+async def test_an_id_that_was_claimed_for_a_caller_who_has_gone_is_free(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+    lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+
+    def claim() -> tuple[int, int]:
+        begun.set()
+        may_end.wait(20)
+        return 70000, lock
+
+    async def start() -> None:
+        async with userids.identity(kvm=False):
+            raise AssertionError("it was cancelled")
+
+    monkeypatch.setattr(userids, "_claim", claim)
+    starting = asyncio.create_task(start())
+    while not begun.is_set():
+        await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    may_end.set()
+    async with asyncio.timeout(20):
+        while str(tmp_path / "lock") in {path for _, path in open_files()}:
+            await asyncio.sleep(0.01)
