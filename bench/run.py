@@ -11,7 +11,7 @@ import importlib
 import sys
 import time
 
-BENCHES = ("manager", "disks", "templates", "walls", "adoption", "cli", "memory", "leftovers")
+BENCHES = ("manager", "disks", "templates", "walls", "adoption", "cli", "server", "memory", "leftovers")
 
 
 def main() -> int:

@@ -183,6 +183,9 @@ async def test_a_server_that_stands_still_keeps_no_vm_from_being_ended(served: s
     assert server is not None
     os.kill(server, signal.SIGSTOP)
     try:
+        done = await asyncio.to_thread(uvm, "detach", served, "/disk", "--wait", "1")
+        assert done.returncode == 4
+        assert "stands still" in done.stderr
         done = await asyncio.to_thread(uvm, "stop", served, "--force")
         assert (done.returncode, done.stderr.count("error")) == (0, 0)
         assert not places.vm_dir(served).exists()

@@ -272,6 +272,8 @@ class _Warnings(logging.Handler):
         text = clean(record.getMessage())
         if causes := getattr(record, "errors", None) if record.levelno >= logging.ERROR else None:
             _command.failures.append((text, causes))  # the command is likely to end with that error
+        elif record.levelno < logging.WARNING:  # of `uvm serve`, which says what it does
+            echo_error(text)
         else:
             warn(text)
 

@@ -8,6 +8,7 @@ while it runs: it waits for its turn, and says for whom.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
@@ -35,14 +36,25 @@ class Served:
         self._name = name
         self._wait_s = wait_s
         self._told: Owner | None = None
+        self._still_since: float | None = None  # the server stands still
         self.is_blocking = True
         self.starting: StartingNow = StartingNow(on_quiet=self._tell_owner)
 
     def _tell_owner(self) -> None:
-        if self._wait_s <= _QUIET_S:
-            return
         owner = _in_the_way(self._name, of_server=True)
-        if owner is not None and owner != self._told:
+        if owner is None or not _stands_still(owner):
+            self._still_since = None
+        elif self._still_since is None:
+            self._still_since = time.monotonic()
+        elif time.monotonic() - self._still_since >= self._wait_s:
+            from utilityvm import VMOwned
+
+            raise VMOwned(
+                f"VM {self._name} belongs to {owner}, which stands still",
+                vm=self._name,
+                remedy=f"let it go on (kill -CONT {owner.pid}) or end it (kill -9 {owner.pid}): the VM runs on",
+            )
+        if owner is not None and owner != self._told and self._wait_s > _QUIET_S:
             note(_waits(owner, self._name, self._wait_s))
             self._told = owner
 
@@ -178,11 +190,19 @@ def _waits(owner: Owner, name: str, wait_s: float) -> str:
 
 
 def _in_the_way(name: str, *, of_server: bool) -> Owner | None:
-    """Whom we wait for."""
+    """Whom we wait for. The server does our work, unless it stands still."""
     import utilityvm.client.command as command
 
     owner = _other_owner(name)
-    return None if owner is not None and of_server and owner.pid == command.server_pid() else owner
+    if owner is None or not of_server or owner.pid != command.server_pid() or _stands_still(owner):
+        return owner
+    return None
+
+
+def _stands_still(owner: Owner) -> bool:
+    import utilityvm.client.command as command
+
+    return command.is_stopped(owner.pid)
 
 
 def _other_owner(name: str) -> Owner | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Coroutine
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from utilityvm.client.api import Api
@@ -53,6 +54,15 @@ def server_pid() -> int | None:
     return None if server is None else server.pid
 
 
+def is_stopped(pid: int) -> bool:
+    """Does the process stand still, by a signal or a debugger? Source: proc(5), /proc/pid/stat."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state in (b"T", b"t")
+
+
 def blocking(starting: StartingNow, on_finding: Callable[[str], object]) -> Client:
     """A client whose calls block; `drive` runs them."""
     return Client(Api(Wire(starting), on_finding=on_finding))
@@ -89,4 +99,14 @@ def run(work: Coroutine[Any, Any, T]) -> T:
             signal.signal(number, handler)
 
 
-__all__ = ["OnQuiet", "StartingNow", "blocking", "has_folder", "is_wanted", "run", "server_pid", "waiting"]
+__all__ = [
+    "OnQuiet",
+    "StartingNow",
+    "blocking",
+    "has_folder",
+    "is_stopped",
+    "is_wanted",
+    "run",
+    "server_pid",
+    "waiting",
+]
