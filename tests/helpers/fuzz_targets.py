@@ -254,11 +254,14 @@ class _NoVMs:
 
     @contextlib.asynccontextmanager
     async def use(self, name: str, **_: object) -> AsyncIterator[None]:
-        raise VMNotFound(f"there is no VM {name}", vm=name)
+        raise VMNotFound(f"there is no VM named {name!r}", vm=name)
         yield
 
+    def told(self, name: str) -> list[str]:
+        return []
+
     async def stop(self, name: str, **_: object) -> list[str]:
-        raise VMNotFound(f"there is no VM {name}", vm=name)
+        raise VMNotFound(f"there is no VM named {name!r}", vm=name)
 
 
 @functools.cache
@@ -302,7 +305,9 @@ def http(data: bytes) -> None:
     status, answer = sent[0]["status"], sent[1]["body"]
     assert status in (200, 400, 403, 404, 405, 409, 413, 415, 421, 422), (status, answer)
     assert status == 200 or len(answer) < 2 * len(data) + 2000, "an answer out of proportion"
-    json.loads(answer)
+    detail = json.loads(answer)
+    if status != 200:
+        assert all(sign.isprintable() or sign in "\n\t" for sign in detail["detail"]), detail
 
 
 _KINDS: Final = (values.SIZE, values.MEMORY, values.SECONDS, values.WAIT, values.Count(1, 100))

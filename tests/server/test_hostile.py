@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import struct
 
@@ -82,6 +83,14 @@ async def test_what_is_no_call_is_refused(
     assert status(answer) == code, answer
     assert b"application/problem+json" in answer
     assert server.world.opened == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/" + "x" * 3000, "/v1/vms/%1b%5d0;x%07/programs/0123456789ab"])
+async def test_an_error_is_short_and_has_nothing_that_a_terminal_obeys(server: Running, path: str) -> None:
+    answer = await server.raw(request(f"GET {path}"))
+    detail = json.loads(answer.partition(b"\r\n\r\n")[2])["detail"]
+    assert detail.isprintable()
+    assert len(detail) < 300
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from utilityvm.log import logger
 from utilityvm.server import openapi
 from utilityvm.server.problems import CONTENT_TYPE, problem_of
 from utilityvm.server.routes import MOST_BODY_BYTES, OCTETS, PARTS, PATTERNS, Request, Route, Service
+from utilityvm.text import clean
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -36,6 +37,7 @@ _MOST_FINDINGS, _LONGEST_FINDING = 20, 300  # a client takes 16 KiB of headers
 DOCUMENT: Final = "/v1/openapi.json"
 BODY_S: Final = 15.0  # for all of a body to come
 _JSON: Final = "application/json"
+_LONGEST_DETAIL: Final = 250
 _OF_A_PAGE: Final = frozenset({b"origin", b"sec-fetch-site"})
 
 _log = logger(__name__)
@@ -45,7 +47,7 @@ class _Refused(Exception):
     """A request that is no call, with its status."""
 
     def __init__(self, status: int, detail: str, *, remedy: str | None = None, headers: Headers = ()) -> None:
-        self.error = InvalidRequest(detail, remedy=remedy)
+        self.error = InvalidRequest(clean(detail, _LONGEST_DETAIL), remedy=remedy)
         self.status = status
         self.headers = headers
 

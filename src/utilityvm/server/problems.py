@@ -9,6 +9,7 @@ import utilityvm.errors as errors
 from utilityvm.errors import UtilityVMError
 from utilityvm.scsi.slot import Slot
 from utilityvm.server.types import Problem
+from utilityvm.text import clean
 
 CONTENT_TYPE: Final = "application/problem+json"
 
@@ -48,7 +49,7 @@ def problem_of(error: UtilityVMError, *, status: int | None = None) -> Problem:
         type=f"urn:utilityvm:error:{kind.__name__}",
         title=(kind.__doc__ or kind.__name__).strip().partition("\n")[0],
         status=status or status_of(error),
-        detail=str(error),
+        detail=clean(str(error)),  # it may repeat the request
         kind=kind.__name__,
         vm=error.vm,
         slot=_text(error.slot),
