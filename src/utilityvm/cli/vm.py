@@ -169,7 +169,9 @@ def ps_command(as_json: bool) -> None:
 
 @click.command("stop", cls=Command, short_help="End VMs and remove what is left of them.")
 @vms_argument
-@click.option("--force", is_flag=True, help="Kill them, whoever uses them. What a guest has not written is lost.")
+@click.option(
+    "--force", is_flag=True, help="Kill them at once, also while other processes use them. Unwritten data is lost."
+)
 @wait_option
 @json_option
 def stop_command(names: tuple[str, ...], force: bool, wait_s: float, as_json: bool) -> None:

@@ -148,7 +148,7 @@ class RemoteVM:
     ) -> Adding:
         """Reserve a disk: `UtilityVM.add_scsi` says what the arguments mean. Await it, or enter it with `async with`.
 
-        `generated`: the server makes up the guest path. The reservation belongs to `holder`, and stays until it is
+        `generated`: the server chooses the guest path. The reservation belongs to `holder`, and stays until it is
         given back, also if this process ends.
         """
         body = types.AddDisk(
@@ -227,7 +227,7 @@ class RemoteVM:
         return [slot_view_of(disk) for disk in disks]
 
     async def scsi_reservations(self) -> list[RemoteMount]:
-        """Every reservation that is held, whoever made it; the oldest first."""
+        """Every reservation that is held, whichever process made it; the oldest first."""
         held = await self._api.reservations(self.name, wait_s=self._wait_s, needs_guest=self._needs_guest)
         return [RemoteMount(self, one) for one in held]
 

@@ -94,7 +94,7 @@ class _Connecting:
             if time.monotonic() < self._until:
                 return None
             raise DeadlineExceeded(
-                f"{path} took no connection within {self._timeout_s:g} s: whoever listens there does not answer",
+                f"{path} took no connection within {self._timeout_s:g} s: its listener does not answer",
                 vm=self._vm,
                 remedy="wait until it answers again; if it never does, end it",
             ) from None

@@ -4,7 +4,7 @@ For a VM that moves to another host, or to another manager, with its disks where
 disks that are attached, mounts that are mounted, reservations that are held. The document is believed when all of it is
 valid, and not before.
 
-Not in it: callers' keys, which are never written anywhere, and whether a disk was to be formatted, which it is by now.
+Not in it: callers' keys, which are never written anywhere, and `reformat`, which was done when the disk was mounted.
 """
 
 from __future__ import annotations
@@ -310,7 +310,9 @@ def _check_disk(disk: SavedDisk) -> None:
         if checked_config(mount.config, disk_read_only=disk.read_only) != mount.config:
             raise InvalidRequest(f"{where} is read-only, its mount at {mount.guest_path} is not")
         if mount.config.reformat:
-            raise InvalidRequest(f"{where}: its mount at {mount.guest_path} was to be formatted, which it is by now")
+            raise InvalidRequest(
+                f"{where}: its mount at {mount.guest_path} has reformat, which was done when it was mounted"
+            )
         for other in disk.mounts[:number]:
             check_beside(other.config, mount.config, where=where)
     mounts = {mount.mount for mount in disk.mounts}

@@ -1,9 +1,9 @@
 """The manager: who has reserved what, and what must be done to the bus and to the guest so that it is so.
 
-It works by levels and not by edges. Callers only say what they want, as *claims* on a disk and a mount; each disk that
+It is level-triggered. Callers state what they want, as *claims* on a disk and a mount; each disk that
 is not as its claims want it has one *worker*, a task that takes one step after the other until it is. So there is one
 place that sends steps for a disk, a caller that goes away takes only its claim along, a second caller for the same disk
-waits for the same work and gets the same answer, and whatever stops half-way is gone on with by whoever asks next.
+waits for the same work and gets the same answer, and the next caller for the disk resumes what stopped half-way.
 """
 
 from __future__ import annotations

@@ -88,7 +88,11 @@ async def locate(
     for disk in state.disks:
         identity = await _identity(disk, host)
         if other := identities.get(identity):
-            raise ConfigDiffers(f"{disk.host_path} and {other} are one disk", slot=disk.where(), remedy="see relocated")
+            raise ConfigDiffers(
+                f"{disk.host_path} and {other} are one disk",
+                slot=disk.where(),
+                remedy="give each disk a path of its own: ScsiState.relocated({old: new})",
+            )
         identities[identity] = disk.host_path
     records: list[Record] = []
     for disk, identity in zip(state.disks, identities, strict=True):

@@ -91,7 +91,7 @@ class DiskRequest:
 
 
 class OpenDisk(Protocol):
-    """A disk that a host backend has opened and checked, and that is not attached by that."""
+    """A disk that a host backend has opened and checked. Opening a disk does not attach it."""
 
     @property
     def identity(self) -> str:
@@ -134,7 +134,7 @@ class HostBackend(Protocol):
         ...
 
     async def detach(self, slot: Slot, *, attachment: str, timeout_s: float) -> None:
-        """Take it off the bus. Returns when the device, its file and its locks are gone. Gone before is done."""
+        """Take it off the bus. Returns when the device, its file and its locks are gone. Gone before: no error."""
         ...
 
     async def probe(self, slot: Slot, *, attachment: str, timeout_s: float) -> bool:

@@ -261,7 +261,7 @@ class Programs:
         return (vm, which) in self._runs
 
     async def kill(self, vm: str, id: str) -> None:
-        """Kill it with all that it started. Ended before is done."""
+        """Kill it with all that it started. Calling it again is no error."""
         run = self._find(vm, id)
         assert run.task is not None
         run.task.cancel()

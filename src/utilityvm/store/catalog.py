@@ -247,7 +247,7 @@ class Store:
             raise database.failure(error, self.path) from error
 
     def remove(self, vm: StoredVM) -> None:
-        """Forget the VM and its journal. Forgotten before is done."""
+        """Forget the VM and its journal. Calling it again is no error."""
         self._do("DELETE FROM vms WHERE id = ?", vm.id)
 
     def user_of(self, identity: str, *, other_than: StoredVM | None = None) -> str | None:

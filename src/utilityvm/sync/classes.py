@@ -152,7 +152,7 @@ class ClonePool(Synchronous):
         return result
 
     def close(self, *, timeout_s: float = 60.0) -> None:
-        """End the filling and every clone that waits. Closed before is done.
+        """End the filling and every clone that waits. Calling it again is no error.
 
         Every clone is tried, also if one cannot be ended; call again for those that are left.
 
@@ -530,7 +530,7 @@ class RemoteVM(Synchronous):
     ) -> RemoteMount:
         """Reserve a disk: `UtilityVM.add_scsi` says what the arguments mean. Call it, or enter it with `with`.
 
-        `generated`: the server makes up the guest path. The reservation belongs to `holder`, and stays until it is
+        `generated`: the server chooses the guest path. The reservation belongs to `holder`, and stays until it is
         given back, also if this process ends.
         """
         result: RemoteMount = call(
@@ -594,7 +594,7 @@ class RemoteVM(Synchronous):
         return result
 
     def scsi_reservations(self) -> list[RemoteMount]:
-        """Every reservation that is held, whoever made it; the oldest first."""
+        """Every reservation that is held, whichever process made it; the oldest first."""
         result: list[RemoteMount] = call(self._async.scsi_reservations)
         return result
 
@@ -1070,7 +1070,7 @@ class UtilityVM(Synchronous):
     def stop(self, *, timeout_s: float = 15.0) -> list[str]:
         """End the VM: the guest writes out everything and powers off, or is killed after `timeout_s` seconds.
 
-        True on return: no process, socket, lock or record of it is left; its disks are free. Stopped before is done.
+        True on return: no process, socket, lock or record of it is left; its disks are free. Stopped before: no error.
         The result says what the guest left unwritten, and whether it was killed, a line each; it is empty otherwise.
 
         Raises:
@@ -1081,10 +1081,10 @@ class UtilityVM(Synchronous):
         return result
 
     def close(self, *, timeout_s: float = 15.0) -> None:
-        """Let go of the VM: with `keep` it runs on, and can be opened by whoever comes next; without, it is stopped.
+        """Let go of the VM. With `keep` it runs on, and another process can open it; without, it is stopped.
 
-        Work that goes on in the background is waited for, for some seconds; the next owner goes on with the rest of it.
-        Closed before is done.
+        Work in the background is waited for, for some seconds; the next owner continues the rest of it.
+        Calling it again is no error.
         """
         call(self._async.close, timeout_s=timeout_s)
 
@@ -1131,9 +1131,9 @@ class UtilityVM(Synchronous):
     ) -> SCSIMount:
         """Reserve a disk image: it is attached, and mounted at `guest_path`.
 
-        Without a guest path it is attached only, and nothing is asked of the guest; with `GENERATED` it is mounted at
-        a path that we make up. A disk that is attached already is shared, and so is a mount that is the same. If this
-        fails, what only it needed is undone.
+        Without a guest path the disk is only attached, and nothing is asked of the guest. With `GENERATED` utilityvm
+        chooses the guest path. A disk that is already attached is shared, and so is a mount with the same settings. If
+        this fails, what only this call needed is undone.
 
         `holder` names the reservation's holder, and makes it outlive this process; otherwise it is this process, and a
         later owner of the VM gives the reservation back when this process is dead. `partition` counts from 1; 0 is the
@@ -1378,7 +1378,7 @@ class UtilityVM(Synchronous):
         return result
 
     def scsi_reservations(self) -> list[SCSIMount]:
-        """Every reservation that is held, whoever made it; the oldest first."""
+        """Every reservation that is held, whichever process made it; the oldest first."""
         result: list[SCSIMount] = call(self._async.scsi_reservations)
         return result
 
@@ -1388,7 +1388,7 @@ class UtilityVM(Synchronous):
         return result
 
     def export_scsi_state(self, *, timeout_s: float = 60.0) -> ScsiState:
-        """The disks, mounts and reservations as a document, for whoever owns the VM, or one like it, after a move.
+        """Export disks, mounts and reservations as a document, for the owner of the VM, or one like it, after a move.
 
         From then on every change of them is refused with `Migrating`, until `resume_scsi` or the VM's end. If this
         fails they are as before.

@@ -415,7 +415,7 @@ def leftovers() -> list[Path]:
 
 
 def remove_leftover(folder: Path) -> None:
-    """Remove a folder that `leftovers` named. Removed before is done."""
+    """Remove a folder that `leftovers` named. Calling it again is no error."""
     assert folder.name.startswith((_NEW, _OLD)), folder
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -58,7 +58,7 @@ class Shape(Protocol):
 
 
 def check(records: Sequence[Record], *, had_key: bool, vm: str) -> None:
-    """Refuse what cannot be in a template. `had_key`: a caller's key was in the guest, whatever became of its mount.
+    """Refuse what a template cannot hold. `had_key`: a caller's key was in the guest, whatever became of its mount.
 
     Raises:
         WrongState: a disk or a mount is half-way; says which.

@@ -15,7 +15,7 @@ from utilityvm.upkeep.leftovers import users_of_image
 
 @typed
 def remove_images(images: Iterable[GuestImage]) -> None:
-    """Remove guest images from the cache: all of them, or none. It blocks. Removed before is done.
+    """Remove guest images from the cache: all of them, or none. It blocks. Calling it again is no error.
 
     Raises:
         DiskInUse: a VM or a template uses one; names them.

@@ -221,7 +221,7 @@ def _remove_tree(path: Path) -> None:
 
 
 def _is_nobodys(folder: Path, store: Store) -> bool:
-    """Not of an owner who has yet to write its record, nor of another store's VM, nor of one that runs."""
+    """True if no starting VM, no other store's VM and no running VM uses the folder."""
     if owner_of(folder) is not None:
         return False
     if not (folder / paths.RECORD_FILE).exists():

@@ -98,7 +98,7 @@ class VMConfig:
     confinement: str | None = None  # of QEMU: auto, require or off; None: UTILITYVM_CONFINEMENT, else auto
 
     def check(self) -> None:
-        """Refuse what cannot be.
+        """Raise `InvalidRequest` if a value is invalid.
 
         Raises:
             InvalidRequest: names the value, and what it could be.

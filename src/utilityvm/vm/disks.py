@@ -68,9 +68,9 @@ class VMDisks(Face):
     ) -> SCSIMount:
         """Reserve a disk image: it is attached, and mounted at `guest_path`.
 
-        Without a guest path it is attached only, and nothing is asked of the guest; with `GENERATED` it is mounted at
-        a path that we make up. A disk that is attached already is shared, and so is a mount that is the same. If this
-        fails, what only it needed is undone.
+        Without a guest path the disk is only attached, and nothing is asked of the guest. With `GENERATED` utilityvm
+        chooses the guest path. A disk that is already attached is shared, and so is a mount with the same settings. If
+        this fails, what only this call needed is undone.
 
         `holder` names the reservation's holder, and makes it outlive this process; otherwise it is this process, and a
         later owner of the VM gives the reservation back when this process is dead. `partition` counts from 1; 0 is the
@@ -365,7 +365,7 @@ class VMDisks(Face):
         return self._vm.scsi.mounts()
 
     def scsi_reservations(self) -> list[SCSIMount]:
-        """Every reservation that is held, whoever made it; the oldest first."""
+        """Every reservation that is held, whichever process made it; the oldest first."""
         self._vm.check_here()
         return [mounted(self, reservation) for reservation in self._vm.scsi.reservations()]
 
@@ -376,7 +376,7 @@ class VMDisks(Face):
 
     @timed
     async def export_scsi_state(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ScsiState:
-        """The disks, mounts and reservations as a document, for whoever owns the VM, or one like it, after a move.
+        """Export disks, mounts and reservations as a document, for the owner of the VM, or one like it, after a move.
 
         From then on every change of them is refused with `Migrating`, until `resume_scsi` or the VM's end. If this
         fails they are as before.

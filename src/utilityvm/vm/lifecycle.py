@@ -441,7 +441,7 @@ def _remove_files(record: StoredVM) -> None:
 
 
 async def _end_process(record: StoredVM, store: Store) -> None:
-    """Kill the VM's QEMU, by whatever of the record can be read. Ended before is done."""
+    """Kill the VM's QEMU, by whatever of the record can be read. Calling it again is no error."""
     try:
         process = process_of(record)
         await launch.end(process)
@@ -459,7 +459,7 @@ async def _end_process(record: StoredVM, store: Store) -> None:
 
 
 def remove_overlays(record: StoredVM) -> None:
-    """Remove what a clone wrote to its disks. Its QEMU must have ended. Removed before is done."""
+    """Remove what a clone wrote to its disks. Its QEMU must have ended. Calling it again is no error."""
     if is_plain(record.uuid):
         shutil.rmtree(paths.overlays_dir(record.uuid), ignore_errors=True)
 
@@ -483,7 +483,7 @@ def write_copy(folder: Path, record: StoredVM, process: Mapping[str, object]) ->
 
 
 def remove_copy(folder: Path, vm_uuid: str | None = None) -> None:
-    """Remove the copy of the record, unless it is of another VM than that of `vm_uuid`. Removed before is done."""
+    """Remove the copy of the record, unless it is of another VM than that of `vm_uuid`. Gone before: no error."""
     path = folder / paths.RECORD_FILE
     if vm_uuid is not None:
         with suppress(OSError, ValueError, KeyError, TypeError, SetupError):

@@ -127,7 +127,7 @@ class ClonePool:
 
     @checked
     async def close(self, *, timeout_s: float = 60.0) -> None:
-        """End the filling and every clone that waits. Closed before is done.
+        """End the filling and every clone that waits. Calling it again is no error.
 
         Every clone is tried, also if one cannot be ended; call again for those that are left.
 

@@ -235,7 +235,7 @@ class UtilityVM(VMDisks, VMPrograms, VMFiles):
     async def stop(self, *, timeout_s: float = SHUTDOWN_S) -> list[str]:
         """End the VM: the guest writes out everything and powers off, or is killed after `timeout_s` seconds.
 
-        True on return: no process, socket, lock or record of it is left; its disks are free. Stopped before is done.
+        True on return: no process, socket, lock or record of it is left; its disks are free. Stopped before: no error.
         The result says what the guest left unwritten, and whether it was killed, a line each; it is empty otherwise.
 
         Raises:
@@ -247,10 +247,10 @@ class UtilityVM(VMDisks, VMPrograms, VMFiles):
 
     @checked
     async def close(self, *, timeout_s: float = SHUTDOWN_S) -> None:
-        """Let go of the VM: with `keep` it runs on, and can be opened by whoever comes next; without, it is stopped.
+        """Let go of the VM. With `keep` it runs on, and another process can open it; without, it is stopped.
 
-        Work that goes on in the background is waited for, for some seconds; the next owner goes on with the rest of it.
-        Closed before is done.
+        Work in the background is waited for, for some seconds; the next owner continues the rest of it.
+        Calling it again is no error.
         """
         self._vm.check_here()
         await end.close(self._vm, timeout_s=timeout_s)

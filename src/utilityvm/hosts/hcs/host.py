@@ -235,7 +235,7 @@ class HcsHost:
         entry.state = _State.ATTACHED
 
     async def detach(self, slot: Slot, *, attachment: str, timeout_s: float) -> None:
-        """Take the disk off the bus, and its file from the VM. Gone before is done.
+        """Take the disk off the bus, and its file from the VM. Calling it again is no error.
 
         Raises:
             HostRefused: HCS said no; the disk is still attached.

@@ -2,7 +2,7 @@
 
 An attachment is made of three things, in this order: an *fdset* with the descriptor, a block *node* over it, a SCSI
 *device* on the node; it is taken apart the other way round. What is there can be asked for at any time, so every step
-can be gone on with by whoever comes next: `probe` finishes off what is half there, `detach` starts with what is left.
+can be resumed by any later owner: `probe` finishes what is half there, `detach` starts with what is left.
 
 Detaching waits for QEMU's RCU thread, which frees devices in batches every 50 ms, or at once when some 30 are waiting.
 So detaches that run side by side take as long as one.
@@ -285,7 +285,7 @@ class QemuHost:
         return await in_thread(_allocated, *image) if image else None
 
     async def detach(self, slot: Slot, *, attachment: str, timeout_s: float) -> None:
-        """Take the disk off the bus. True on return: device, node, file and locks are gone. Gone before is done.
+        """Take the disk off the bus. On return device, node, file and locks are gone. Gone before: no error.
 
         Can be called again after any failure, and goes on from what is left.
 
@@ -431,11 +431,11 @@ class QemuHost:
         return str((await self._qmp.execute("query-status", timeout_s=timeout_s))["status"])
 
     async def pause(self, *, timeout_s: float = 5.0) -> None:
-        """Stop the VM's processors. Paused before is done."""
+        """Stop the VM's processors. Calling it again is no error."""
         await self._qmp.execute("stop", timeout_s=timeout_s)
 
     async def resume(self, *, timeout_s: float = 5.0) -> None:
-        """Let the VM's processors run. Running before is done."""
+        """Let the VM's processors run. Calling it again is no error."""
         await self._qmp.execute("cont", timeout_s=timeout_s)
         await self._sweep(timeout_s=timeout_s)
 
@@ -451,7 +451,7 @@ class QemuHost:
         """End QEMU, by force if it does not go within `timeout_s` seconds, and remove its runtime folder.
 
         The guest is not asked: shut it down first. True on return: no process, socket, or lock is left; the log is,
-        if `keep_log`. Ended before is done.
+        if `keep_log`. Calling it again is no error.
 
         Raises:
             OutcomeUnknown: the kernel does not let the process go; call again.

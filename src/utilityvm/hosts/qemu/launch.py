@@ -360,7 +360,7 @@ def clean(folder: Path, *, keep_log: bool = False) -> None:
 
 
 async def destroy(process: QemuProcess, *, keep_log: bool = False) -> None:
-    """`end` that QEMU, see its log's writer end, and remove its runtime folder. Ended before is done.
+    """`end` that QEMU, see its log's writer end, and remove its runtime folder. Calling it again is no error.
 
     Raises:
         OutcomeUnknown: the kernel does not let it go: its storage hangs. Its folder stays; call again.
@@ -371,7 +371,7 @@ async def destroy(process: QemuProcess, *, keep_log: bool = False) -> None:
 
 
 async def end(process: QemuProcess) -> None:
-    """Kill that QEMU, and see it and its log's writer end. Ended before is done.
+    """Kill that QEMU, and see it and its log's writer end. Calling it again is no error.
 
     A process is killed only if pid, start time and user are the recorded ones; what it says of itself counts for
     nothing: a QEMU that its guest has taken over can write what it likes on its command line.
@@ -463,7 +463,7 @@ def _kept_sockets(process: QemuProcess) -> dict[str, Path]:
 
 
 async def logged(process: QemuProcess) -> None:
-    """Return when all that a QEMU which has ended said is in its log."""
+    """Wait until the log holds everything that the exited QEMU wrote."""
     writer = _watch(process.log_pid, process.log_started)
     if writer is not None:
         if not await writer.wait(timeout_s=_END_S):
