@@ -58,6 +58,7 @@ WRONG: dict[str, list[Any]] = {
     "disks": ["abc", 7],
     "reservation": [7, None, b"x"],
     "stdin": ["text", 7, []],
+    "terminal": [(0, 80), (24,), [24, 80], (24, 65536), (True, 80), "24x80", 7],
     "src": [7, b"/x", True, ["/x"]],
     "dst": [7, b"/x", True, ["/x"]],
     "links": ["follow", 7, True],

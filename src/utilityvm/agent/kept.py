@@ -23,6 +23,7 @@ from typing import Any, Final
 from utilityvm.agent.faults import Fault
 from utilityvm.agent.ring import STREAMS, Cursor, Ring
 from utilityvm.agent.run import MAX_SIGNAL, Command, Notify, Program, data_of, number_of, process_number
+from utilityvm.agent.terminal import Size
 from utilityvm.bridge import messages
 
 AT_MOST: Final = 128  # programs, those that have ended among them
@@ -70,6 +71,7 @@ class KeptProgram:
                 "StartedMs": int(self._started_at * 1000),
                 "RingBytes": self.ring.size,
                 "Stdin": self.command.takes_input,
+                "Terminal": self.command.terminal is not None,
                 "Follows": len(self.follows),
             }
             for stream, key in _KEY.items():
@@ -369,6 +371,14 @@ class Kept:
         if kept.has_ended:
             raise Fault(f"program {kept.number} has ended", kind="ended")
         kept.program.signal(number)
+
+    def resize(self, body: Mapping[str, Any]) -> None:
+        """Set the size of a program's terminal. One that has ended takes nothing, which is no fault.
+
+        Raises:
+            Fault: there is no such program, it has no terminal, or the size is none.
+        """
+        self.get(body).program.resize(Size.of(body))
 
     def kill(self, body: Mapping[str, Any], deadline: float) -> None:
         """Kill a program with all that it started, also if it has ended and left something behind.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
+import termios
 from collections.abc import Mapping, Sequence
 from typing import IO, Final
 
@@ -41,11 +43,12 @@ def start(
     stderr: int | IO[bytes],
     family: Family,
     account: Account | None = None,
+    has_terminal: bool = False,
     refusal: str | None = None,
 ) -> subprocess.Popen[bytes]:
     """The program, started, as the first of `family`, and as the user of `account`; None: as the agent's, root.
 
-    A fault's message begins with `refusal`.
+    With `has_terminal` its standard input is one, which controls its session. A fault's message begins with `refusal`.
 
     Raises:
         Fault: it cannot be started, and why: "not_found", "invalid" (a word, a name or a value cannot be), "refused".
@@ -54,6 +57,8 @@ def start(
     def prepare() -> None:
         family.enter()
         prepare_program()
+        if has_terminal:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         if account:
             account.become()
 

@@ -27,6 +27,7 @@ class ProgramCalls:
         self.handlers: dict[int, Handler] = {
             messages.PROGRAMS: self._list,
             messages.SIGNAL: self._signal,
+            messages.RESIZE: self._resize,
             messages.KILL: self._kill,
             messages.FORGET: self._forget,
         }
@@ -93,6 +94,10 @@ class ProgramCalls:
 
     def _signal(self, call: Call) -> dict[str, Any]:
         self._kept.signal(call.body)
+        return {}
+
+    def _resize(self, call: Call) -> dict[str, Any]:
+        self._kept.resize(call.body)
         return {}
 
     def _kill(self, call: Call) -> dict[str, Any]:

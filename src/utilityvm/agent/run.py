@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import fcntl
 import os
 import select
@@ -24,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
-from utilityvm.agent import cgroups, drain, processes
+from utilityvm.agent import cgroups, drain, processes, terminal
 from utilityvm.agent.accounts import Account
 from utilityvm.agent.copying import Copy, is_copy
 from utilityvm.agent.faults import Fault
@@ -170,22 +171,32 @@ class Command:
         self.argv: list[str] = argv
         self.env = {**ENVIRONMENT, **env}
         self.cwd = cwd
-        self.takes_input = body.get("Stdin") is True
+        self.terminal = None if body.get("Terminal") is None else terminal.Size.of(body["Terminal"])
+        self.takes_input = body.get("Stdin") is True or self.terminal is not None
         self.user = body.get("User")
         self.limits = _limits(body.get("Limits"))
         self._given_env = env
 
     def start(self, family: cgroups.Family) -> subprocess.Popen[bytes]:
         account = None if self.user is None else Account.of(self.user)
+        if self.terminal is None:
+            stdin = subprocess.PIPE if self.takes_input else subprocess.DEVNULL
+            return self._start(family, account, stdin, subprocess.PIPE)
+        owner = account.uid if account else None
+        return terminal.start(lambda fd: self._start(family, account, fd, fd), self.terminal, owner=owner)
+
+    def _start(self, family: cgroups.Family, account: Account | None, stdin: int, out: int) -> subprocess.Popen[bytes]:
+        ours = self.env if self.terminal is None else {**self.env, "TERM": terminal.TYPE}
         return start(
             self.argv,
-            env={**self.env, **account.env, **self._given_env} if account else self.env,
+            env={**ours, **(account.env if account else {}), **self._given_env},
             cwd=self.cwd,
             account=account,
-            stdin=subprocess.PIPE if self.takes_input else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdin=stdin,
+            stdout=out,
+            stderr=out,
             family=family,
+            has_terminal=self.terminal is not None,
         )
 
 
@@ -265,6 +276,18 @@ class Program:
                 except OSError:
                     pass  # all of it has ended, or there is no such signal
 
+    def resize(self, size: terminal.Size) -> None:
+        """Set the size of its terminal.
+
+        Raises:
+            Fault: it has none.
+        """
+        if self._command.terminal is None:
+            raise Fault(f"{self.name} has no terminal", kind="invalid")
+        with self._lock:
+            if self._process and self._process.stdout:
+                terminal.resize(self._process.stdout.fileno(), size)
+
     def cancel(self) -> None:
         """Nobody listens any more: kill it with all that it started."""
         with self._lock:
@@ -329,6 +352,8 @@ class Program:
             exit_fd = os.pidfd_open(process.pid)
             if process.stdin:
                 os.set_blocking(process.stdin.fileno(), False)
+                with contextlib.suppress(OSError):  # a terminal; or there is no memory for that
+                    fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, messages.INPUT_WINDOW_BYTES)
         except BaseException:
             family.kill(process.pid)
             _close_pipes(process)
@@ -342,9 +367,8 @@ class Program:
         return process, exit_fd
 
     def _follow(self, process: subprocess.Popen[bytes], exit_fd: int) -> None:
-        assert process.stdout
-        assert process.stderr
-        outputs = {process.stdout.fileno(): "out", process.stderr.fileno(): "err"}
+        pipes = {"out": process.stdout, "err": process.stderr}  # a terminal is one for both
+        outputs = {pipe.fileno(): stream for stream, pipe in pipes.items() if pipe}
         owed = dict.fromkeys(outputs, 0)  # bytes that were written before the program ended
         ends_at: float | None = None  # while it runs
         while not self._cancelled or ends_at is None:
@@ -378,6 +402,10 @@ class Program:
                     sent = self._send_output(fd, outputs[fd])
                     if sent is None:
                         del outputs[fd], owed[fd]
+                        if self._command.terminal and process.stdin:  # it is one and the same
+                            process.stdin.close()
+                            process.stdin = None
+                            break  # what else was found ready may be of a closed descriptor
                     else:
                         owed[fd] = max(0, owed[fd] - sent)
                 elif process.stdin and not self._write_input(process.stdin.fileno()):
@@ -391,7 +419,12 @@ class Program:
         size = min(self._outlet.room(), messages.CHUNK_BYTES)
         if size <= 0:
             return 0
-        data = os.read(fd, size)
+        try:
+            data = os.read(fd, size)
+        except BlockingIOError:
+            return 0
+        except OSError:  # a terminal that nobody has open any more
+            return None
         if data and not self._cancelled:
             self._outlet.write(stream, data)
         return len(data) or None
@@ -407,8 +440,9 @@ class Program:
     def _write_input(self, fd: int) -> bool:
         """Write what the pipe takes. False: it is all written, or the program takes no more."""
         with self._lock:
-            data = self._input.popleft() if self._input else b""
-            is_last = self._input_ends and not self._input
+            data = b"".join(self._input)
+            self._input.clear()
+            is_last = self._input_ends
         try:
             written = os.write(fd, data)
         except BlockingIOError:
@@ -421,6 +455,9 @@ class Program:
             with self._lock:
                 self._input.appendleft(data[written:])
         self._taken(written)
+        if is_last and self._command.terminal:
+            with contextlib.suppress(OSError):
+                os.write(fd, terminal.END_OF_INPUT)
         return not is_last
 
     def _drop_input(self) -> None:

@@ -27,7 +27,7 @@ from utilityvm.agent.workers import Workers
 from utilityvm.bridge import messages
 from utilityvm.bridge.frame import Decoder, Frame, FrameError, encode, guest_json
 
-VERSION: Final = 3  # of what this agent can do beyond GCS; 2: templates; 3: kept programs, users and limits
+VERSION: Final = 4  # of what this agent can do beyond GCS; 2: templates; 3: kept programs, users, limits; 4: terminals
 DEFAULT_DEADLINE_S: Final = 60.0
 DEFAULT_HOLD_S: Final = 60.0
 MAX_DEADLINE_S: Final = 3600.0

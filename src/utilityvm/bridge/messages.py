@@ -30,6 +30,7 @@ exit code until it is forgotten. It outlives the host. `Process` is then the num
     RUN_CREDIT {Process, Bytes}       ->                            has dropped what was between
     RUN_INPUT {Process, Data, Eof}    ->                            by the one follow that feeds it
                                       <-     RUN_CREDIT {Bytes, At} so much input it has taken in all
+    RESIZE {Number, Id, Rows, Cols}   ->                            of one that was started with a Terminal
     UNFOLLOW {Process}                ->                            no more is said; the program goes on
                                       <-     FOLLOW_END {ExitCode}  the last of it; without a code it still runs
 """
@@ -68,6 +69,7 @@ FOLLOW: Final = 0x10F01301
 SIGNAL: Final = 0x10F01401  # {Number, Id, Signal}
 KILL: Final = 0x10F01501  # {Number, Id}: it, and all that it started
 FORGET: Final = 0x10F01601  # {Number, Id}
+RESIZE: Final = 0x10F01901  # {Number, Id, Rows, Cols}: of its terminal
 # Notifications of the host:
 UNFOLLOW: Final = 0x30F01701
 RUN_INPUT: Final = 0x30F00301
@@ -88,6 +90,7 @@ MAX_RING_BYTES: Final = 16 << 20
 # A word in place of a program's name: the agent copies files itself (`agent.copying`). No program can have that name
 # on the PATH, so that an older agent says that there is none.
 COPY_PROGRAM: Final = "utilityvm:copy"
+MAX_TERMINAL: Final = 65535  # rows or columns: the kernel keeps 16 bits
 CHUNK_BYTES: Final = 32768  # of input or output in one message; in base64 it fits a frame
 
 # The member that carries what GCS has no word for; only our agent is ever sent it.

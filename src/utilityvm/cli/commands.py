@@ -12,6 +12,7 @@ COMMANDS = {
     "ps": "vm",
     "stop": "vm",
     "exec": "vm",
+    "shell": "vm",
     "cp": "copy",
     "programs": "program",
     "logs": "program",

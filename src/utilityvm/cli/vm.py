@@ -262,6 +262,8 @@ class _ExecCommand(Command):
 @click.command("exec", cls=_ExecCommand, short_help="Run a program in the guest.")
 @vm_argument
 @click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED, metavar="PROGRAM [ARGUMENT]...")
+@click.option("--tty", "-t", is_flag=True, help="Give it a terminal, which is ours: -it runs a shell as ssh does.")
+@click.option("--interactive", "-i", is_flag=True, help="Pass it our input, as without it too: for -it.")
 @click.option("--no-stdin", "-n", is_flag=True, help="Give the program no input.")
 @click.option("--cwd", metavar="GUEST_PATH", help="The folder in the guest to run it in.")
 @click.option(
@@ -288,6 +290,8 @@ class _ExecCommand(Command):
 def exec_command(
     name: str,
     program: tuple[str, ...],
+    tty: bool,
+    interactive: bool,
     no_stdin: bool,
     cwd: str | None,
     variables: tuple[str, ...],
@@ -314,14 +318,26 @@ def exec_command(
         raise click.UsageError("--timeout: a program that is detached goes on; end it with `uvm kill`")
     if program_name is not None and not detach:
         raise click.UsageError("--name: only a program that is detached has a name; add --detach")
+    if no_stdin and (interactive or tty):
+        raise click.UsageError("--no-stdin: --interactive and --tty give the program our input")
+    if tty:
+        from utilityvm.cli.terminal import check_terminal
+
+        for word, is_given in {"detach": detach, "json": as_json, "timeout": timeout_s is not None}.items():
+            if is_given:
+                raise click.UsageError(f"--{word} cannot be used with --tty")
+        check_terminal()
     begun: list[bool] = []
     try:
-        if detach:
+        if tty:
+            work = _at_terminal(name, list(program), how, wait_s=wait_s)
+        elif detach:
             work = _detach(name, list(program), how, program_name, wait_s=wait_s, as_json=as_json)
         else:
             times = timeout_s, wait_s
             work = _exec(name, list(program), begun, how, stdin=not no_stdin, times=times, as_json=as_json)
-        code = run_with(served(name, wait_s=wait_s), work, loop=not detach)
+        # A terminal does not go through the server, which lets go of the VM for us.
+        code = run(work) if tty else run_with(served(name, wait_s=wait_s), work, loop=not detach)
     except UtilityVMError as error:
         code = exitcodes.EXEC_FAILED
         if isinstance(error, GuestRefused) and error.kind in _NOT_STARTED:
@@ -348,6 +364,34 @@ def _variable(text: str) -> tuple[str, str]:
             raise click.UsageError(f"--env {name}: there is no such variable to pass on; set one with NAME=VALUE")
         value = own
     return name, value
+
+
+async def _at_terminal(name: str, command: list[str], how: dict[str, Any], *, wait_s: float) -> int:
+    from utilityvm.cli.terminal import at_terminal
+
+    async with opened(name, wait_s=wait_s) as vm:
+        return await at_terminal(vm, command, how)
+
+
+@click.command("shell", cls=Command, short_help="Run a shell in the guest, at this terminal.")
+@vm_argument
+@click.option("--user", "-u", metavar="USER", help="Be this user of the guest, a name or a number.")
+@click.option("--cwd", metavar="GUEST_PATH", help="The folder in the guest to begin in.")
+@wait_option
+def shell_command(name: str, user: str | None, cwd: str | None, wait_s: float) -> int:
+    """Run a login shell in the guest: bash, or sh if there is none. It is `uvm exec -it NAME` of that shell.
+
+    It ends with `exit` or Ctrl-D, and uvm ends with its exit code. If uvm is ended, so is the shell. While it runs,
+    other commands that need the VM wait.
+    """
+    from utilityvm.cli.terminal import check_terminal
+
+    check_terminal()
+    code = run(_at_terminal(name, list(_SHELL), {"user": user, "cwd": cwd}, wait_s=wait_s))
+    return 128 - code if code < 0 else code
+
+
+_SHELL = ("/bin/sh", "-c", "if [ -x /bin/bash ]; then exec /bin/bash -l; fi; exec /bin/sh -l")
 
 
 def _limits(texts: tuple[str, ...]) -> Limits | None:

@@ -194,6 +194,14 @@ class FollowEnd(_Document):
     out_of_memory: bool = False
 
 
+class CopyFailed(_Document):
+    """Why the agent did not copy a file."""
+
+    kind: Words
+    message: Words
+    errno: Annotated[int, Meta(ge=0, le=4095)] = 0
+
+
 class Program(_Document):
     """A kept program."""
 
@@ -213,6 +221,7 @@ class Program(_Document):
     exit_code: ExitCode | None = None
     out_of_memory: bool = False
     stdin: bool = False
+    terminal: bool = False
     follows: Number = 0
 
 

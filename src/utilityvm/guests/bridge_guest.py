@@ -66,6 +66,7 @@ _MAX_RESTARTS: Final = 8  # of the agent, right when a program was to be started
 _SHORT_LIVED_S: Final = 5.0  # a connection that ended sooner is not followed by the next at once
 _PAUSES_S: Final = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 _TEMPLATES_SINCE: Final = 2  # of the agent's versions
+_TERMINALS_SINCE: Final = 4  # of the agent's versions
 _PROGRAMS_SINCE: Final = 3  # of the agent's versions: kept programs, users and limits
 _SEED_BYTES: Final = range(32, 513)
 _HOSTNAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -731,7 +732,11 @@ class BridgeGuest:
             remedy = "stop the VM, and start it anew with the guest image of this utilityvm"
             raise NotSupported(f"this guest's agent is too old to {what}", vm=self._vm, remedy=remedy)
 
-    def need_programs(self, client: BridgeClient, what: str) -> None:
+    def need_terminals(self, client: BridgeClient) -> None:
+        """As `need_programs`."""
+        self.need_programs(client, "give a program a terminal", since=_TERMINALS_SINCE)
+
+    def need_programs(self, client: BridgeClient, what: str, *, since: int = _PROGRAMS_SINCE) -> None:
         """Refuse what only an agent of this version or later does.
 
         Raises:
@@ -739,7 +744,7 @@ class BridgeGuest:
         """
         if client.about is None:
             self._need_our_agent(what)
-        elif client.about.agent < _PROGRAMS_SINCE:
+        elif client.about.agent < since:
             remedy = "build the guest image anew (uvm image build), and start the VM from it"
             raise NotSupported(f"this guest's agent is too old to {what}", vm=self._vm, remedy=remedy)
 

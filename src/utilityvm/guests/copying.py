@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
-import msgspec
-
 from utilityvm.bridge import messages
 from utilityvm.errors import (
     AccessDenied,
@@ -28,10 +26,12 @@ from utilityvm.errors import (
     UnsafePath,
     UtilityVMError,
 )
+from utilityvm.guests import answers
 from utilityvm.guests.program import OutputSink
 from utilityvm.machine.hostpath import HostPath
 from utilityvm.machine.oserrors import as_ours
 from utilityvm.machine.threads import aside, in_thread
+from utilityvm.text import clean
 
 if TYPE_CHECKING:
     from utilityvm.files.records import Counts
@@ -70,14 +70,6 @@ class CopyResult:
     size_bytes: int  # of data: holes in files do not count
     skipped: tuple[str, ...] = ()
     skipped_count: int = 0
-
-
-class _Failure(msgspec.Struct, rename="pascal"):
-    """What the agent says of a copy that failed."""
-
-    kind: str
-    message: str
-    errno: int = 0
 
 
 class Copies:
@@ -237,15 +229,22 @@ class Copies:
 
     def _failed(self, said: bytes) -> UtilityVMError:
         try:
-            failure = msgspec.json.decode(said, type=_Failure)
-        except msgspec.MsgspecError:
+            body = json.loads(said)
+        except (ValueError, RecursionError):
+            body = None
+        if not isinstance(body, dict):
             return ProtocolError("the guest does not say why a copy failed", message=said[:200], vm=self._vm)
-        error = GuestRefused(failure.message, vm=self._vm, remedy=_REMEDIES.get(failure.errno))
-        error.kind = {errno.ENOENT: "not_found"}.get(failure.errno, failure.kind)
+        try:
+            failure = answers.read(answers.CopyFailed, body, what="reason why a copy failed", vm=self._vm)
+        except ProtocolError as broken:
+            return broken
+        error = GuestRefused(str(failure.message), vm=self._vm, remedy=_REMEDIES.get(failure.errno))
+        error.kind = {errno.ENOENT: "not_found"}.get(failure.errno, str(failure.kind))
         return error
 
     def _fault(self, kind: str, message: str) -> UtilityVMError:
         """Why the host takes no more of what the guest sends."""
+        message = clean(message)  # it may have names of the guest's choosing
         match kind:
             case "unsafe":
                 remedy = 'links="skip" leaves such links out, links="keep" makes them'
@@ -259,7 +258,7 @@ class Copies:
         return InvalidRequest(message, vm=self._vm)
 
     def _host_error(self, error: OSError, doing: str) -> UtilityVMError:
-        where = os.fsdecode(error.filename) if error.filename else "a file of this host"
+        where = clean(os.fsdecode(error.filename)) if error.filename else "a file of this host"
         text = f"{doing}: {where}: {error.strerror}"
         match error.errno:
             case errno.ENOENT | errno.ENOTDIR | errno.EISDIR | errno.ELOOP | errno.ENAMETOOLONG:
@@ -311,7 +310,7 @@ def _result(counts: Counts) -> CopyResult:
         folders=counts.folders,
         links=counts.links,
         size_bytes=counts.bytes,
-        skipped=tuple(counts.skipped),
+        skipped=tuple(map(clean, counts.skipped)),
         skipped_count=counts.skipped_count,
     )
 

@@ -25,6 +25,7 @@ from utilityvm.errors import (
 )
 from utilityvm.guests import answers
 from utilityvm.guests.bridge_client import BridgeClient, NotNegotiated, again
+from utilityvm.guests.loops import of_one_loop
 from utilityvm.guests.program import Said
 from utilityvm.guests.programinfo import ProgramInfo, info_of, typed
 from utilityvm.guests.streams import ProgramInput
@@ -129,6 +130,7 @@ class Following:
 
 
 @typed_errors
+@of_one_loop
 class ProgramPieces(AsyncIterator[ProgramPiece]):
     """What a program writes, both streams in the order in which the guest read them. Made by `follow_program`.
 

@@ -24,6 +24,7 @@ from utilityvm.errors import (
 )
 from utilityvm.guests import answers
 from utilityvm.guests.follow import ASK_S, ProgramPieces
+from utilityvm.guests.loops import of_one_loop
 from utilityvm.guests.program import Limits, run_request
 from utilityvm.guests.programinfo import ProgramInfo, info_of, list_them, typed
 from utilityvm.guests.streams import ProgramInput, ProgramOutput
@@ -38,6 +39,7 @@ _MAX_SIGNAL: Final = 64
 
 
 @typed_errors
+@of_one_loop
 class Program:
     """A program that the guest keeps, like `asyncio.subprocess.Process`. Made by `start_program` and `program`.
 
@@ -132,6 +134,19 @@ class Program:
             ProgramNotFound: it was forgotten.
         """
         await self._programs.send_signal(self.number, signal, id=self.id, timeout_s=timeout_s)
+
+    async def resize(self, rows: int, cols: int, *, timeout_s: float = ASK_S) -> None:
+        """Tell it the size of its terminal: the job in the foreground gets SIGWINCH. One that has ended takes nothing.
+
+        Raises:
+            InvalidRequest: it was started without a terminal, or that is no size.
+            ProgramNotFound: it was forgotten.
+        """
+        size = _size_of(rows, cols, vm=self._programs.vm)
+        if not self.info.has_terminal:
+            remedy = "start it with terminal=(rows, cols)"
+            raise InvalidRequest(f"program {self.number} has no terminal", vm=self._programs.vm, remedy=remedy)
+        await self._programs.resize(self.number, size, id=self.id, timeout_s=timeout_s)
 
     async def terminate(self, *, timeout_s: float = ASK_S) -> None:
         """Send it SIGTERM. See `send_signal`."""
@@ -236,18 +251,24 @@ class KeptPrograms:
         follow: bool,
         ring_bytes: int,
         timeout_s: float,
+        terminal: tuple[int, int] | None = None,
     ) -> Program:
         """See `UtilityVM.start_program`."""
+        stdin = stdin or terminal is not None
         body = run_request(command, env=env, cwd=cwd, takes_input=stdin, user=user, limits=limits)
         if not messages.MIN_RING_BYTES <= ring_bytes <= messages.MAX_RING_BYTES:
             text = f"ring_bytes {ring_bytes} is not from {messages.MIN_RING_BYTES} to {messages.MAX_RING_BYTES}"
             raise InvalidRequest(text)
         body["Id"] = os.urandom(8).hex() if id is None else id
         body["RingBytes"] = ring_bytes
+        deadline = time.monotonic() + timeout_s
+        if terminal is not None:
+            body["Terminal"] = _size_of(*terminal, vm=self.vm)
+            self._guest.need_terminals(await self._guest._connected(deadline))
         if name is not None:
             body["Name"] = name
         pieces = self.pieces(hold=follow, output=follow, stdin=ProgramInput() if stdin and follow else None)
-        await pieces._attach(time.monotonic() + timeout_s, start=body, which={"Id": body["Id"]})
+        await pieces._attach(deadline, start=body, which={"Id": body["Id"]})
         return self._handle(pieces, follow=follow)
 
     async def get(self, which: int | str, *, stdout: int, stderr: int, follow: bool, timeout_s: float) -> Program:
@@ -310,6 +331,10 @@ class KeptPrograms:
             raise InvalidRequest(f"{signal!r} is no signal: they are 1 to {_MAX_SIGNAL}")
         await self._ask(messages.SIGNAL, number, id, timeout_s, Signal=int(signal))
 
+    async def resize(self, number: int, size: dict[str, int], *, id: str | None = None, timeout_s: float) -> None:
+        """See `Program.resize`."""
+        await self._ask(messages.RESIZE, number, id, timeout_s, **size)
+
     async def kill(self, number: int, *, id: str | None = None, timeout_s: float) -> None:
         """See `Program.kill`."""
         await self._ask(messages.KILL, number, id, timeout_s)
@@ -330,6 +355,17 @@ class KeptPrograms:
 
     async def _need(self, deadline: float) -> None:
         self._guest.need_programs(await self._guest._connected(deadline), "keep programs")
+
+
+def _size_of(rows: int, cols: int, *, vm: str | None) -> dict[str, int]:
+    """Raises:
+    InvalidRequest: that is no size of a terminal.
+    """
+    for value in (rows, cols):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= messages.MAX_TERMINAL:
+            remedy = f"give rows and columns, each from 1 to {messages.MAX_TERMINAL}"
+            raise InvalidRequest(f"({rows!r}, {cols!r}) is no size of a terminal", vm=vm, remedy=remedy)
+    return {"Rows": rows, "Cols": cols}
 
 
 def _look_at(task: asyncio.Task[None]) -> None:

@@ -37,6 +37,7 @@ class ProgramInfo:
     stderr_begin: int
     stderr_end: int
     followers: int
+    has_terminal: bool = False
 
     @property
     def is_running(self) -> bool:
@@ -73,4 +74,5 @@ def info_of(told: answers.Program) -> ProgramInfo:
         stderr_begin=told.err_begin,
         stderr_end=told.err_end,
         followers=told.follows,
+        has_terminal=told.terminal,
     )

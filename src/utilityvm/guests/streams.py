@@ -11,6 +11,7 @@ from utilityvm.bridge import messages
 from utilityvm.errors import GuestBusy, GuestRefused, InvalidRequest, UtilityVMError, WrongState
 from utilityvm.guests import answers
 from utilityvm.guests.bridge_client import again
+from utilityvm.guests.loops import of_one_loop
 from utilityvm.machine.oserrors import typed_errors
 
 BUFFER_BYTES: Final = 1 << 20  # of output that its reader has not taken
@@ -21,6 +22,7 @@ Notify = Callable[[int, dict[str, Any]], None]
 
 
 @typed_errors
+@of_one_loop
 class ProgramOutput:
     """One of a program's two streams, as it comes. One reader at a time; lines end with a newline, as the bytes do.
 
@@ -139,6 +141,7 @@ class ProgramOutput:
 
 
 @typed_errors
+@of_one_loop
 class ProgramInput:
     """A program's input, as asyncio's StreamWriter. What is written is kept until the guest has it, also if the
     connection to the guest ends meanwhile.
@@ -152,6 +155,7 @@ class ProgramInput:
         self._taken_at = 0
         self._is_closing = False
         self._has_told_end = False
+        self._will_go_on = False
         self._has_begun = False
         self._is_over = False
         self._why_not: UtilityVMError | None = None
@@ -174,7 +178,9 @@ class ProgramInput:
             raise InvalidRequest(f"input is bytes, and not {type(data).__name__}", remedy="encode it: text.encode()")
         if not self._is_over:
             self._kept += data
-            self._go_on()
+            if not self._will_go_on:  # what is written before the loop runs again goes in one message
+                self._will_go_on = True
+                asyncio.get_running_loop().call_soon(self._go_on)
 
     def writelines(self, data: Iterable[bytes]) -> None:
         """`write` each."""
@@ -217,6 +223,7 @@ class ProgramInput:
             await self._changed.wait()
 
     def _go_on(self) -> None:
+        self._will_go_on = False
         if self._send is None or self._is_over:
             return
         end = self._kept_at + len(self._kept)

@@ -224,6 +224,15 @@ class Program(Synchronous):
         """
         call(self._async.send_signal, signal, timeout_s=timeout_s)
 
+    def resize(self, rows: int, cols: int, *, timeout_s: float = 30.0) -> None:
+        """Tell it the size of its terminal: the job in the foreground gets SIGWINCH. One that has ended takes nothing.
+
+        Raises:
+            InvalidRequest: it was started without a terminal, or that is no size.
+            ProgramNotFound: it was forgotten.
+        """
+        call(self._async.resize, rows, cols, timeout_s=timeout_s)
+
     def terminate(self, *, timeout_s: float = 30.0) -> None:
         """Send it SIGTERM. See `send_signal`."""
         call(self._async.terminate, timeout_s=timeout_s)
@@ -1547,6 +1556,7 @@ class UtilityVM(Synchronous):
         id: str | None = None,
         follow: bool = True,
         ring_bytes: int = 1048576,
+        terminal: tuple[int, int] | None = None,
         timeout_s: float = 60.0,
     ) -> Program:
         """Start a program that belongs to the guest: it goes on when this process, or the VM's owner, ends.
@@ -1558,6 +1568,9 @@ class UtilityVM(Synchronous):
 
         `name` is a name for people, which no other program of the guest has. A second start with the same
         `id`, letters and digits, gives the program that there is: so it can be asked for again after a lost answer.
+
+        With `terminal`, its rows and columns, the program has one: for input, output and errors, which all come as
+        `stdout`. Ctrl-C in the input is SIGINT for the job in the foreground, and so on; see `Program.resize`.
 
         Clones of a template go on with such a program. Saving is refused while its output is followed.
 
@@ -1580,6 +1593,7 @@ class UtilityVM(Synchronous):
             id=id,
             follow=follow,
             ring_bytes=ring_bytes,
+            terminal=terminal,
             timeout_s=timeout_s,
         )
         return result

@@ -32,6 +32,7 @@ R = TypeVar("R")
 
 LONGEST_S: Final = 1e8  # three years; what has no end is None
 _TIMES: Final = ("wait_s", "timeout_s")  # a call may take both, one after the other
+_MOST_ROWS: Final = 65535  # or columns, of a terminal: the kernel keeps 16 bits
 _LATER_S: Final = 0.2  # than the steps of a call, which say better what was not done in time
 
 
@@ -87,6 +88,15 @@ def _destination(value: Any) -> str | None:
     return (
         None if isinstance(value, (str, os.PathLike)) or callable(value) else "a path, or a function that takes bytes"
     )
+
+
+def _terminal(value: Any) -> str | None:
+    is_size = isinstance(value, tuple) and len(value) == 2 and all(_rows(one) for one in value)
+    return None if is_size else "the rows and columns of a terminal, such as (24, 80)"
+
+
+def _rows(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_ROWS
 
 
 def _mode(value: Any) -> str | None:
@@ -223,6 +233,7 @@ RULES: Final[Mapping[str, Rule]] = {
     "mounts": _several,
     "disks": _several,
     "reservation": _reservation,
+    "terminal": _terminal,
     "src": _source,
     "dst": _destination,
     "put.guest_path": _path,

@@ -146,6 +146,7 @@ class VMPrograms(Face):
         id: str | None = None,
         follow: bool = True,
         ring_bytes: int = RING_BYTES,
+        terminal: tuple[int, int] | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Program:
         """Start a program that belongs to the guest: it goes on when this process, or the VM's owner, ends.
@@ -157,6 +158,9 @@ class VMPrograms(Face):
 
         `name` is a name for people, which no other program of the guest has. A second start with the same
         `id`, letters and digits, gives the program that there is: so it can be asked for again after a lost answer.
+
+        With `terminal`, its rows and columns, the program has one: for input, output and errors, which all come as
+        `stdout`. Ctrl-C in the input is SIGINT for the job in the foreground, and so on; see `Program.resize`.
 
         Clones of a template go on with such a program. Saving is refused while its output is followed.
 
@@ -180,6 +184,7 @@ class VMPrograms(Face):
                 id=id,
                 follow=follow,
                 ring_bytes=ring_bytes,
+                terminal=terminal,
                 timeout_s=timeout_s,
             )
 
