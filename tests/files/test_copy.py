@@ -176,6 +176,15 @@ class TestWhere:
             copy(tree, target / "old")
         assert (target / "tree").read_text() == "a file"
 
+    def test_devices_and_the_like_stay_what_they_are(self, tree: Path, target: Path) -> None:
+        """As root `cp file /dev/null` would make that a file, for everybody."""
+        os.mkfifo(target / "fifo")
+        (target / "null").symlink_to("/dev/null")
+        for name, what in (("fifo", "a FIFO"), ("null", "a device")):
+            with pytest.raises(CopyFault, match=f"{name} is there already, and is {what}"):
+                copy(tree / "program", target / name)
+        assert (target / "null").readlink() == Path("/dev/null")
+
     def test_the_folder_above_has_to_be_there(self, tree: Path, target: Path) -> None:
         with pytest.raises(FileNotFoundError) as raised:
             copy(tree, target / "no/where")

@@ -168,7 +168,7 @@ class Copy:
         try:
             if not name:
                 raise CopyFault("refused", f"{self._path} is a folder")
-            receive.refuse_folder(parent, os.fsencode(name), self._path)
+            receive.refuse_others(parent, os.fsencode(name), self._path)
             mode, owner = self._new_mode(parent, name)
             file = receive.NewFile(parent, os.fsencode(name))
             try:

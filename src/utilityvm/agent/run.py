@@ -511,8 +511,11 @@ def _close_pipes(process: subprocess.Popen[bytes]) -> None:
 
 
 def _unread(fd: int) -> int:
-    """How much is in a pipe."""
-    size: int = _INT.unpack(fcntl.ioctl(fd, termios.FIONREAD, bytes(_INT.size)))[0]
+    """How much is in a pipe, or in a terminal; in one that was hung up, nothing."""
+    try:
+        size: int = _INT.unpack(fcntl.ioctl(fd, termios.FIONREAD, bytes(_INT.size)))[0]
+    except OSError:
+        return 0
     return size
 
 

@@ -9,9 +9,9 @@ import click
 
 from utilityvm.cli import output
 from utilityvm.cli.group import Command
-from utilityvm.cli.options import json_option, run, wait_option
+from utilityvm.cli.options import json_option, wait_option
 from utilityvm.cli.output import print_json
-from utilityvm.cli.owners import opened
+from utilityvm.cli.owners import opened, run_with, served
 from utilityvm.cli.values import SECONDS, SIZE
 from utilityvm.text import size
 
@@ -74,10 +74,11 @@ def cp_command(
         raise click.UsageError("--json: the standard output is for the file")
     name = from_vm or to_vm or ""
     if to_vm is not None:
-        done = run(_put(name, from_path, to_path, timeout_s=timeout_s, wait_s=wait_s))
+        work = _put(name, from_path, to_path, timeout_s=timeout_s, wait_s=wait_s)
     else:
         times = timeout_s, wait_s
-        done = run(_get(name, from_path, to_path, links=links, max_bytes=max_bytes, times=times))
+        work = _get(name, from_path, to_path, links=links, max_bytes=max_bytes, times=times)
+    done = run_with(served(name, wait_s=wait_s), work, loop=True)
     _tell(name, done, as_json=as_json)
 
 

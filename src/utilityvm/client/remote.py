@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from inspect import isawaitable
 from pathlib import Path, PurePosixPath
@@ -22,6 +22,7 @@ from utilityvm.scsi.slot import Slot
 from utilityvm.server import problems, types
 
 if TYPE_CHECKING:
+    from utilityvm.guests.copying import Copies, CopyResult, EscapingLinks
     from utilityvm.guests.follow import ProgramPiece
     from utilityvm.guests.program import CommandResult, Limits, OutputSink
     from utilityvm.guests.programinfo import ProgramInfo
@@ -296,6 +297,49 @@ class RemoteVM:
         return await run_program(
             self._api, self.name, program, stdin=stdin, stdout=stdout, stderr=stderr, wait_s=self._wait_s
         )
+
+    @raises_callers_errors
+    async def put(
+        self, src: HostPath | AsyncIterable[bytes], guest_path: str | PurePosixPath, *, timeout_s: float | None = None
+    ) -> CopyResult:
+        """Copy a file, a link or a folder of this process's machine into the guest: as `UtilityVM.put`."""
+        return await self._copies.put(src, guest_path, timeout_s=timeout_s)
+
+    @raises_callers_errors
+    async def get(
+        self,
+        guest_path: str | PurePosixPath,
+        dst: HostPath | OutputSink,
+        *,
+        links: EscapingLinks = "refuse",
+        max_bytes: int = 16 << 30,
+        timeout_s: float | None = None,
+    ) -> CopyResult:
+        """Copy a file, a link or a folder of the guest to this process's machine: as `UtilityVM.get`."""
+        return await self._copies.get(guest_path, dst, links=links, max_bytes=max_bytes, timeout_s=timeout_s)
+
+    async def read_bytes(
+        self, guest_path: str | PurePosixPath, *, max_bytes: int = 64 << 20, timeout_s: float | None = None
+    ) -> bytes:
+        """The bytes of a file in the guest: as `UtilityVM.read_bytes`."""
+        return await self._copies.read_bytes(guest_path, max_bytes=max_bytes, timeout_s=timeout_s)
+
+    async def write_bytes(
+        self,
+        guest_path: str | PurePosixPath,
+        data: bytes | bytearray | memoryview,
+        *,
+        mode: int | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Make `data` the content of a file in the guest: as `UtilityVM.write_bytes`."""
+        await self._copies.write_bytes(guest_path, bytes(data), mode=mode, timeout_s=timeout_s)
+
+    @property
+    def _copies(self) -> Copies:
+        from utilityvm.guests.copying import Copies
+
+        return Copies(self.run_streaming, vm=self.name)
 
     async def start_program(
         self,

@@ -32,6 +32,7 @@ from utilityvm.files.records import (
     Counts,
     Decoder,
     Head,
+    kind_of,
     read_head,
 )
 
@@ -286,7 +287,7 @@ class Receiver:
         try:
             if kind == FILE:
                 if not is_new:
-                    refuse_folder(folder, name, shown)
+                    refuse_others(folder, name, shown)
                 self._file = NewFile(folder, name, at_once=is_new)
                 self._file_is_open, self._file_head, self._file_end = True, head, 0
             elif kind == FOLDER:
@@ -352,7 +353,7 @@ class Receiver:
             return
         made = name if is_new else temporary_name(name)
         if not is_new:
-            refuse_folder(folder, name, shown)
+            refuse_others(folder, name, shown)
         os.symlink(target, made, dir_fd=folder)
         try:
             if self._is_root:
@@ -429,16 +430,25 @@ def temporary_name(name: bytes) -> bytes:
     return b".%s.uvm-%s" % (name[:200], os.urandom(6).hex().encode())
 
 
-def refuse_folder(folder: int, name: bytes, shown: str) -> None:
-    """Raises:
-    CopyFault: a folder is where a file or a link is to be.
+def refuse_others(folder: int, name: bytes, shown: str) -> None:
+    """Only a file or a link is replaced, and no link to a device: `/dev/null` and `/dev/stdout` stay what they are.
+
+    Raises:
+        CopyFault: something else is where a file or a link is to be.
     """
     try:
-        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
     except FileNotFoundError:
         return
-    if stat.S_ISDIR(status.st_mode):
-        raise CopyFault("refused", f"{shown} is there already, and is a folder")
+    if stat.S_ISLNK(mode):
+        try:
+            mode = os.stat(name, dir_fd=folder).st_mode
+        except OSError:
+            return  # it leads nowhere
+        if stat.S_ISDIR(mode):
+            return
+    if not stat.S_ISREG(mode):
+        raise CopyFault("refused", f"{shown} is there already, and is {kind_of(mode)}")
 
 
 def rename(folder: int, old: bytes, new: bytes) -> None:

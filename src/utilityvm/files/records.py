@@ -32,6 +32,12 @@ _MAX_BYTES: Final = DATA_BYTES + OFFSET.size
 MAX_DEPTH: Final = 128  # folders in one another; each costs either side a descriptor
 _MAX_TIME_NS: Final = 1 << 62
 _MAX_SKIPPED: Final = 100
+_KINDS: Final = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 class CopyFault(Exception):
@@ -95,6 +101,11 @@ def read_head(payload: bytes) -> tuple[Head, bytes]:
     if not -_MAX_TIME_NS < mtime_ns < _MAX_TIME_NS:
         raise CopyFault("broken", f"{mtime_ns} ns is no time of a file")
     return Head(stat.S_IMODE(mode), uid, gid, mtime_ns), payload[_HEAD.size :]
+
+
+def kind_of(mode: int) -> str:
+    """What is no file and no link, for people."""
+    return "a folder" if stat.S_ISDIR(mode) else _KINDS.get(stat.S_IFMT(mode), "something unknown")
 
 
 class Decoder:

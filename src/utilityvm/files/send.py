@@ -28,17 +28,12 @@ from utilityvm.files.records import (
     Counts,
     Head,
     headed,
+    kind_of,
     record,
 )
 
 PIECE_BYTES: Final = 65536  # of the stream, at the least, before it is handed on
 _OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY
-_WHAT: Final = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 def send(path: str, counts: Counts | None = None) -> Iterator[bytes]:
@@ -75,7 +70,7 @@ def read(path: str) -> Iterator[bytes]:
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise CopyFault("refused", f"{path} is {_kind(status.st_mode)}, and no file")
+            raise CopyFault("refused", f"{path} is {kind_of(status.st_mode)}, and no file")
         while data := os.read(fd, DATA_BYTES):
             yield data
     finally:
@@ -120,9 +115,9 @@ class _Walk:
                     self._counts.links += 1
                     yield headed(LINK, _head(status), shown, target)
                 case _ if folder is None:
-                    raise CopyFault("refused", f"{path} is {_kind(status.st_mode)}, which cannot be copied")
+                    raise CopyFault("refused", f"{path} is {kind_of(status.st_mode)}, which cannot be copied")
                 case _:
-                    yield self._left_out(path, _kind(status.st_mode))
+                    yield self._left_out(path, kind_of(status.st_mode))
         except FileNotFoundError:
             if folder is None:
                 raise
@@ -137,7 +132,7 @@ class _Walk:
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
-                raise CopyFault("refused", f"{path} became {_kind(status.st_mode)} while it was copied")
+                raise CopyFault("refused", f"{path} became {kind_of(status.st_mode)} while it was copied")
             yield headed(FILE, _head(status), shown)
             self._counts.files += 1
             yield from self._content(fd, status)
@@ -209,7 +204,3 @@ def _next_data(fd: int, at: int, size: int) -> tuple[int, int]:
 
 def _head(status: os.stat_result) -> Head:
     return Head(stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime_ns)
-
-
-def _kind(mode: int) -> str:
-    return "a folder" if stat.S_ISDIR(mode) else _WHAT.get(stat.S_IFMT(mode), "something unknown")

@@ -657,6 +657,46 @@ class RemoteVM(Synchronous):
         )
         return result
 
+    def put(
+        self, src: HostPath | Iterable[bytes], guest_path: str | PurePosixPath, *, timeout_s: float | None = None
+    ) -> CopyResult:
+        """Copy a file, a link or a folder of this process's machine into the guest: as `UtilityVM.put`."""
+        result: CopyResult = call(self._async.put, feed(src), guest_path, timeout_s=timeout_s)
+        return result
+
+    def get(
+        self,
+        guest_path: str | PurePosixPath,
+        dst: HostPath | Callable[[bytes], object],
+        *,
+        links: EscapingLinks = "refuse",
+        max_bytes: int = 16 << 30,
+        timeout_s: float | None = None,
+    ) -> CopyResult:
+        """Copy a file, a link or a folder of the guest to this process's machine: as `UtilityVM.get`."""
+        result: CopyResult = call(
+            self._async.get, guest_path, sink(dst), links=links, max_bytes=max_bytes, timeout_s=timeout_s
+        )
+        return result
+
+    def read_bytes(
+        self, guest_path: str | PurePosixPath, *, max_bytes: int = 64 << 20, timeout_s: float | None = None
+    ) -> bytes:
+        """The bytes of a file in the guest: as `UtilityVM.read_bytes`."""
+        result: bytes = call(self._async.read_bytes, guest_path, max_bytes=max_bytes, timeout_s=timeout_s)
+        return result
+
+    def write_bytes(
+        self,
+        guest_path: str | PurePosixPath,
+        data: bytes | bytearray | memoryview,
+        *,
+        mode: int | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Make `data` the content of a file in the guest: as `UtilityVM.write_bytes`."""
+        call(self._async.write_bytes, guest_path, data, mode=mode, timeout_s=timeout_s)
+
     def start_program(
         self,
         command: Sequence[str],
