@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from descriptors import open_files
+from loops import loop_devices
 from utilityvm.errors import (
     AccessDenied,
     ConfigDiffers,
@@ -229,3 +230,32 @@ def test_closing_twice_is_closing_once(opened: Callable[..., QemuDisk]) -> None:
     disk = opened()
     disk.close()
     disk.close()
+
+
+def physical(path: str, *, read_only: bool) -> QemuDisk:
+    return open_disk(DiskRequest(host_path=path, read_only=read_only, kind=AttachmentType.PASS_THRU))
+
+
+def test_a_physical_disk_is_only_read_until_it_is_attached(tmp_path: Path) -> None:
+    """A close of one that was open for writing makes udev look at it anew."""
+    with loop_devices(tmp_path) as loops:
+        disk = physical(loops.attach(loops.file()), read_only=False)
+        assert disk.logical_block_bytes == 512
+        assert fcntl.fcntl(disk.fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        taken, _ = disk.open_locked()
+        assert fcntl.fcntl(taken, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        with pytest.raises(OSError, match="busy"):  # nor can the host mount it, or another VM have it
+            os.open(disk.request.host_path, os.O_RDONLY | os.O_EXCL)
+        os.close(taken)
+        os.close(disk.fd)
+
+
+def test_a_physical_disk_that_the_kernel_has_read_only_is_read(tmp_path: Path) -> None:
+    with loop_devices(tmp_path) as loops:
+        device = loops.attach(loops.file(), "--read-only")
+        with pytest.raises(NotSupported, match="the kernel has this device read-only") as caught:
+            physical(device, read_only=False)
+        assert "read-only" in str(caught.value.remedy)
+        disk = physical(device, read_only=True)
+        os.close(disk.open_locked()[0])
+        os.close(disk.fd)
