@@ -104,7 +104,7 @@ async def test_a_request_that_hangs_costs_only_its_caller(
     guest: BridgeGuest, disks: FakeDisks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("utilityvm.agent.serve._GRACE_S", 60.0)  # the agent does not say so either
-    monkeypatch.setattr("utilityvm.guests.bridge_guest._ANSWER_S", 0.0)
+    monkeypatch.setattr("utilityvm.guests.session.ANSWER_S", 0.0)
     release = disks.hang(*SLOT)
     with pytest.raises(DeadlineExceeded, match="did not answer"):
         await guest.probe_device(SLOT, timeout_s=0.1)
@@ -118,7 +118,7 @@ async def test_a_request_that_hangs_is_answered_by_the_agent_for_it(
     guest: BridgeGuest, disks: FakeDisks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("utilityvm.agent.serve._GRACE_S", 0.01)
-    monkeypatch.setattr("utilityvm.guests.bridge_guest._ANSWER_S", 60.0)
+    monkeypatch.setattr("utilityvm.guests.session.ANSWER_S", 60.0)
     release = disks.hang(*SLOT)
     with pytest.raises(DeadlineExceeded, match="0:1: it was not done within"):
         await guest.eject(SLOT, timeout_s=0.1, force=False)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from utilityvm.bridge import messages
 from utilityvm.bridge.frame import Decoder, encode, guest_json
 from utilityvm.errors import DeadlineExceeded, GuestRefused, InvalidRequest, ProtocolError, UtilityVMError
-from utilityvm.guests import bridge_guest
+from utilityvm.guests import bridge_guest, session
 from utilityvm.guests.bridge_guest import BridgeGuest
 from utilityvm.guests.program import GuestProgram
 from utilityvm.scsi.slot import Slot
@@ -315,7 +315,7 @@ async def test_an_agent_that_always_is_a_new_one_is_not_dialled_as_fast_as_can_b
 async def test_a_program_is_not_offered_to_new_agents_for_ever(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bridge_guest, "_PAUSES_S", (0.0,))
+    monkeypatch.setattr(session, "_PAUSES_S", (0.0,))
     guest, liar = await connect({messages.RUN: said(**NOT_KNOWN)})
     with pytest.raises(UtilityVMError, match="started again"):
         await guest.run(["true"])
@@ -375,7 +375,7 @@ MEMBERS = ("Result", "ErrorMessage", "Utilityvm", "Present", "MountPaths", "Moun
 async def test_whatever_it_answers_errors_are_typed_and_soon(
     connect: Connect, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(bridge_guest, "_PAUSES_S", (0.0,))
+    monkeypatch.setattr(session, "_PAUSES_S", (0.0,))
     questions = (messages.MODIFY, messages.PROBE, messages.MOUNTS, messages.INFO, messages.QUIESCE, messages.UNIQUE)
     guest, _ = await connect({kind: said(**answer) for kind in questions} | {messages.RUN: ran(ended(0))})
     await ask_all(guest)
@@ -425,7 +425,7 @@ async def test_a_request_ends_within_half_a_second_of_its_time(connect: Connect)
     begun = time.monotonic()
     with pytest.raises(DeadlineExceeded):
         await guest.probe_device(SLOT, timeout_s=0.1)
-    assert bridge_guest._ANSWER_S <= 0.4
+    assert session.ANSWER_S <= 0.4
     assert time.monotonic() - begun < 20
 
 

@@ -24,13 +24,14 @@ from utilityvm.errors import (
 from utilityvm.machine import paths
 from utilityvm.store import Store
 from utilityvm.templates import catalog
+from utilityvm.templates.draft import Draft, no_space
 from utilityvm.templates.manifest import Fingerprint, LayerEntry, Manifest, Parent, encode
 
 CUT_SHORT = """
 import asyncio, os, signal
-from utilityvm.templates import catalog
+from utilityvm.templates.draft import Draft
 async def main():
-    async with catalog.Draft("cut").begun() as folder:
+    async with Draft("cut").begun() as folder:
         (folder / "memory").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 asyncio.run(main())
@@ -42,7 +43,7 @@ def save(document: Manifest) -> catalog.Template:
 
 
 async def saved(document: Manifest) -> catalog.Template:
-    async with catalog.Draft(document.name).begun() as folder:
+    async with Draft(document.name).begun() as folder:
         (folder / catalog.MANIFEST).write_bytes(encode(document))
         (folder / catalog.MEMORY).write_bytes(b"memory")
         (folder / catalog.STATE).write_bytes(b"state")
@@ -67,7 +68,7 @@ def test_there_is_none_at_first(folders: Path) -> None:
 
 
 async def test_it_appears_with_its_name(folders: Path) -> None:
-    draft = catalog.Draft("warm")
+    draft = Draft("warm")
     async with draft.begun() as folder:
         (folder / catalog.MANIFEST).write_bytes(encode(manifest()))
         assert catalog.names() == []
@@ -81,7 +82,7 @@ async def test_it_appears_with_its_name(folders: Path) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-x", "x" * 64, ".new-x", "a b"])
 async def test_a_name_that_cannot_be(folders: Path, name: str) -> None:
     with pytest.raises(InvalidRequest):
-        async with catalog.Draft(name).begun():
+        async with Draft(name).begun():
             raise AssertionError
     with pytest.raises(InvalidRequest):
         catalog.load(name)
@@ -94,14 +95,14 @@ async def test_a_block_that_fails_leaves_nothing(folders: Path) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        async with catalog.Draft("warm").begun() as folder:
+        async with Draft("warm").begun() as folder:
             fail(folder)
     assert list(paths.templates_dir().iterdir()) == []
 
 
 async def test_a_block_that_is_cancelled_again_while_it_is_taken_back_leaves_nothing(folders: Path) -> None:
     async def begin() -> None:
-        async with catalog.Draft("warm").begun() as folder:
+        async with Draft("warm").begun() as folder:
             (folder / "memory").write_bytes(b"half")
             working.set()
             await asyncio.Event().wait()
@@ -116,7 +117,7 @@ async def test_a_block_that_is_cancelled_again_while_it_is_taken_back_leaves_not
 
 
 def test_what_the_storage_refuses_says_what_to_do(folders: Path) -> None:
-    with pytest.raises(SetupError, match="No space") as error, catalog.no_space(folders):
+    with pytest.raises(SetupError, match="No space") as error, no_space(folders):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert "make room" in str(error.value.remedy)
 
@@ -124,10 +125,10 @@ def test_what_the_storage_refuses_says_what_to_do(folders: Path) -> None:
 async def test_a_name_is_given_once(folders: Path) -> None:
     first = await saved(manifest())
     with pytest.raises(TemplateExists):
-        async with catalog.Draft("warm").begun():
+        async with Draft("warm").begun():
             raise AssertionError
     with pytest.raises(TemplateExists):
-        async with catalog.Draft("race").begun():
+        async with Draft("race").begun():
             await saved(manifest("race"))
     assert catalog.load("race").manifest == manifest("race")
     assert catalog.load("warm") == first

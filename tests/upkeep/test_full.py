@@ -19,6 +19,7 @@ from utilityvm.machine import paths
 from utilityvm.store import Store
 from utilityvm.store.ownership import Ownership
 from utilityvm.templates import catalog
+from utilityvm.templates.draft import Draft, no_space
 from utilityvm.upkeep import leftovers
 
 SIZE_BYTES = 512 << 10
@@ -109,8 +110,8 @@ async def test_a_template_without_space_leaves_nothing(folders: Path, mounts: Ex
     before = {*state.rglob("*")}
 
     async def save() -> None:
-        async with catalog.Draft("warm").begun() as folder:
-            with catalog.no_space(folder):
+        async with Draft("warm").begun() as folder:
+            with no_space(folder):
                 (fill if runs_out == "space" else fill_files)(folder)
                 (folder / "memory").write_bytes(bytes(1 << 20))
 

@@ -8,13 +8,11 @@ asked is answered from what it has said before, or not at all (`ledger`).
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import PurePosixPath
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from utilityvm.bridge import messages
 from utilityvm.errors import (
@@ -26,11 +24,9 @@ from utilityvm.errors import (
     NotSupported,
     ProtocolError,
     RequestError,
-    UtilityVMError,
     VMGone,
 )
 from utilityvm.guests import answers
-from utilityvm.guests.bridge_client import BridgeClient, NotNegotiated, again
 from utilityvm.guests.connection import Address, Dial, Given, Listen, Source
 from utilityvm.guests.kept import KeptPrograms
 from utilityvm.guests.ledger import Ledger
@@ -42,10 +38,12 @@ from utilityvm.guests.mount_settings import (
     disk_settings,
     nonzero,
 )
-from utilityvm.guests.program import CommandResult, GuestProgram, Limits, OutputSink, Said, heard, run_request
-from utilityvm.guests.refusals import Where, refusal
+from utilityvm.guests.program import CommandResult, OutputSink
+from utilityvm.guests.refusals import Where
+from utilityvm.guests.running import GuestPrograms
+from utilityvm.guests.session import ANSWER_S
 from utilityvm.log import logger
-from utilityvm.machine.oserrors import raises_callers_errors, typed_errors
+from utilityvm.machine.oserrors import typed_errors
 from utilityvm.scsi.mount import checked_guest_path
 from utilityvm.scsi.ports import MountConfig, Record
 from utilityvm.scsi.slot import Slot
@@ -54,52 +52,24 @@ __all__ = ["BridgeGuest", "CommandResult", "OutputSink"]
 
 _log = logger(__name__)
 
-_ANSWER_S: Final = 0.4  # our agent keeps the caller's deadline itself; this long we wait for it to say so
-_AHEAD: Final = 0.05  # of the time that the caller gives, which the agent gets less, so that its words come in time
-_MAX_AHEAD_S: Final = 0.25
-_RENEGOTIATE_TIMES: Final = 3  # for one request; who then still is not negotiated with never will be
-_START_S: Final = 30.0  # for a program to be started
-MAX_OUTPUT_BYTES: Final = 64 << 20
 _NOTES: Final = 10  # of a mount, at the most
 _MAX_PAGES: Final = 256  # of the list of mounts; the agent puts some hundred in each
-_MAX_RESTARTS: Final = 8  # of the agent, right when a program was to be started
-_SHORT_LIVED_S: Final = 5.0  # a connection that ended sooner is not followed by the next at once
-_PAUSES_S: Final = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 _TEMPLATES_SINCE: Final = 2  # of the agent's versions
-_TERMINALS_SINCE: Final = 4  # of the agent's versions
-_PROGRAMS_SINCE: Final = 3  # of the agent's versions: kept programs, users and limits
 _SEED_BYTES: Final = range(32, 513)
 _HOSTNAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _MACHINE_ID: Final = re.compile(r"[0-9a-f]{32}")
 
 
-class _Speaks(Protocol):
-    """What hears what the guest says of a process."""
-
-    def take(self, said: Said) -> None: ...
-
-
 @typed_errors
-class BridgeGuest:
+class BridgeGuest(GuestPrograms):
     """Implements `scsi.ports.GuestBackend` on one VM. Use `connect`, `listen` or `over`.
 
     When the connection or the agent ends, whoever waits hears of it at once, and the next request connects anew.
     """
 
     def __init__(self, source: Source, *, vm: str | None = None) -> None:
-        self._source = source
-        self._vm = vm
-        self._client: BridgeClient | None = None
-        self._first: tuple[int, dict[str, Any]] | None = None  # what is asked with the negotiate
-        self._connecting = asyncio.Lock()
-        self._connected_at = float("-inf")
-        self._short_lived = 0  # connections in a row
-        self._closed = False
+        super().__init__(source, vm=vm)
         self._ledger = Ledger()
-        self._numbers = itertools.count(1)
-        self._last_number = 0
-        self._is_known = False  # to be ours, before it ever answered
-        self._programs: dict[int, _Speaks] = {}
         self.kept = KeptPrograms(self)
         # The ranges of a disk that may hold data, if the host can tell: our agent then need not read all of it to see
         # that it is blank.
@@ -181,18 +151,6 @@ class BridgeGuest:
             raise
         return guest
 
-    async def close(self) -> None:
-        """Hang up. Programs that we run in the guest end; mounts stay. Twice is once."""
-        self._closed = True
-        self._source.close()
-        if self._client:
-            await self._client.close()
-
-    async def hang_up(self) -> None:
-        """End the connection; the next request connects anew. Programs that we run in the guest end; mounts stay."""
-        if self._client:
-            await self._client.close()
-
     def adopt(self, records: Iterable[Record]) -> None:
         """Take over what another owner of this VM wrote into its journal (`Journal.read`).
 
@@ -209,17 +167,6 @@ class BridgeGuest:
             InvalidRequest: it is no path in a guest, or the system's own.
         """
         self._ledger.vouched.add(checked_guest_path(folder))
-
-    @property
-    def has_our_agent(self) -> bool:
-        """Does our own agent answer, and not another guest of the same protocol?"""
-        return self._is_known if self._client is None else self._client.is_ours
-
-    @property
-    def boot_id(self) -> str | None:
-        """The kernel's id of this boot of the guest, as it was when we connected; None if it is not our agent."""
-        about = self._client.about if self._client else None
-        return about.boot_id if about else None
 
     # The GuestBackend protocol.
 
@@ -393,7 +340,7 @@ class BridgeGuest:
         deadline = time.monotonic() + timeout_s
         answer = await self._ask(messages.QUIESCE, messages.request(HoldMs=int(hold_s * 1000)), timeout_s)
         # The agent's thread that answered has to come to rest, or each clone would begin by doing so.
-        await self.ping(timeout_s=max(deadline - time.monotonic(), _ANSWER_S))
+        await self.ping(timeout_s=max(deadline - time.monotonic(), ANSWER_S))
         for path in answers.read(answers.Quiesced, answer, vm=self._vm).flushed or ():
             _log.warning("%s cannot be frozen, and was only written out", path, vm=self._vm)
 
@@ -455,197 +402,6 @@ class BridgeGuest:
             return ()
         return tuple(answers.read(answers.ShutDown, answer, vm=self._vm).unclean or ())
 
-    async def run(
-        self,
-        command: Sequence[str],
-        *,
-        stdin: bytes | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: PurePosixPath | str | None = None,
-        user: str | int | None = None,
-        limits: Limits | None = None,
-        timeout_s: float | None = None,
-        max_output_bytes: int = MAX_OUTPUT_BYTES,
-    ) -> CommandResult[bytes]:
-        """Run a program to its end. Cancelled or out of time, it is killed with all that it started.
-
-        It has ended when its own process has. What its children write to its output within half a second of that is
-        kept, and later output is dropped. The children go on running.
-
-        Raises:
-            GuestRefused: it could not be started, or wrote more than `max_output_bytes` and was killed.
-            DeadlineExceeded: it did not end within `timeout_s` seconds; has what it wrote in `stdout` and `stderr`.
-            VMGone, OutcomeUnknown: the guest, or its agent, went first.
-        """
-        outputs = bytearray(), bytearray()
-
-        def collect(output: bytearray, data: bytes) -> None:
-            output.extend(data)
-            if sum(map(len, outputs)) > max_output_bytes:
-                raise GuestRefused(
-                    f"{command[0]} wrote more than {max_output_bytes} bytes and was killed",
-                    vm=self._vm,
-                    remedy="take its output as it comes, with run_streaming",
-                )
-
-        async def given(data: bytes) -> AsyncIterator[bytes]:
-            yield data
-
-        try:
-            exit_code = await self.run_streaming(
-                command,
-                stdin=None if stdin is None else given(stdin),
-                stdout=lambda data: collect(outputs[0], data),
-                stderr=lambda data: collect(outputs[1], data),
-                env=env,
-                cwd=cwd,
-                user=user,
-                limits=limits,
-                timeout_s=timeout_s,
-            )
-        except DeadlineExceeded as error:
-            error.stdout, error.stderr = map(bytes, outputs)
-            raise
-        return CommandResult(exit_code=exit_code, stdout=bytes(outputs[0]), stderr=bytes(outputs[1]))
-
-    @raises_callers_errors
-    async def run_streaming(
-        self,
-        command: Sequence[str],
-        *,
-        stdin: AsyncIterator[bytes] | None = None,
-        stdout: OutputSink,
-        stderr: OutputSink,
-        env: Mapping[str, str] | None = None,
-        cwd: PurePosixPath | str | None = None,
-        user: str | int | None = None,
-        limits: Limits | None = None,
-        timeout_s: float | None = None,
-    ) -> int:
-        """Like `run`, with input and output as they come; gives the exit code.
-
-        Output that a sink does not take holds the program back; so does a sink that gives something to await, until
-        that is done. What a sink or `stdin` raises kills the program and is raised here.
-        """
-        body = run_request(
-            command, env=env, cwd=cwd, takes_input=stdin is not None, user=user, limits=limits, vm=self._vm
-        )
-        self._need_our_agent(f"run {command[0]}")
-        limit = asyncio.timeout(timeout_s)
-        program = None
-        try:
-            async with limit:
-                for attempt in itertools.count(1):
-                    client = await self._connected(time.monotonic() + (_START_S if timeout_s is None else timeout_s))
-                    if "User" in body or "Limits" in body:
-                        self.need_programs(client, "run a program as another user, or with limits")
-                    body["Process"] = self._new_number()
-                    program = GuestProgram(body["Process"], client.notify, stdout=stdout, stderr=stderr)
-                    try:
-                        return await self._follow(client, program, body, stdin)
-                    except NotNegotiated:  # it was not started: a new agent does not know us yet
-                        if attempt == _MAX_RESTARTS:
-                            raise
-        except TimeoutError:
-            if not limit.expired():
-                raise  # it is the caller's own
-            if program and program.is_held_back:
-                text = f"{command[0]} {program.progress} its output was not taken within {timeout_s:g} s"
-            else:
-                text = f"{command[0]} did not end within {timeout_s:g} s and was killed"
-            raise DeadlineExceeded(text, vm=self._vm) from None
-        raise AssertionError("the attempts ended without a result")
-
-    async def _follow(
-        self,
-        client: BridgeClient,
-        program: GuestProgram,
-        body: dict[str, Any],
-        stdin: AsyncIterator[bytes] | None,
-    ) -> int:
-        self._programs[program.number] = program
-        tasks: set[asyncio.Task[Any]] = set()
-        has_ended = False
-        try:
-            self._checked(await client.request(messages.RUN, body, timeout_s=_START_S + _ANSWER_S), None)
-            client.is_watched = True
-            ending = asyncio.create_task(program.deliver())
-            tasks = {ending} if stdin is None else {ending, asyncio.create_task(program.feed(stdin))}
-            waiting: set[asyncio.Future[Any]] = {*tasks, client.gone}
-            while not ending.done():
-                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for task in done & tasks:
-                    task.result()  # what a sink or `stdin` raised
-                if client.gone in done and (isinstance(client.gone.result(), ProtocolError) or not program.has_ended):
-                    raise again(client.gone.result())
-            has_ended = True
-            return ending.result()
-        finally:
-            del self._programs[program.number]
-            client.is_watched = bool(self._programs)
-            if not has_ended:
-                with contextlib.suppress(UtilityVMError):
-                    program.cancel()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _new_number(self) -> int:
-        self._last_number = next(self._numbers)
-        return self._last_number
-
-    def _take_notification(self, kind: int, body: dict[str, Any]) -> None:
-        if kind == messages.CONTAINER_NOTIFICATION:
-            return  # hcsshim's gcs tells of its containers; we have none
-        said = heard(kind, body, vm=self._vm)
-        if program := self._programs.get(said.process):
-            program.take(said)
-        elif said.process > self._last_number:
-            raise ProtocolError(f"the guest speaks of process {said.process}, which we never started", vm=self._vm)
-
-    # One request.
-
-    async def _connected(self, deadline: float) -> BridgeClient:
-        """The connection; made anew if it, or the agent, ended."""
-        if self._client and not self._client.gone.done():
-            return self._client
-        left = max(deadline - time.monotonic(), 0.0)
-        try:
-            async with asyncio.timeout(left):
-                await self._connecting.acquire()
-        except TimeoutError:
-            raise DeadlineExceeded(f"no connection to the guest within {left:g} s", vm=self._vm) from None
-        try:
-            return await self._connect(deadline)
-        finally:
-            self._connecting.release()
-
-    async def _connect(self, deadline: float) -> BridgeClient:
-        if self._client and not self._client.gone.done():
-            return self._client  # another was quicker
-        if self._closed:
-            raise VMGone("the connection was closed", vm=self._vm)
-        if self._client:
-            await self._client.close()
-            await self._pause(deadline)
-        self._connected_at = time.monotonic()
-        streams = await self._source.open(timeout_s=max(deadline - time.monotonic(), 0.0), vm=self._vm)
-        self._client = await BridgeClient.over(
-            streams,
-            timeout_s=max(deadline - time.monotonic(), 0.0),
-            vm=self._vm,
-            on_notify=self._take_notification,
-            first=self._first,
-        )
-        return self._client
-
-    async def _pause(self, deadline: float) -> None:
-        """Before a new connection: an agent that ends one after the other is not dialled as fast as it can."""
-        is_short_lived = time.monotonic() - self._connected_at < _SHORT_LIVED_S
-        self._short_lived = self._short_lived + 1 if is_short_lived else 0
-        pause_s = _PAUSES_S[min(max(self._short_lived - 1, 0), len(_PAUSES_S) - 1)]
-        await asyncio.sleep(max(min(pause_s, deadline - time.monotonic()), 0.0))
-
     async def _modify(
         self,
         request_type: str,
@@ -664,61 +420,6 @@ class BridgeGuest:
         answer = await self._ask(messages.PROBE, body, timeout_s, Where(slot))
         return answers.read(answers.Probed, answer, vm=self._vm)
 
-    async def _ask(
-        self,
-        kind: int,
-        body: dict[str, Any],
-        timeout_s: float,
-        where: Where | None = None,
-        *,
-        force: bool = False,
-    ) -> dict[str, Any]:
-        """The answer to a request; sent again only if it met an agent that had not looked at it."""
-        deadline = time.monotonic() + timeout_s
-        was_ours = self.has_our_agent
-        renegotiated = 0
-        while True:
-            client = await self._connected(deadline)
-            left = max(deadline - time.monotonic(), 0.0)
-            if client.is_ours:
-                agents = left - min(left * _AHEAD, _MAX_AHEAD_S)
-                body[messages.EXTENSION] = {"TimeoutMs": int(agents * 1000), **nonzero(Force=force)}
-            elif was_ours:
-                raise GuestRefused("another agent answers than before", vm=self._vm, remedy="close, and connect again")
-            try:
-                answer = await client.request(kind, body, timeout_s=left + (_ANSWER_S if client.is_ours else 0.0))
-            except NotNegotiated:
-                if time.monotonic() >= deadline:
-                    raise
-                continue
-            if client.must_negotiate(kind, answer) and renegotiated < _RENEGOTIATE_TIMES:
-                renegotiated += 1
-                await self._negotiate_again(client, deadline)
-                continue
-            return self._checked(answer, where)
-
-    async def _negotiate_again(self, client: BridgeClient, deadline: float) -> None:
-        """Negotiate with a gcs that was started again. Of several requests that meet it, each does, and one is taken.
-
-        Raises:
-            GuestRefused: it failed; the request that met the new gcs was not looked at.
-            VMGone: the connection ended.
-        """
-        try:
-            await client.negotiate_again(timeout_s=max(deadline - time.monotonic(), 0.0))
-        except VMGone:
-            raise
-        except UtilityVMError as error:
-            raise GuestRefused(f"the guest's agent was started again: {error}", vm=self._vm) from error
-        _log.info("the guest's agent was started again, and negotiated with", vm=self._vm)
-
-    def _checked(self, answer: dict[str, Any], where: Where | None) -> dict[str, Any]:
-        """The answer, if it is a yes; else the error of `refusals`."""
-        response = answers.read(answers.Response, answer, vm=self._vm)
-        if response.result:
-            raise refusal(response, where, vm=self._vm)
-        return answer
-
     # A guest that is not ours.
 
     def _refuse_force(self, slot: Slot, force: bool) -> None:
@@ -731,25 +432,3 @@ class BridgeGuest:
         if about is None or about.agent < _TEMPLATES_SINCE:
             remedy = "stop the VM, and start it anew with the guest image of this utilityvm"
             raise NotSupported(f"this guest's agent is too old to {what}", vm=self._vm, remedy=remedy)
-
-    def need_terminals(self, client: BridgeClient) -> None:
-        """As `need_programs`."""
-        self.need_programs(client, "give a program a terminal", since=_TERMINALS_SINCE)
-
-    def need_programs(self, client: BridgeClient, what: str, *, since: int = _PROGRAMS_SINCE) -> None:
-        """Refuse what only an agent of this version or later does.
-
-        Raises:
-            NotSupported: the agent at the other end of `client` is older, or not ours.
-        """
-        if client.about is None:
-            self._need_our_agent(what)
-        elif client.about.agent < since:
-            remedy = "build the guest image anew (uvm image build), and start the VM from it"
-            raise NotSupported(f"this guest's agent is too old to {what}", vm=self._vm, remedy=remedy)
-
-    def _need_our_agent(self, what: str, slot: Slot | None = None) -> None:
-        if self._client and not self.has_our_agent:
-            raise NotSupported(
-                f"this guest's agent cannot {what}", vm=self._vm, slot=slot, remedy="use utilityvm's guest image"
-            )

@@ -27,8 +27,9 @@ from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRecord, MountRe
 from utilityvm.scsi.transitions import DiskState, MountState
 from utilityvm.tasks import Deadline
 from utilityvm.templates import catalog
-from utilityvm.templates.catalog import DISKS, MANIFEST, MEMORY, STATE, Draft, Template
+from utilityvm.templates.catalog import DISKS, MANIFEST, MEMORY, STATE, Template
 from utilityvm.templates.clone import host_cpu
+from utilityvm.templates.draft import Draft, no_space
 from utilityvm.templates.manifest import (
     VERSION,
     DiskEntry,
@@ -107,7 +108,7 @@ async def write(
     size_bytes = config.memory_mib << 20
     name = draft.name
     async with draft.begun(deadline) as folder:
-        with catalog.no_space(folder.parent):
+        with no_space(folder.parent):
             await in_thread(_check_space, folder, size_bytes)
             async with _file(folder / STATE) as state:
                 await host.save(state, timeout_s=deadline.left())

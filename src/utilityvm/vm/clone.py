@@ -13,7 +13,7 @@ from utilityvm.store import SqliteJournal, VMState
 from utilityvm.tasks import Deadline, Undo
 from utilityvm.templates import catalog
 from utilityvm.templates import clone as cloning
-from utilityvm.vm import lifecycle
+from utilityvm.vm import booting
 from utilityvm.vm.config import DiskSpec, VMConfig
 from utilityvm.vm.naming import template_paths
 from utilityvm.vm.owned import Claim, OwnedVM, is_alive
@@ -27,7 +27,7 @@ async def clone(
     deadline = Deadline(timeout_s)
     requests = {slot: spec.request().disk for slot, spec in (replace or {}).items()}
     vm_uuid = str(uuid.uuid4())
-    async with lifecycle.coming_up(name, deadline), Undo(deadline) as undo:
+    async with booting.coming_up(name, deadline), Undo(deadline) as undo:
         async with entered(catalog.in_use(template)) as source:
             config = VMConfig(
                 name=name,
@@ -51,7 +51,7 @@ async def clone(
                 )
         await SqliteJournal(claim.store, claim.record).write(prepared.records)
         await host.loaded(prepared.incoming.disks, timeout_s=deadline.left())
-        guest = await lifecycle.wake(host, name, deadline=deadline)
+        guest = await booting.wake(host, name, deadline=deadline)
         undo.add(guest.close)
         await claim.store.lane.run(claim.store.set_state, claim.record, VMState.RUNNING)
         vm = OwnedVM(config, claim, host, guest)

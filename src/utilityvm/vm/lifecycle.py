@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from utilityvm.errors import (
-    DeadlineExceeded,
     InvalidRequest,
-    ProtocolError,
     SetupError,
-    StartFailed,
     StoreError,
     UtilityVMError,
     VMExists,
@@ -40,7 +35,7 @@ from utilityvm.scsi.slot import Slot
 from utilityvm.store import SqliteJournal, Store, StoredVM, VMState, database, recover
 from utilityvm.store.catalog import is_plain
 from utilityvm.store.ownership import Ownership, owned_by, owner_of, read_owner
-from utilityvm.tasks import Deadline, Undo
+from utilityvm.tasks import Undo
 from utilityvm.templates import catalog
 
 BOOT_S: Final = 120.0  # KVM needs one second, an emulated processor on a busy machine a good part of a minute
@@ -48,10 +43,6 @@ SHUTDOWN_S: Final = 15.0
 CONNECT_S: Final = 10.0
 _LOOK_AGAIN_S: Final = 0.02
 _SEIZE_S: Final = 1.0  # for the owner of a VM that was killed to clear it away
-_LATER_S: Final = 0.1  # than the steps of a start, which say better why they are out of time
-_CONSOLE_LINES: Final = 20
-_SEED_BYTES: Final = 64
-_TELLING: Final = ("utilityvm:", "Kernel panic", "error", "Error")  # what a line has in it that says why
 
 _log = logger(__name__)
 
@@ -113,82 +104,6 @@ def _give_back(ownership: Ownership, folder: Path) -> None:
     except OSError:
         is_ours = False
     ownership.release(remove=is_ours)
-
-
-@asynccontextmanager
-async def coming_up(name: str, deadline: Deadline) -> AsyncIterator[None]:
-    """A start that is out of time is one that failed: nothing is left of it, so nothing is unknown.
-
-    Raises:
-        StartFailed: says what was not done.
-    """
-    try:
-        async with deadline.limit("the start was not finished", vm=name, later_s=_LATER_S):
-            yield
-    except DeadlineExceeded as error:
-        raise StartFailed(
-            f"VM {name} did not come up within {deadline.timeout_s:g} s ({error})", vm=name, remedy="give it more time"
-        ) from error
-
-
-async def boot(host: QemuHost, name: str, *, deadline: Deadline) -> BridgeGuest:
-    """Wait until the guest's agent answers.
-
-    Raises:
-        StartFailed: it did not, or QEMU ended; says what the console says.
-    """
-    connecting = BridgeGuest.connect(host.process.agent, timeout_s=deadline.left(), vm=name)
-    return await _answered(host, name, connecting, deadline)
-
-
-async def _answered(host: QemuHost, name: str, connecting: Awaitable[BridgeGuest], deadline: Deadline) -> BridgeGuest:
-    begun = time.monotonic()
-    try:
-        return await connecting
-    except (DeadlineExceeded, ProtocolError, VMGone) as error:
-        text = (await in_thread(host.console)).decode(errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        told = [line for mark in _TELLING for line in reversed(lines) if mark in line]
-        said = f'its console says "{(told or lines[-1:])[0]}"' if lines else "its console is empty"
-        match error:
-            case VMGone():
-                ran_s = time.monotonic() - begun
-                what = f"VM {name} ended {ran_s:.1f} s after it began to run, before its agent answered"
-            case DeadlineExceeded():
-                what = f"VM {name} did not come up within {deadline.timeout_s:g} s: its agent did not answer"
-            case _:
-                what = f"VM {name} did not come up: {error}"
-        raise StartFailed(
-            f"{what}; {said}",
-            console=lines[-_CONSOLE_LINES:],
-            vm=name,
-            remedy="give it more memory or time; `uvm doctor` tells whether this machine can run VMs",
-        ) from error
-
-
-def new_identity(name: str) -> dict[str, Any]:
-    """What a clone is given to be itself: arguments of `BridgeGuest.awaken` and `make_unique`."""
-    return {"seed": os.urandom(_SEED_BYTES), "hostname": name, "machine_id": uuid.uuid4().hex}
-
-
-async def wake(host: QemuHost, name: str, *, deadline: Deadline) -> BridgeGuest:
-    """Let a clone run, and be itself. What we say is there before it runs, so it is heard at once.
-
-    Raises:
-        StartFailed: the agent did not answer, or QEMU ended.
-        GuestRefused: it could not be made unique; it must not be used.
-    """
-    awakening = BridgeGuest.awaken(host.process.agent, **new_identity(name), timeout_s=deadline.left(), vm=name)
-    connecting = asyncio.ensure_future(_answered(host, name, awakening, deadline))
-    try:
-        await host.resume(timeout_s=deadline.left())
-        return await connecting
-    except BaseException:
-        connecting.cancel()
-        await asyncio.wait([connecting])
-        if not connecting.cancelled() and connecting.exception() is None:
-            await connecting.result().close()
-        raise
 
 
 async def own(store: Store, name: str, *, wait_s: float, must_run: bool = False) -> tuple[StoredVM, Ownership]:

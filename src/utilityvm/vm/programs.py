@@ -7,11 +7,11 @@ from pathlib import PurePosixPath
 from typing import Final, Literal, overload
 
 from utilityvm.errors import ProgramFailed
-from utilityvm.guests.bridge_guest import MAX_OUTPUT_BYTES
 from utilityvm.guests.follow import ProgramPieces
 from utilityvm.guests.kept import RING_BYTES, Program
 from utilityvm.guests.program import CommandResult, Limits, OutputSink, as_text
 from utilityvm.guests.programinfo import ProgramInfo
+from utilityvm.guests.running import MAX_OUTPUT_BYTES
 from utilityvm.machine.oserrors import raises_callers_errors, typed_errors
 from utilityvm.scsi.manager import DEFAULT_TIMEOUT_S
 from utilityvm.vm.arguments import timed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from utilityvm.errors import VMNotRunning
 from utilityvm.store import VMState
 from utilityvm.tasks import Deadline
-from utilityvm.vm import lifecycle
+from utilityvm.vm import booting
 from utilityvm.vm.owned import OwnedVM
 from utilityvm.vm.state import Event
 
@@ -29,6 +29,6 @@ async def wake(vm: OwnedVM, *, timeout_s: float) -> None:
     deadline = Deadline(timeout_s)
     async with deadline.limit(f"VM {vm.name} did not wake", vm=vm.name):
         await vm.host.resume(timeout_s=deadline.left())
-        await vm.guest.make_unique(**lifecycle.new_identity(vm.name), timeout_s=deadline.left())
+        await vm.guest.make_unique(**booting.new_identity(vm.name), timeout_s=deadline.left())
         await vm.store.lane.run(vm.store.set_state, vm.record, VMState.RUNNING)
         vm.take(Event.WAKE)

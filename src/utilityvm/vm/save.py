@@ -12,7 +12,8 @@ from utilityvm.store import VMState
 from utilityvm.tasks import Deadline, finish, to_the_end, wait_for
 from utilityvm.templates import catalog
 from utilityvm.templates import save as saving
-from utilityvm.templates.catalog import Draft, Template
+from utilityvm.templates.catalog import Template
+from utilityvm.templates.draft import Draft
 from utilityvm.vm import end
 from utilityvm.vm.owned import OwnedVM
 from utilityvm.vm.state import Event, State

@@ -10,7 +10,7 @@ from utilityvm.guestimage.build import find as find_image
 from utilityvm.machine.threads import in_thread
 from utilityvm.store import VMState
 from utilityvm.tasks import Deadline, Undo
-from utilityvm.vm import lifecycle
+from utilityvm.vm import booting
 from utilityvm.vm.config import VMConfig
 from utilityvm.vm.owned import Claim, OwnedVM
 from utilityvm.vm.state import Event
@@ -24,11 +24,11 @@ async def start(config: VMConfig, *, image: GuestImage | None, timeout_s: float)
     if image is None:
         raise SetupError("there is no guest image", remedy="build it: uvm image build")
     vm_uuid = str(uuid.uuid4())
-    async with lifecycle.coming_up(config.name, deadline), Undo(deadline) as undo:
+    async with booting.coming_up(config.name, deadline), Undo(deadline) as undo:
         document = {**config.to_json(), "root": str(image.root)}
         claim = await Claim.new(undo, config.name, vm_uuid, document)
         host = await claim.start_qemu(undo, config.for_qemu(image, uuid=vm_uuid), deadline=deadline)
-        guest = await lifecycle.boot(host, config.name, deadline=deadline)
+        guest = await booting.boot(host, config.name, deadline=deadline)
         undo.add(guest.close)
         await claim.store.lane.run(claim.store.set_state, claim.record, VMState.RUNNING)
         vm = OwnedVM(config, claim, host, guest)
