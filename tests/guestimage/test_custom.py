@@ -55,6 +55,9 @@ def test_a_path_in_the_guest_is_absolute(path: str, host_file: Path) -> None:
 def test_each_part_of_a_recipe_is_in_the_key(host_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_text("other")
+    hook = tmp_path / "hook"
+    hook.write_text("hook")
+    hook.chmod(0o755)
 
     def keys() -> list[str]:
         recipes = [
@@ -65,7 +68,7 @@ def test_each_part_of_a_recipe_is_in_the_key(host_file: Path, tmp_path: Path) ->
             GuestRecipe(files={"/a": host_file}),
             GuestRecipe(files={"/b": host_file}),
             GuestRecipe(files={"/a": other}),
-            GuestRecipe(hook=host_file),
+            GuestRecipe(hook=hook),
         ]
         return [build.image_key(ARCH, {}, each) for each in recipes]
 
@@ -75,7 +78,15 @@ def test_each_part_of_a_recipe_is_in_the_key(host_file: Path, tmp_path: Path) ->
     host_file.chmod(0o600)
     assert [number for number, (one, two) in enumerate(zip(before, keys(), strict=True)) if one != two] == [4, 5]
     host_file.write_text("changed")
+    hook.write_text("changed")
     assert {4, 5, 7} == {number for number, (one, two) in enumerate(zip(before, keys(), strict=True)) if one != two}
+
+
+def test_a_hook_that_cannot_be_executed_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    hook = tmp_path / "hook"
+    hook.write_text("hook")
+    with pytest.raises(InvalidRequest, match="is not executable"):
+        build.image_key(ARCH, {}, GuestRecipe(hook=hook))
 
 
 def test_the_order_of_packages_does_not_matter() -> None:
