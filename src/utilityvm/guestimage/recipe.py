@@ -219,6 +219,7 @@ ROOT_LABEL: Final = "utilityvm"
 KERNEL_COMMAND_LINE: Final = (
     "quiet panic=-1 reboot=t random.trust_cpu=on net.ifnames=0 mitigations=auto tsc=reliable raid=noautodetect"
     " rcupdate.rcu_expedited=1"  # the kernel lets go of a device in 30 ms and not 50
+    " no_timer_check"  # an emulated timer is late on a busy machine, and the kernel would panic at its boot
 )
 
 _INIT: Final = r"""#!/bin/busybox sh
