@@ -22,28 +22,27 @@ _MAX_NAME: Final = 100
 _MAX_ERROR: Final = 300
 
 
-class Words(str):
+class _Checked(type):
+    """A type that says how a string is read. What was read is a plain str or bytes: no other can be encoded again."""
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, cls.__bases__[0])
+
+
+class Words(str, metaclass=_Checked):
     """Text for people, cleaned."""
 
-    __slots__ = ()
 
-
-class Name(str):
+class Name(str, metaclass=_Checked):
     """An identifier: printable ASCII without blanks, not empty and not long."""
 
-    __slots__ = ()
 
-
-class MountPath(str):
+class MountPath(str, metaclass=_Checked):
     """A guest path at which something can be mounted. It may hold what must not be shown as it is."""
 
-    __slots__ = ()
 
-
-class Data(bytes):
+class Data(bytes, metaclass=_Checked):
     """A piece of output: base64, and never empty."""
-
-    __slots__ = ()
 
 
 Number = Annotated[int, Meta(ge=0, le=1 << 62)]
@@ -261,14 +260,14 @@ def _hook(kind: type, value: Any) -> Any:
     if not isinstance(value, str):
         raise ValueError(f"Expected `str`, got `{type(value).__name__}`")
     if kind is Words:
-        return Words(clean(value))
+        return clean(value)
     if kind is Name:
         if not (0 < len(value) <= _MAX_NAME and value.isascii() and value.isprintable() and " " not in value):
             raise ValueError("not an identifier")
-        return Name(value)
+        return value
     if kind is MountPath:
-        return MountPath(spelled(value))
+        return str(spelled(value))
     data = base64.b64decode(value, validate=True)
     if not data:
         raise ValueError("no data")
-    return Data(data)
+    return data
