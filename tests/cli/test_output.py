@@ -125,6 +125,36 @@ def test_ps_without_vms_prints_nothing(uvm: Uvm) -> None:
     assert json.loads(uvm("ps", "--json").stdout) == []
 
 
+def test_inspect_shows_the_vm_its_disks_and_who_holds_them(uvm: Uvm, vm: Path) -> None:
+    lines = uvm("inspect", "worker").stdout.splitlines()
+    assert lines[:5] == ["name\tworker", "state\trunning", "uuid\tu", f"pid\t{os.getpid()}", "memory\t256 MiB"]
+    assert lines[-3:] == [
+        f"disk\t0:1, {vm}, qcow2, ro, attached, at /data, 2 references",
+        "held by\tcli since 0s",
+        "held by\tjob-17 since 0s",
+    ]
+    document = json.loads(uvm("inspect", "worker", "--json").stdout)
+    assert (document["name"], document["disks"][0]["references"]) == ("worker", 2)
+
+
+def test_inspect_shows_a_vm_whose_journal_is_damaged(uvm: Uvm, vm: Path, store: Store) -> None:
+    store.db.execute("UPDATE disks SET lun = 64")
+    store.db.commit()
+    assert "disks\tits journal cannot be read; see uvm repair" in uvm("inspect", "worker").stdout.splitlines()
+    assert json.loads(uvm("inspect", "worker", "--json").stdout)["disks"] is None
+
+
+def test_stop_takes_names_or_all(uvm: Uvm, store: Store) -> None:
+    assert "give the names of VMs, or --all" in uvm("stop").stderr
+    assert "--all takes no names" in uvm("stop", "worker", "--all").stderr
+    assert json.loads(uvm("stop", "--all", "--json").stdout) == []
+    for name in ("one", "two"):
+        store.add(name, uuid=name, config={})
+    stopped = json.loads(uvm("stop", "--all", "--json").stdout)
+    assert stopped == [{"name": "one", "stopped": True}, {"name": "two", "stopped": True}]
+    assert uvm("ps").stdout == ""
+
+
 def test_a_table_on_a_terminal_has_aligned_columns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -184,7 +184,7 @@ def test_things_are_counted_in_english(number: int, text: str) -> None:
     assert count(number, "disk") == text
 
 
-@pytest.mark.parametrize("wait_for", ["utilityvm.cli.commands", "click", "utilityvm.cli.vm", "utilityvm.store"])
+@pytest.mark.parametrize("wait_for", ["utilityvm.cli.commands", "click", "utilityvm.cli.listing", "utilityvm.store"])
 def test_ctrl_c_is_quiet_from_the_first_import_on(wait_for: str, folders: Path) -> None:
     """The import that it meets says so, and takes its time."""
     script = (

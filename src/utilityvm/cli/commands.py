@@ -9,7 +9,8 @@ from utilityvm.cli.group import LazyGroup
 
 COMMANDS = {
     "start": "vm",
-    "ps": "vm",
+    "ps": "listing",
+    "inspect": "listing",
     "stop": "vm",
     "exec": "vm",
     "shell": "vm",

@@ -294,7 +294,7 @@ def ls_command(name: str, reservations: bool, as_json: bool) -> None:
 
     rows, now = list_disks(name), time.time()
     if as_json:
-        print_json([_document(row, now) for row in rows])
+        print_json([disk_document(row, now) for row in rows])
     elif reservations:
         print_table(
             ("RESERVATION", "SLOT", "DISK", "GUEST PATH", "HOLDER", "AGE"),
@@ -328,7 +328,7 @@ def ls_command(name: str, reservations: bool, as_json: bool) -> None:
                 output.remark(f"{row.slot}: {text}")
 
 
-def _document(row: DiskInfo, now: float) -> dict[str, object]:
+def disk_document(row: DiskInfo, now: float) -> dict[str, object]:
     return {
         "slot": str(row.slot),
         "controller": row.slot.controller,

@@ -60,8 +60,8 @@ def vm_argument(command: F) -> F:
 
 
 def vms_argument(command: F) -> F:
-    """NAME...: VMs that there are."""
-    return click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=_complete_vm)(command)
+    """[NAME]...: VMs that there are."""
+    return click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=_complete_vm)(command)
 
 
 def attached_argument(command: F) -> F:

@@ -149,6 +149,14 @@ def print_fields(fields: Mapping[str, object]) -> None:
             write(f"{name:<{width}}  {_field(value)}")
 
 
+def print_pairs(pairs: Sequence[tuple[str, object]]) -> None:
+    """Many things that are known of one: `name  value` lines, on a terminal in columns, else with a tab between."""
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        if value is not None:
+            write(f"{name:<{width}}  {_field(value)}" if sys.stdout.isatty() else f"{name}\t{_field(value)}")
+
+
 def echo_error(text: str) -> None:
     """A line for people. If the standard error cannot be written to, nobody can be told."""
     with suppress(OSError, ValueError):

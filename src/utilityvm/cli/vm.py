@@ -1,4 +1,4 @@
-"""VMs: start, ps, stop, exec, log."""
+"""VMs: start, stop, exec, shell, log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utilityvm.cli.options import (
     vms_argument,
     wait_option,
 )
-from utilityvm.cli.output import age, print_fields, print_json, print_table, say
+from utilityvm.cli.output import print_fields, print_json, say
 from utilityvm.cli.owners import opened, run_with, served, stopped
 from utilityvm.cli.values import MEMORY, SECONDS, Count, limit
 from utilityvm.text import clean
@@ -119,72 +119,29 @@ def _description(vm: UtilityVM) -> dict[str, object]:
     }
 
 
-@click.command("ps", cls=Command, short_help="List the VMs of this user.")
-@json_option
-def ps_command(as_json: bool) -> None:
-    """List the VMs of this user, and the process that owns each."""
-    from utilityvm import list_vms
-
-    vms, now = list_vms(), time.time()
-    if as_json:
-        print_json(
-            [
-                {
-                    "name": vm.name,
-                    "state": vm.state,
-                    "pid": vm.pid,
-                    "uuid": vm.uuid,
-                    "memory_mib": vm.memory_mib,
-                    "cpus": vm.cpus,
-                    "keep": vm.keep,
-                    "accelerator": vm.accelerator,
-                    "disks": None if vm.disks is None else len(vm.disks),
-                    "owner": vm.owner.to_json() if vm.owner else None,
-                    "created": vm.created,
-                    "age_s": round(now - vm.created, 1),
-                    "walls": vm.walls,
-                    "without": vm.without,
-                }
-                for vm in vms
-            ]
-        )
-        return
-    print_table(
-        ("NAME", "STATE", "PID", "MIB", "CPUS", "DISKS", "AGE", "OWNER"),
-        [
-            (
-                vm.name,
-                vm.state,
-                vm.pid,
-                vm.memory_mib,
-                vm.cpus,
-                None if vm.disks is None else len(vm.disks),
-                age(now - vm.created),
-                f"{vm.owner.pid} {vm.owner.command}" if vm.owner else None,
-            )
-            for vm in vms
-        ],
-    )
-
-
 @click.command("stop", cls=Command, short_help="End VMs and remove what is left of them.")
 @vms_argument
+@click.option("--all", "everything", is_flag=True, help="End all VMs of this user.")
 @click.option(
     "--force", is_flag=True, help="Kill them at once, also while other processes use them. Unwritten data is lost."
 )
 @wait_option
 @json_option
-def stop_command(names: tuple[str, ...], force: bool, wait_s: float, as_json: bool) -> None:
+def stop_command(names: tuple[str, ...], everything: bool, force: bool, wait_s: float, as_json: bool) -> None:
     """End the VMs, in whatever state they are, and remove all that is left of them.
 
     Each guest is asked to write out its data and to power off. One that fails does not keep the others.
     """
-    names = tuple(dict.fromkeys(names))
+    from utilityvm import list_vms
+
+    if bool(names) == everything:
+        raise click.UsageError("--all takes no names" if everything else "give the names of VMs, or --all")
+    names = tuple(vm.name for vm in list_vms()) if everything else tuple(dict.fromkeys(names))
     failed = run(_stop(names, force=force, wait_s=wait_s))
     stopped = [name for name in names if name not in failed]
-    if as_json and (stopped or len(names) > 1):
+    if as_json and (everything or stopped or len(names) > 1):
         documents = [{"name": name, "stopped": name not in failed} for name in names]
-        print_json(documents[0] if len(names) == 1 else documents)
+        print_json(documents[0] if len(names) == 1 and not everything else documents)
     if failed:
         raise Failed(list(failed.values()))
 
