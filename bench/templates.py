@@ -18,7 +18,7 @@ from utilityvm import ClonePool, UtilityVM, VMConfig
 from utilityvm.hosts.qemu import QemuHost
 from utilityvm.machine.programs import find_program, run
 from utilityvm.templates import catalog
-from utilityvm.vm import lifecycle
+from utilityvm.vm import booting
 
 BOOTS, CLONES, FROM_POOL, ALIVE = 3, 30, 20, 50
 DATA_MIB = 1024
@@ -26,7 +26,7 @@ DATA_MIB = 1024
 PARTS: list[tuple[str, object, str]] = [
     ("QEMU's process, to its monitor's answer", QemuHost, "start"),
     ("the state, and a look at the disks", QemuHost, "loaded"),
-    ("running, made unique, and the agent's answer", lifecycle, "wake"),
+    ("running, made unique, and the agent's answer", booting, "wake"),
 ]
 
 

@@ -20,7 +20,7 @@ from utilityvm.hosts.qemu import console, launch, memory
 from utilityvm.hosts.qemu.qmp import Event, Qmp
 from utilityvm.store import SqliteJournal, Store
 from utilityvm.store.ownership import Ownership
-from utilityvm.templates import catalog, overlay
+from utilityvm.templates import draft, overlay
 from utilityvm.vm import lifecycle
 
 # Sent again and again until they are answered: their number is not the same each time.
@@ -100,7 +100,7 @@ def install_templates(points: Points) -> None:
     """Also the files of templates and clones."""
     points.around(memory, "copy", "the memory is copied")
     points.around(overlay, "create", "an overlay is made")
-    points.around(catalog, "_flush", "a file is flushed")
+    points.around(draft, "_flush", "a file is flushed")
     points.around(Path, "rename", "a folder gets its name")
     points.around(Path, "write_bytes", "the manifest is written")
     points.before(shutil, "rmtree", "a folder is removed")

@@ -20,7 +20,7 @@ import pytest
 
 from utilityvm import UtilityVM, VMGone
 from utilityvm.bridge import messages
-from utilityvm.guests import bridge_guest
+from utilityvm.guests import bridge_guest, running, session
 from utilityvm.guests.bridge_client import BridgeClient
 from utilityvm.hosts.qemu import disk
 from utilityvm.hosts.qemu.qmp import Qmp
@@ -83,7 +83,8 @@ class Faults:
             if fault in (Fault.QMP_STOPPED, Fault.BRIDGE_STOPPED):  # to be noticed soon
                 patch.setattr(self._vm._scsi._steps, "_timeouts", SHORT)
                 patch.setattr(self._vm._scsi, "_timeouts", SHORT)
-                patch.setattr(bridge_guest, "_ANSWER_S", STEP_S)
+                for module in (bridge_guest, running, session):
+                    patch.setattr(module, "ANSWER_S", STEP_S)
             try:
                 yield
                 assert self._left <= 0, f"there was no point {at}"
