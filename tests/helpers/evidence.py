@@ -26,18 +26,20 @@ class Transcripts(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self.lines: Mapping[str, deque[str]] = defaultdict(lambda: deque(maxlen=_LINES))
+        self.heard: set[str] = set()  # the VMs that said something since it was cleared
         self._logger = logging.getLogger(_WIRE)
         self._level = self._logger.level
 
     def filter(self, record: logging.LogRecord) -> bool:
         vm = str(getattr(record, "fields", {}).get("vm"))
+        self.heard.add(vm)
         self.lines[vm].append(f"{record.created:.6f} {record.getMessage()}")
         parent = self._logger.parent
         return parent is None or record.levelno >= parent.getEffectiveLevel()
 
     def __enter__(self) -> Transcripts:
         self._logger.setLevel(logging.DEBUG)
-        self._logger.addFilter(self)
+        self._logger.filters.insert(0, self)  # before one that lets nothing through
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -46,17 +48,20 @@ class Transcripts(logging.Filter):
 
 
 def keep(folder: Path, store: Path, transcripts: Transcripts) -> list[Path]:
-    """Write what there is of every VM of the store into `folder`; gives the files."""
+    """Write what there is of the store's VMs, and of those that were heard of, into `folder`; gives the files."""
     files: dict[str, str] = {}
+    names: set[str] = set()
     try:
         with Store.open(store) as opened:
             for vm in opened.vms():
+                names.add(vm.name)
                 records = SqliteJournal(opened, vm).read()
                 files[f"{vm.name}.journal"] = "\n".join([f"{vm}", *map(str, records)])
                 files[f"{vm.name}.console"] = read_console(vm.name)
     except UtilityVMError as error:
         files["store"] = f"cannot be read: {error}"
-    files |= {f"{name}.qmp": "\n".join(lines) for name, lines in transcripts.lines.items()}
+    told = {name: lines for name, lines in transcripts.lines.items() if name in transcripts.heard or name in names}
+    files |= {f"{name}.qmp": "\n".join(lines) for name, lines in told.items()}
     folder.mkdir(parents=True, exist_ok=True)
     kept = []
     for name, text in files.items():

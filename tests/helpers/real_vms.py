@@ -50,7 +50,8 @@ async def end_all(store):
         if vm.process:
             await launch.destroy(QemuProcess.from_json(vm.process))
 
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they go to the whole group
+    signal.signal(number, signal.SIG_IGN)
 sys.stdin.read()
 folder = Path(sys.argv[1])
 for path in folder.rglob("servers/*"):
@@ -187,6 +188,10 @@ def uvm() -> Uvm:
     return run
 
 
+def pytest_runtest_setup() -> None:
+    _transcripts.heard.clear()
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None]:
     """Keep what there is of the VMs with a failure: in files, and the end of the console in the report."""
@@ -197,10 +202,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None]:
     for name, thing in getattr(item, "funcargs", {}).items():
         if isinstance(thing, UtilityVM):
             report.sections.append((f"console of {name}", thing.console()[-_CONSOLE_CHARACTERS:]))
-    store = _own_store()
-    if store is not None and item.config.cache is not None:
+    store, cache = _own_store(), getattr(item.config, "cache", None)
+    has_vms = _transcripts.heard or item.nodeid.startswith("tests/real/")
+    if store is not None and cache is not None and has_vms:
         test = re.sub(r"[^\w.-]", "_", item.nodeid)[-_NAME_CHARACTERS:]
-        kept = evidence.keep(Path(item.config.cache.mkdir("vms-of-failures")) / test, store, _transcripts)
+        kept = evidence.keep(Path(cache.mkdir("vms-of-failures")) / test, store, _transcripts)
         report.sections.append(("kept of its VMs", "\n".join(map(str, kept))))
 
 

@@ -49,7 +49,7 @@ from utilityvm.store import SqliteJournal, Store
 from utilityvm.templates import catalog
 from utilityvm.templates import save as saving
 from utilityvm.testing.images import ext4_image, read_file
-from utilityvm.vm import lifecycle
+from utilityvm.vm import booting
 
 Uvm = Callable[..., "CompletedProcess[str]"]
 
@@ -349,7 +349,7 @@ async def test_a_clone_that_fails_leaves_nothing(warm: Warm, monkeypatch: pytest
         "write": SqliteJournal,
         "start": QemuHost,
         "loaded": QemuHost,
-        "wake": lifecycle,
+        "wake": booting,
         "awaken": BridgeGuest,
         "restore": ScsiManager,
     }[step]

@@ -431,6 +431,7 @@ class RemoteProgram:
         return f"<RemoteProgram {self.number}>"
 
 
+@typed_errors
 class RemotePieces(AsyncIterator["ProgramPiece"]):
     """What a program writes, as `ProgramPieces`. `exit_code` is known when the iteration has ended."""
 

@@ -18,7 +18,7 @@ from utilityvm.errors import (
 from utilityvm.scsi.ports import MountConfig
 from utilityvm.scsi.slot import Slot
 from utilityvm.testing.contract.check import NotTried, refused
-from utilityvm.testing.contract.vm import SOON, ContractVM, T
+from utilityvm.testing.contract.vm import SOON, ContractVM, T, together
 
 SLOT, NEXT = Slot(0, 1), Slot(2, 5)
 PATH, OTHER = PurePosixPath("/run/mounts/one"), PurePosixPath("/run/mounts/two")
@@ -278,8 +278,8 @@ async def disks_that_were_hardly_there_are_not_in_the_way_of_the_next(vm: Contra
         await vm.unmount(slot, at)
         await vm.take_away(slot, name)
 
-    await asyncio.gather(*map(come_and_go, paths, slots))
-    await asyncio.gather(*map(stay, reversed(paths), slots))
+    await together(map(come_and_go, paths, slots))
+    await together(map(stay, reversed(paths), slots))
 
 
 async def a_path_where_nothing_can_be_mounted_is_refused(vm: ContractVM) -> None:

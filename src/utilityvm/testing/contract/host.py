@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from utilityvm.errors import (
     AlreadyAttached,
     DeadlineExceeded,
@@ -16,7 +14,7 @@ from utilityvm.errors import (
 from utilityvm.scsi.ports import AttachmentType, DiskFormat, DiskRequest
 from utilityvm.scsi.slot import Slot
 from utilityvm.testing.contract.check import NotTried, refused
-from utilityvm.testing.contract.vm import SOON, ContractVM, T, attach
+from utilityvm.testing.contract.vm import SOON, ContractVM, T, attach, together
 
 SLOT, NEXT, LAST = Slot(0, 1), Slot(0, 2), Slot(3, 63)
 
@@ -46,7 +44,7 @@ async def detaching_twice_is_detaching_once(vm: ContractVM) -> None:
 async def detaching_twice_at_once_takes_nothing_else_away(vm: ContractVM) -> None:
     name, other = await vm.attach(vm.image("a"), SLOT), await vm.attach(vm.image("b"), NEXT)
     await vm.eject(SLOT)
-    await asyncio.gather(vm.detach(SLOT, name), vm.detach(SLOT, name))
+    await together(vm.detach(SLOT, name) for _ in range(2))
     assert not await vm.probe(SLOT, name)
     assert await vm.probe(NEXT, other)
     await vm.take_away(NEXT, other)
@@ -90,10 +88,10 @@ async def a_slot_that_does_not_exist_is_refused(vm: ContractVM) -> None:
 
 async def many_disks_come_and_go_side_by_side(vm: ContractVM) -> None:
     slots = [Slot(number % 4, 10 + number) for number in range(12)]
-    names = await asyncio.gather(*(vm.attach(vm.image(str(slot)), slot) for slot in slots))
-    assert await asyncio.gather(*map(vm.probe, slots, names)) == [True] * 12
-    await asyncio.gather(*map(vm.take_away, slots, names))
-    assert await asyncio.gather(*map(vm.probe, slots, names)) == [False] * 12
+    names = await together(vm.attach(vm.image(str(slot)), slot) for slot in slots)
+    assert await together(map(vm.probe, slots, names)) == [True] * 12
+    await together(map(vm.take_away, slots, names))
+    assert await together(map(vm.probe, slots, names)) == [False] * 12
 
 
 async def a_disk_that_is_not_there_is_refused_by_name(vm: ContractVM) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import PurePosixPath
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeVar
 
 from utilityvm.scsi.manager import ScsiManager
 from utilityvm.scsi.ports import DiskRequest, GuestBackend, HostBackend, Journal, MountConfig
@@ -133,3 +134,15 @@ async def attach(host: HostBackend, path: str, slot: Slot, name: str | None = No
     finally:
         disk.close()
     return name
+
+
+_T = TypeVar("_T")
+
+
+async def together(calls: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """What each gives, all run at once. All have ended when one's error is raised."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
