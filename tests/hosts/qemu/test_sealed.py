@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from utilityvm.hosts.qemu import sealed
+from utilityvm.hosts.qemu import memory, sealed
 
 MIB = 1 << 20
 
@@ -74,3 +74,28 @@ def test_another_file_has_another_copy(source: int, tmp_path: Path) -> None:
         first, second = sealed.copy_of(source), sealed.copy_of(file.fileno())
     assert os.pread(first.fd, 3, 0) == b"ram"
     assert os.pread(second.fd, 9, 0) == b"other"
+
+
+def test_a_page_that_the_kernel_has_a_hold_of_is_waited_for(source: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[mmap.mmap] = []
+
+    def copy_and_hold(source: int, target: int) -> None:
+        memory.copy_data(source, target)
+        held.append(mmap.mmap(target, MIB, mmap.MAP_SHARED))  # the kernel gives the same answer to this
+
+    def let_go(seconds: float) -> None:
+        held.pop().close()
+
+    monkeypatch.setattr(sealed, "copy_data", copy_and_hold)
+    monkeypatch.setattr(time, "sleep", let_go)
+    assert os.pread(sealed.copy_of(source).fd, 3, 0) == b"ram"
+    assert not held
+
+
+def test_one_that_is_held_for_ever_is_an_error(source: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sealed, "_SEAL_S", 0.0)
+    held: list[mmap.mmap] = []
+    monkeypatch.setattr(sealed, "copy_data", lambda source, target: held.append(mmap.mmap(target, MIB)))
+    with pytest.raises(OSError, match="busy"):
+        sealed.copy_of(source)
+    held.pop().close()

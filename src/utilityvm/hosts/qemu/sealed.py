@@ -7,23 +7,29 @@ and how: private mappings are possible, and nothing else that writes.
 The copy takes the RAM that the template's memory has, once for all clones of this process, and is gone with the last.
 Clones of another process have a copy of their own.
 
-Source: memfd_create(2); fcntl(2), F_ADD_SEALS; QEMU 7.2, softmmu/physmem.c, file_ram_open.
+Source: memfd_create(2); fcntl(2), F_ADD_SEALS; Linux, mm/memfd.c, memfd_wait_for_pins; QEMU 7.2, softmmu/physmem.c,
+file_ram_open.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
+import time
 import weakref
 from typing import Final
 
 from utilityvm.hosts.qemu.memory import copy_data
-from utilityvm.machine import forks
+from utilityvm.machine import forks, patience
 from utilityvm.machine.fileid import FileId
 from utilityvm.machine.threads import aside
 
 SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+
+_SEAL_S: Final = 5.0
+_LOOK_AGAIN_S: Final = 0.01
 
 _lock = threading.Lock()
 _filling: dict[FileId, threading.Lock] = {}
@@ -54,9 +60,23 @@ def copy_of(source: int) -> Sealed:
         try:
             os.ftruncate(fd, os.fstat(source).st_size)
             copy_data(source, fd)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+            _seal(fd)
         except BaseException:
             os.close(fd)
             raise
         _known[file] = sealed = Sealed(forks.keep_from(fd))
         return sealed
+
+
+def _seal(fd: int) -> None:
+    """The kernel refuses while it has a hold of a page itself, such as to move it, and gives up after 150 ms."""
+    until = time.monotonic() + patience.left_s(_SEAL_S)
+    while True:
+        try:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() >= until:
+                raise
+            time.sleep(_LOOK_AGAIN_S)
+        else:
+            return
