@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -22,6 +23,21 @@ def test_what_a_child_that_was_taken_over_says_is_checked(
     monkeypatch.setattr(blkid, "_examine", lambda *_: said)
     with pytest.raises(Fault, match="answered what is no answer"):
         look(str(blank(tmp_path / "disk.raw", 1)), time.monotonic() + LIMIT_S)
+
+
+def test_who_reads_the_signatures_has_given_up_its_rights_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> list[list[object]]:
+        try:
+            os.open("/etc/passwd", os.O_RDONLY)
+        except PermissionError:
+            return [["refused", "other", 0]]
+        return []
+
+    monkeypatch.setattr(blkid, "_superblocks", read)
+    found = look(str(blank(tmp_path / "disk.raw", 1)), time.monotonic() + LIMIT_S)
+    assert [one.kind for one in found.superblocks] == ["refused"]
 
 
 def test_what_is_there_is_found(tmp_path: Path) -> None:
