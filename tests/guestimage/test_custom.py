@@ -98,13 +98,13 @@ def test_files_and_hook_are_in_the_image(cache: Path, host_file: Path, tmp_path:
     hook = tmp_path / "hook"
     hook.write_text('#!/bin/sh\nset -e\ntest "$1" = "$PWD"\necho hello > etc/motd\n')
     hook.chmod(0o755)
-    own = GuestRecipe(files={"/opt/my/tool": host_file, "/root/note": hook}, hook=hook)
+    own = GuestRecipe(files={"/opt/my/tool": host_file, "/srv/note": hook}, hook=hook)
     image = GuestImage.build(own)
     assert in_image(image, "cat /opt/my/tool") == host_file.read_text()
     assert "Mode:  0755" in in_image(image, "stat /opt/my/tool")
     assert "Mode:  0700" in in_image(image, "stat /root"), "a folder that was there keeps its mode"
     assert in_image(image, "cat /etc/motd") == "hello\n"
-    assert image.recipe == {"packages": [], "kernel": None, "files": ["/opt/my/tool", "/root/note"], "hook": "hook"}
+    assert image.recipe == {"packages": [], "kernel": None, "files": ["/opt/my/tool", "/srv/note"], "hook": "hook"}
     assert build.find(own) == image
     assert build.find() is None
     assert GuestImage.build(own) == image

@@ -31,7 +31,6 @@ FILES: Final = frozenset(
         "/media/cd/file",
         "/mnt/data/file",
         "/opt/app/run",
-        "/root/keys/id",
         "/run/gcs/c/c1/config.json",
         "/run/gcs/c/c1/rootfs/bin/sh",
         "/run/lock/file",

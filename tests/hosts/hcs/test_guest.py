@@ -248,7 +248,7 @@ NOT_FOR_MOUNTS = [
     "/home/u",
     "/opt/app",
     "/var/log/app",
-    "/root/keys",
+    "/root",
     "/srv/site",
     "/mnt/data",
     "/tmp/x",
